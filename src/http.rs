@@ -1,0 +1,747 @@
+//! HTTP: connections, requests and answers. The only file that names tiny_http.
+//!
+//! What tiny_http would do if it were let, and what is done about it here:
+//! - a new connection may wait for a thread for ever: `guard` finds such connections among the
+//!   process's own descriptors and opens as many to itself, each of which frees one;
+//! - its accept thread ends at the first error: `receive` and `watch` have another server made on
+//!   the same listener, while the old one's connections go on being served;
+//! - it has no timeouts and no limits: the listener's socket timeouts are inherited, `guard` closes
+//!   what dribbles its head, `-maxconns` is counted in `Conns`;
+//! - it reads pipelined requests without end and in threads that then wait for each other: `Conns`
+//!   lets one request of a connection through at a time;
+//! - dropping a request reads the rest of its body, with a buffer of its declared length: a request
+//!   whose body was not read is answered by `abort`, on the socket itself, which is then closed;
+//! - a chunked body that is cut looks whole: `Body` asks the socket before it believes an end.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, unbounded};
+use rustix::net::{RecvFlags, recv};
+use socket2::{Domain, SockRef, Socket, Type};
+use tiny_http::{Request, Server};
+
+use crate::error::{Error, Result};
+use crate::list::Page;
+use crate::record::{Hash, unhex};
+use crate::route::{Command, route};
+use crate::store::{Reply, ReplyBody, Store, Upload};
+
+/// How long a client may make no progress.
+const STALL: Duration = Duration::from_secs(60);
+
+/// How long a client may take for a request's head.
+const HEAD: Duration = Duration::from_secs(300);
+
+/// For how long after a refusal an upload is still read, so that the client sees the answer.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// How long uploads may go on after SIGTERM.
+const STOP: Duration = Duration::from_secs(30);
+
+/// The longest body, in bytes: what a file of ext4 can hold. tiny_http allocates what it is told.
+const LENGTH_MAX: u64 = 1 << 44;
+
+/// Up to this length tiny_http has read a body before it gives us the request.
+const READ_AHEAD: u64 = 1024;
+
+/// How many requests of one connection may wait for their turn.
+const PIPELINE: usize = 64;
+
+/// Threads for requests that wait for volumes, but not for clients.
+const WORKERS: usize = 16;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+pub struct Http {
+    store: Arc<Store>,
+    listener: TcpListener,
+    address: SocketAddr,
+    conns: Mutex<HashMap<SocketAddr, Conn>>,
+    jobs: Sender<Job>,
+    /// Servers to be made: at the start, and for each whose accept thread has ended.
+    missing: AtomicUsize,
+    stopping: AtomicBool,
+}
+
+/// What is known of a client's connection.
+struct Conn {
+    /// When it was first seen, or its last request came or was answered.
+    since: Instant,
+    /// tiny_http has given it a thread: a request came from it.
+    served: bool,
+    /// A request of it is being answered.
+    busy: bool,
+    /// Nothing more is taken from it.
+    closed: bool,
+    waiting: VecDeque<Request>,
+}
+
+impl Conn {
+    fn new(served: bool) -> Conn {
+        Conn {
+            since: Instant::now(),
+            served,
+            busy: served,
+            closed: false,
+            waiting: VecDeque::new(),
+        }
+    }
+}
+
+/// What a request's headers say of its body and its sender.
+#[derive(Default)]
+struct Head {
+    /// Bytes of the body; `None`: chunked.
+    length: Option<u64>,
+    /// The client waits for a word before it sends the body.
+    expect: bool,
+    content_md5: Option<Hash>,
+    authorization: Option<String>,
+}
+
+impl Head {
+    fn has_body(&self) -> bool {
+        self.expect || self.length.is_none_or(|length| length > READ_AHEAD)
+    }
+}
+
+/// Serves the store until SIGTERM or SIGINT, and then ends the process's work in order.
+pub fn serve(store: Arc<Store>) -> Result<()> {
+    raise_descriptor_limit();
+    let options = &store.options;
+    let listener = listen(&options.host, options.port)?;
+    let address = listener.local_addr().map_err(|e| Error::Failed(e.to_string()))?;
+    let (jobs, work) = unbounded::<Job>();
+    for _ in 0..WORKERS {
+        let work = work.clone();
+        spawn("mkv-worker", move || {
+            work.iter().for_each(|job| drop(catch_unwind(AssertUnwindSafe(job))))
+        })?;
+    }
+    let http = Arc::new(Http {
+        store: store.clone(),
+        listener,
+        address,
+        conns: Mutex::default(),
+        jobs,
+        missing: AtomicUsize::new(2),
+        stopping: AtomicBool::new(false),
+    });
+    http.make_server()?;
+    http.make_server()?;
+    let (guard, watch, cleaner) = (http.clone(), http.clone(), store.clone());
+    spawn("mkv-guard", move || guard.guard())?;
+    spawn("mkv-watch", move || watch.watch())?;
+    spawn("mkv-cleaner", move || cleaner.clean())?;
+    let wrong = |e: io::Error| Error::Failed(format!("signals: {e}"));
+    let mut signals = signal_hook::iterator::Signals::new([15, 2]).map_err(wrong)?;
+    println!("mkv listens on {address}");
+    signals.wait().for_each(drop);
+    http.stop();
+    store.index.sync()?;
+    store.index.close();
+    Ok(())
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.into()).spawn(work);
+    thread.map(drop).map_err(|e| Error::Failed(format!("no thread can be started: {e}")))
+}
+
+/// Every connection costs two descriptors: the limit that was set for shells is no limit for us.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
+fn listen(host: &str, port: u16) -> Result<TcpListener> {
+    let wrong = |e: io::Error| {
+        let place = if host.is_empty() { "every address" } else { host };
+        Error::Failed(format!(
+            "cannot listen on {place}, port {port}: {e}: choose another -port or -host"
+        ))
+    };
+    let bind = |address: SocketAddr| -> io::Result<TcpListener> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(false)?;
+        }
+        // What an accepted socket inherits: a client that makes no progress is let go.
+        socket.set_read_timeout(Some(STALL))?;
+        socket.set_write_timeout(Some(STALL))?;
+        socket.set_tcp_nodelay(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(4096)?;
+        Ok(socket.into())
+    };
+    if host.is_empty() {
+        // A machine without IPv6 has no such address.
+        return bind((Ipv6Addr::UNSPECIFIED, port).into())
+            .or_else(|_| bind(([0, 0, 0, 0], port).into()))
+            .map_err(wrong);
+    }
+    let addresses = std::net::ToSocketAddrs::to_socket_addrs(&(host, port)).map_err(wrong)?;
+    let mut result = Err(io::Error::other("it has no address"));
+    for address in addresses {
+        result = result.or_else(|_| bind(address));
+    }
+    result.map_err(wrong)
+}
+
+impl Http {
+    fn conns(&self) -> MutexGuard<'_, HashMap<SocketAddr, Conn>> {
+        self.conns.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Makes one of the missing servers: an accept thread of tiny_http and a thread that receives.
+    fn make_server(self: &Arc<Self>) -> Result<()> {
+        let wrong =
+            |e: &dyn std::fmt::Display| Error::Failed(format!("no server can be started: {e}"));
+        let listener = self.listener.try_clone().map_err(|e| wrong(&e))?;
+        // It panics where no thread can be started.
+        let server = catch_unwind(|| Server::from_listener(listener, None))
+            .map_err(|_| wrong(&"no thread"))?;
+        let (http, server) = (self.clone(), server.map_err(|e| wrong(&e))?);
+        spawn("mkv-front", move || http.receive(server))?;
+        self.missing.fetch_sub(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Receives a server's requests. There is one such thread for a server: so the requests of a
+    /// connection are seen in their order.
+    fn receive(self: Arc<Self>, server: Server) {
+        let mut accepts = true;
+        loop {
+            match server.recv_timeout(HEAD + STALL) {
+                Ok(Some(request)) => drop(catch_unwind(AssertUnwindSafe(|| self.accept(request)))),
+                // The connections of a server that accepts no more have all ended by now.
+                Ok(None) if !accepts => return,
+                Ok(None) => {}
+                Err(error) => {
+                    if accepts && !self.stopping.load(Ordering::Relaxed) {
+                        log::warn!("accepting connections failed ({error}): starting anew");
+                        self.missing.fetch_add(1, Ordering::Relaxed);
+                    }
+                    accepts = false;
+                }
+            }
+        }
+    }
+
+    /// Takes a request in its connection's turn.
+    fn accept(self: &Arc<Self>, request: Request) {
+        let Some(peer) = request.remote_addr().copied() else { return };
+        if request.url() == "*" && *request.method() == tiny_http::Method::Options {
+            // `watch` asks whether anybody is there.
+            let _ = request.into_writer().write_all(b"HTTP/1.1 204 No Content\r\n\r\n");
+            return;
+        }
+        let mut conns = self.conns();
+        let full = conns.len() >= self.store.options.maxconns;
+        match conns.entry(peer) {
+            Entry::Vacant(entry) => {
+                entry.insert(Conn::new(true));
+                if full {
+                    drop(conns);
+                    let error = Error::Unavailable("too many connections: try again later".into());
+                    return self.abort(request, peer, error.into());
+                }
+            }
+            Entry::Occupied(mut entry) => {
+                let conn = entry.get_mut();
+                (conn.since, conn.served) = (Instant::now(), true);
+                if conn.closed {
+                    drop(conns);
+                    return;
+                }
+                if conn.busy {
+                    conn.waiting.push_back(request);
+                    if conn.waiting.len() > PIPELINE {
+                        conn.closed = true;
+                        drop(conns);
+                        self.close(peer);
+                    }
+                    return;
+                }
+                conn.busy = true;
+            }
+        }
+        drop(conns);
+        self.handle(request, peer);
+    }
+
+    /// Ends a connection's turn and begins the next.
+    fn done(self: &Arc<Self>, peer: SocketAddr) {
+        let mut conns = self.conns();
+        let Some(conn) = conns.get_mut(&peer) else { return };
+        conn.since = Instant::now();
+        let next = conn.waiting.pop_front().filter(|_| !conn.closed);
+        conn.busy = next.is_some();
+        let rest = if conn.closed { std::mem::take(&mut conn.waiting) } else { VecDeque::new() };
+        drop(conns);
+        drop(rest);
+        if let Some(request) = next {
+            self.handle(request, peer);
+        }
+    }
+
+    fn handle(self: &Arc<Self>, request: Request, peer: SocketAddr) {
+        let head = head(&request);
+        let command = head.as_ref().map_err(Error::clone).and_then(|head| {
+            if self.stopping.load(Ordering::Relaxed) {
+                return Err(Error::Unavailable("the master is stopping".into()));
+            }
+            let command = route(request.method().as_str(), request.url())?;
+            if head.has_body() && !matches!(command, Command::Put { .. }) {
+                return Err(Error::BadRequest("only PUT and REPLACE take a body".into()));
+            }
+            Ok(command)
+        });
+        let (head, command) = match (head, command) {
+            (Ok(head), Ok(command)) => (head, command),
+            // Where the request ends is not known, or its body was not read.
+            (Err(error), _) => return self.abort(request, peer, error.into()),
+            (Ok(head), Err(error)) if head.has_body() => {
+                return self.abort(request, peer, error.into());
+            }
+            (Ok(_), Err(error)) => return self.answer(request, peer, error.into()),
+        };
+        if let Some(reply) = self.store.answer_now(&command) {
+            return self.answer(request, peer, reply.unwrap_or_else(Reply::from));
+        }
+        // What waits for clients gets a thread of its own, what waits for volumes a worker.
+        let long =
+            matches!(command, Command::Put { .. } | Command::List(_) | Command::Rebalance(_));
+        let http = self.clone();
+        let job: Job = Box::new(move || {
+            let work = AssertUnwindSafe(|| http.work(request, peer, head, command));
+            if catch_unwind(work).is_err() {
+                log::error!("a request of {peer} failed: its connection is closed");
+                http.close(peer);
+                http.done(peer);
+            }
+        });
+        if !long {
+            let _ = self.jobs.send(job);
+        } else if self.store.volumes.pool.run(job).is_err() {
+            // The job is dropped, and its request with it.
+            log::error!("no thread can be had for a request of {peer}");
+            self.close(peer);
+            self.done(peer);
+        }
+    }
+
+    fn work(
+        self: &Arc<Self>,
+        mut request: Request,
+        peer: SocketAddr,
+        head: Head,
+        command: Command,
+    ) {
+        let mut body = Body {
+            http: self,
+            peer,
+            left: head.length,
+            begun: false,
+            ended: false,
+            request: &mut request,
+        };
+        let upload = Upload { length: head.length, content_md5: head.content_md5, body: &mut body };
+        let reply = self.store.run(command, upload, head.authorization.as_deref());
+        let unread = !body.ended && (head.has_body() || body.begun);
+        let reply = reply.unwrap_or_else(Reply::from);
+        if unread { self.abort(request, peer, reply) } else { self.answer(request, peer, reply) }
+    }
+
+    /// Answers a request whose body, if it has one, was read.
+    fn answer(self: &Arc<Self>, request: Request, peer: SocketAddr, reply: Reply) {
+        self.log(&request, &reply);
+        let without_body = request.method().as_str() == "HEAD";
+        let sent = match &reply.body {
+            ReplyBody::Text(text) => {
+                let mut bytes = response(&reply, text.len() as u64, false);
+                if !without_body {
+                    bytes.extend_from_slice(text.as_bytes());
+                }
+                let mut writer = request.into_writer();
+                writer
+                    .write_all(&bytes)
+                    .and_then(|()| writer.flush())
+                    .map_err(|e| Error::Failed(e.to_string()))
+            }
+            ReplyBody::List(list) => match Page::new(&self.store.index, list) {
+                Ok(page) => {
+                    let bytes = response(&reply, page.length, false);
+                    let mut writer = io::BufWriter::with_capacity(64 << 10, request.into_writer());
+                    let broken = |e: io::Error| Error::Failed(e.to_string());
+                    let sent = writer
+                        .write_all(&bytes)
+                        .map_err(broken)
+                        .and_then(|()| page.write(&mut writer));
+                    sent.and_then(|()| writer.flush().map_err(broken))
+                }
+                Err(error) => return self.answer(request, peer, error.into()),
+            },
+        };
+        if let Err(error) = sent {
+            log::debug!("an answer to {peer} was not sent: {error}");
+            self.close(peer);
+        }
+        self.done(peer);
+    }
+
+    /// Answers a request whose body was not read, or has no certain end, and closes its connection.
+    /// The client has some time to read the answer before the connection is cut.
+    fn abort(self: &Arc<Self>, request: Request, peer: SocketAddr, reply: Reply) {
+        self.log(&request, &reply);
+        if let Some(conn) = self.conns().get_mut(&peer) {
+            conn.closed = true;
+        }
+        let text = if let ReplyBody::Text(text) = &reply.body { text.as_str() } else { "" };
+        let mut bytes = response(&reply, text.len() as u64, true);
+        bytes.extend_from_slice(text.as_bytes());
+        let http = self.clone();
+        let job = Box::new(move || {
+            if let Some(mut socket) = http.find(peer) {
+                let _ = socket.write_all(&bytes).and_then(|()| socket.shutdown(Shutdown::Write));
+                linger(&mut socket);
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+            http.discard(request, peer);
+            http.done(peer);
+        });
+        if let Err(job) = self.store.volumes.pool.run(job) {
+            // Without a thread nobody lingers.
+            self.close(peer);
+            job();
+        }
+    }
+
+    /// Drops a request whose connection is closed.
+    fn discard(&self, request: Request, peer: SocketAddr) {
+        if request.body_length().is_none_or(|length| length as u64 <= LENGTH_MAX) {
+            return;
+        }
+        // To drop it would be to allocate its length, which aborts the process. tiny_http's thread
+        // for the connection then waits for ever for this request to end; nothing uses the
+        // connection's descriptors any more, so they are closed here.
+        std::mem::forget(request);
+        for (fd, other, _) in self.sockets() {
+            if other == peer {
+                // SAFETY: the owners were forgotten in the line above, or belong to a thread that
+                // waits for them for ever; no one else closes this descriptor.
+                drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+
+    fn log(&self, request: &Request, reply: &Reply) {
+        if self.store.options.verbose {
+            let path = request.url().split('?').next().unwrap_or_default();
+            log::info!("{} {} {}", request.method(), path.escape_debug(), reply.status);
+        }
+    }
+
+    /// Closes a client's connection, whatever it is doing.
+    fn close(&self, peer: SocketAddr) {
+        if let Some(socket) = self.find(peer) {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// The process's descriptors that are connections of clients: descriptor, peer, unread bytes.
+    /// tiny_http shows none of them; each connection has two.
+    fn sockets(&self) -> Vec<(RawFd, SocketAddr, u64)> {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let slots =
+            status.lines().find_map(|line| line.strip_prefix("FDSize:")?.trim().parse().ok());
+        (0..slots.unwrap_or(1024))
+            .filter_map(|fd| self.client_of(fd).map(|(peer, unread)| (fd, peer, unread)))
+            .collect()
+    }
+
+    /// The client behind a descriptor, if it is the connection of one.
+    fn client_of(&self, fd: RawFd) -> Option<(SocketAddr, u64)> {
+        // SAFETY: the descriptor is only asked what it is. If it is closed, or another by then, the
+        // answer is an error or about that other one; `find` asks again before anything is done.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let local = SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()?;
+        let peer = SocketAddr::try_from(rustix::net::getpeername(fd).ok()??).ok()?;
+        (local.port() == self.address.port())
+            .then(|| (peer, rustix::io::ioctl_fionread(fd).unwrap_or(0)))
+    }
+
+    /// A descriptor of our own for a client's connection.
+    fn find(&self, peer: SocketAddr) -> Option<TcpStream> {
+        let (fd, ..) = self.sockets().into_iter().find(|(_, other, _)| *other == peer)?;
+        // SAFETY: a duplicate is made and then asked who it is; see `client_of`.
+        let own = rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 0).ok()?;
+        let socket = TcpStream::from(own);
+        (socket.peer_addr().ok()? == peer).then_some(socket)
+    }
+
+    /// Frees connections that wait for a thread of tiny_http's, closes those that are too many or
+    /// too slow, and has missing servers made. It pauses in proportion to what a look costs.
+    fn guard(self: Arc<Self>) {
+        let mut before = HashSet::new();
+        let mut made = Instant::now();
+        loop {
+            let begun = Instant::now();
+            let sockets = self.sockets();
+            let mut waiting = HashSet::new();
+            let mut close = Vec::new();
+            {
+                let mut conns = self.conns();
+                let there: HashSet<SocketAddr> = sockets.iter().map(|(_, peer, _)| *peer).collect();
+                conns.retain(|peer, conn| conn.busy || there.contains(peer));
+                for (_, peer, unread) in sockets {
+                    let count = conns.len();
+                    let conn = conns.entry(peer).or_insert_with(|| {
+                        let own = peer.ip() == self.own_address().ip();
+                        if count >= self.store.options.maxconns && !own {
+                            close.push(peer);
+                        }
+                        Conn::new(false)
+                    });
+                    if !conn.served && unread > 0 {
+                        waiting.insert(peer);
+                    }
+                    if !conn.busy && conn.since.elapsed() > HEAD {
+                        close.push(peer);
+                    }
+                }
+            }
+            for peer in close {
+                self.close(peer);
+            }
+            for _ in 0..waiting.intersection(&before).count().min(64) {
+                drop(self.connect());
+            }
+            before = waiting;
+            if self.missing.load(Ordering::Relaxed) > 0
+                && made.elapsed() > Duration::from_millis(100)
+            {
+                made = Instant::now();
+                if self.has_spare_descriptors()
+                    && let Err(error) = self.make_server()
+                {
+                    log::warn!("{error}");
+                }
+            }
+            let cost = begun.elapsed();
+            std::thread::sleep(
+                (cost * 50).clamp(Duration::from_millis(10), Duration::from_millis(100)),
+            );
+        }
+    }
+
+    fn has_spare_descriptors(&self) -> bool {
+        let spare: Vec<_> = (0..8).map_while(|_| self.listener.try_clone().ok()).collect();
+        spare.len() == 8
+    }
+
+    /// The listener's address as a client on this machine reaches it.
+    fn own_address(&self) -> SocketAddr {
+        let mut address = self.address;
+        if address.ip().is_unspecified() {
+            address.set_ip(match address.ip() {
+                IpAddr::V4(_) => IpAddr::from([127, 0, 0, 1]),
+                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        address
+    }
+
+    fn connect(&self) -> io::Result<TcpStream> {
+        let socket = TcpStream::connect_timeout(&self.own_address(), Duration::from_secs(1))?;
+        // Closed with a reset: nothing is left in TIME_WAIT.
+        SockRef::from(&socket).set_linger(Some(Duration::ZERO))?;
+        Ok(socket)
+    }
+
+    /// Asks the server every half second whether it answers, which also keeps `accept` from running
+    /// into the listener's timeout; where it does not, has another one made.
+    fn watch(&self) {
+        let mut added = Instant::now();
+        while !self.stopping.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(500));
+            let Ok(mut socket) = self.connect() else { continue };
+            let asked = socket
+                .write_all(b"OPTIONS * HTTP/1.1\r\nHost: mkv\r\n\r\n")
+                .and_then(|()| socket.set_read_timeout(Some(Duration::from_secs(1))))
+                .and_then(|()| socket.read(&mut [0; 64]));
+            if !matches!(asked, Ok(1..)) && added.elapsed() > Duration::from_secs(5) {
+                added = Instant::now();
+                log::warn!("the server does not answer itself: starting another one");
+                self.missing.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Takes no new connections, and waits for the requests under way.
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Read);
+        let begun = Instant::now();
+        while begun.elapsed() < STOP && self.conns().values().any(|conn| conn.busy) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// What a request's headers say, or why they cannot be believed.
+fn head(request: &Request) -> Result<Head> {
+    let wrong = |text: &str| Err(Error::BadRequest(text.into()));
+    let mut head = Head::default();
+    let (mut lengths, mut encodings, mut upgrade) = (0, 0, false);
+    for header in request.headers() {
+        let (name, value) = (header.field.as_str().as_str(), header.value.as_str());
+        if name.eq_ignore_ascii_case("content-length") {
+            let digits = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+            match value.parse().ok().filter(|length| digits && *length <= LENGTH_MAX) {
+                Some(length) => head.length = Some(length),
+                None => return wrong("Content-Length is not a number of bytes, or too large"),
+            }
+            lengths += 1;
+        } else if name.eq_ignore_ascii_case("transfer-encoding") {
+            if !value.eq_ignore_ascii_case("chunked") {
+                return wrong("Transfer-Encoding: only chunked is understood");
+            }
+            encodings += 1;
+        } else if name.eq_ignore_ascii_case("expect") {
+            head.expect = true;
+        } else if name.eq_ignore_ascii_case("connection") {
+            upgrade |= value.to_ascii_lowercase().contains("upgrade");
+        } else if name.eq_ignore_ascii_case("content-md5") {
+            head.content_md5 = Some(content_md5(value)?);
+        } else if name.eq_ignore_ascii_case("authorization") {
+            head.authorization = Some(value.to_string());
+        }
+    }
+    if lengths + encodings > 1 {
+        return wrong("more than one Content-Length or Transfer-Encoding");
+    }
+    if upgrade && lengths + encodings > 0 {
+        return wrong("a request that asks for an upgrade can have no body");
+    }
+    if lengths + encodings == 0 {
+        head.length = Some(0);
+    }
+    Ok(head)
+}
+
+/// A digest in base64 (RFC 1864), or in hex, as GET shows it.
+fn content_md5(text: &str) -> Result<Hash> {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    let digest =
+        unhex(&text.to_ascii_lowercase()).or_else(|| STANDARD.decode(text).ok()?.try_into().ok());
+    digest.ok_or_else(|| {
+        Error::BadRequest("Content-MD5 is neither base64 nor hex of 16 bytes".into())
+    })
+}
+
+/// A response's head, in one piece.
+fn response(reply: &Reply, length: u64, close: bool) -> Vec<u8> {
+    let reason = match reply.status {
+        200 => "OK",
+        201 => "Created",
+        204 => "No Content",
+        302 => "Found",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        409 => "Conflict",
+        410 => "Gone",
+        411 => "Length Required",
+        413 => "Content Too Large",
+        414 => "URI Too Long",
+        500 => "Internal Server Error",
+        503 => "Service Unavailable",
+        _ => "",
+    };
+    let mut text = format!("HTTP/1.1 {} {reason}\r\n", reply.status);
+    for (name, value) in &reply.headers {
+        text.push_str(name);
+        text.push_str(": ");
+        text.push_str(value);
+        text.push_str("\r\n");
+    }
+    if reply.status != 204 {
+        text.push_str(&format!("Content-Length: {length}\r\n"));
+    }
+    text.push_str(if close { "Connection: close\r\n\r\n" } else { "\r\n" });
+    text.into_bytes()
+}
+
+/// Reads what the client still sends: were the connection cut with bytes unread, the client could
+/// lose the answer.
+fn linger(socket: &mut TcpStream) {
+    let until = Instant::now() + LINGER;
+    let mut scratch = [0; 64 << 10];
+    while let Some(left) =
+        until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+    {
+        if socket.set_read_timeout(Some(left)).is_err()
+            || !matches!(socket.read(&mut scratch), Ok(1..))
+        {
+            return;
+        }
+    }
+}
+
+/// The body of an upload: its end is its true end, everything else is an error.
+struct Body<'a> {
+    http: &'a Http,
+    peer: SocketAddr,
+    request: &'a mut Request,
+    /// Bytes still to come; `None`: chunked.
+    left: Option<u64>,
+    begun: bool,
+    ended: bool,
+}
+
+impl Read for Body<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.ended || self.left == Some(0) {
+            self.ended = true;
+            return Ok(0);
+        }
+        self.begun = true;
+        let n = match self.request.as_reader().read(buffer) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::Error::other("nothing came for 60 s"));
+            }
+            result => result?,
+        };
+        if n == 0 && (self.left.is_some() || self.client_is_gone()) {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the client went away"));
+        }
+        self.left = self.left.map(|left| left - n as u64);
+        self.ended = self.left == Some(0) || n == 0;
+        Ok(n)
+    }
+}
+
+impl Body<'_> {
+    /// The reader of a chunked body ends without an error when the client goes away inside a chunk.
+    /// Then the connection is at its end too.
+    fn client_is_gone(&self) -> bool {
+        let Some(socket) = self.http.find(self.peer) else { return true };
+        match recv(&socket, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((n, _)) => n == 0,
+            Err(e) => e != rustix::io::Errno::AGAIN,
+        }
+    }
+}

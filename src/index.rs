@@ -1,0 +1,455 @@
+//! The index: RocksDB with the records and the debris, and the locks of keys.
+//!
+//! The only file that names rocksdb. On disk, under `-db`: `lock`, held by every command that
+//! writes, and `index/`, the database. Records lie under their key; debris lies in a column family
+//! of its own under the key and 8 bytes of version, big-endian.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, LogLevel,
+    ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
+};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::error::{Error, Result};
+use crate::record::{Debris, Record};
+
+const DEBRIS: &str = "debris";
+const VERSION_BYTES: usize = 8;
+
+pub struct Index {
+    db: DB,
+    sync: bool,
+    locks: Mutex<HashSet<Vec<u8>>>,
+    /// The scratch folder of a follower.
+    scratch: Option<PathBuf>,
+}
+
+/// The folder's lock, held while this value lives (flock, so that it ends with the process).
+pub struct DirLock(#[allow(dead_code)] File);
+
+/// Locks `dir` against every other command that writes, making the folder if `create` says so.
+pub fn lock_dir(dir: &Path, create: bool) -> Result<DirLock> {
+    let wrong = |e: std::io::Error| Error::Failed(format!("-db {}: {e}", dir.display()));
+    if create {
+        std::fs::create_dir_all(dir).map_err(wrong)?;
+    }
+    let path = dir.join("lock");
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(wrong)?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let mut holder = String::new();
+        let _ = file.read_to_string(&mut holder);
+        let text = format!(
+            "-db {}: another mkv (process {}) is using it: stop that one first",
+            dir.display(),
+            holder.trim()
+        );
+        return Err(Error::Failed(text));
+    }
+    // Whose lock it is, for the message above; the lock holds without it.
+    let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+    Ok(DirLock(file))
+}
+
+/// The database's folder in `-db`; an error where a Go master's index lies there instead.
+pub fn folder(dir: &Path) -> Result<PathBuf> {
+    if dir.join("CURRENT").exists() {
+        let text = format!(
+            "-db {0} is the index of a Go minikeyvalue: import it with mkv -db NEW import -leveldb {0}",
+            dir.display()
+        );
+        return Err(Error::Failed(text));
+    }
+    Ok(dir.join("index"))
+}
+
+fn options() -> rocksdb::Options {
+    let mut options = rocksdb::Options::default();
+    options.create_missing_column_families(true);
+    // A log that is torn at its end is what a crash leaves; damage in its middle is an error, so
+    // that no acknowledged write vanishes in silence.
+    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_write_buffer_size(16 << 20);
+    options.set_max_total_wal_size(128 << 20);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(1 << 20);
+    options.set_log_level(LogLevel::Warn);
+    options.set_stats_dump_period_sec(0);
+    options
+}
+
+fn families(cache: &Cache) -> Vec<ColumnFamilyDescriptor> {
+    let family = |name| {
+        let mut table = BlockBasedOptions::default();
+        table.set_block_cache(cache);
+        table.set_bloom_filter(10.0, false);
+        let mut options = options();
+        options.set_block_based_table_factory(&table);
+        ColumnFamilyDescriptor::new(name, options)
+    };
+    vec![family("default"), family(DEBRIS)]
+}
+
+fn cache() -> Cache {
+    Cache::new_lru_cache(64 << 20)
+}
+
+impl Index {
+    /// Opens the database in this folder, making it if `create` says so. `sync`: a write is on
+    /// disk when it returns.
+    pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Index> {
+        let mut options = options();
+        options.create_if_missing(create);
+        let db = DB::open_cf_descriptors(&options, folder, families(&cache())).map_err(|e| {
+            let text = format!(
+                "the index {} does not open ({e}): if this stays so, move it away and run mkv rebuild",
+                folder.display()
+            );
+            Error::Index(text)
+        })?;
+        Ok(Index { db, sync, locks: Mutex::default(), scratch: None })
+    }
+
+    /// Opens the database in this folder to read it, beside a running master too. It shows the
+    /// moment of the last `catch_up`.
+    pub fn follow(folder: &Path) -> Result<Index> {
+        let wrong = |e: &dyn std::fmt::Display| {
+            Error::Index(format!("the index {} cannot be read: {e}", folder.display()))
+        };
+        if !folder.join("CURRENT").exists() {
+            return Err(wrong(&"there is none: check -db"));
+        }
+        let scratch = std::env::temp_dir().join(format!(
+            "mkv-follow-{}-{:x}",
+            std::process::id(),
+            fastrand::u32(..)
+        ));
+        // A follower has to keep open what the primary may delete.
+        let mut options = options();
+        options.set_max_open_files(-1);
+        let db =
+            DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families(&cache()))
+                .map_err(|e| wrong(&e))?;
+        let index = Index { db, sync: false, locks: Mutex::default(), scratch: Some(scratch) };
+        index.catch_up()?;
+        Ok(index)
+    }
+
+    /// Shows a follower what the running master has written since.
+    pub fn catch_up(&self) -> Result<()> {
+        self.db.try_catch_up_with_primary().map_err(index_error)
+    }
+
+    fn debris_family(&self) -> &ColumnFamily {
+        self.db
+            .cf_handle(DEBRIS)
+            .expect("the family is in the list that the database was opened with")
+    }
+
+    /// What the index holds for a key.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Record>> {
+        let found = self.db.get_pinned(key).map_err(index_error)?;
+        found.map(|text| decode(key, Record::decode(&text), &text)).transpose()
+    }
+
+    /// A key's debris, by version.
+    pub fn debris(&self, key: &[u8]) -> Result<Vec<(u64, Debris)>> {
+        let mut found = Vec::new();
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound([key, &[0xff; VERSION_BYTES + 1]].concat());
+        let mut rows = self.db.raw_iterator_cf_opt(self.debris_family(), options);
+        rows.seek([key, &[0; VERSION_BYTES]].concat());
+        while let Some((name, text)) = rows.item() {
+            // Between two versions of a key lie longer keys that begin with it.
+            if name.len() == key.len() + VERSION_BYTES {
+                let (key, version) = split_version(name)?;
+                found.push((version, decode(key, Debris::decode(text), text)?));
+            }
+            rows.next();
+        }
+        rows.status().map_err(index_error)?;
+        Ok(found)
+    }
+
+    /// One entry of debris.
+    pub fn debris_entry(&self, key: &[u8], version: u64) -> Result<Option<Debris>> {
+        let found = self
+            .db
+            .get_pinned_cf(self.debris_family(), debris_name(key, version))
+            .map_err(index_error)?;
+        found.map(|text| decode(key, Debris::decode(&text), &text)).transpose()
+    }
+
+    /// Takes a key's lock, which every writer of the key holds; `None`: another has it.
+    pub fn lock(&self, key: &[u8]) -> Option<KeyLock<'_>> {
+        let mut locks = self.locks.lock().unwrap_or_else(|e| e.into_inner());
+        locks.insert(key.to_vec()).then(|| KeyLock { index: self, key: key.to_vec() })
+    }
+
+    /// The number of keys that are locked now.
+    pub fn locked(&self) -> usize {
+        self.locks.lock().unwrap_or_else(|e| e.into_inner()).len()
+    }
+
+    /// Begins a change: entries that are written together or not at all.
+    pub fn change(&self) -> Change<'_> {
+        Change { index: self, batch: WriteBatch::default() }
+    }
+
+    /// The index as it is now, for as long as the view lives.
+    pub fn view(&self) -> View<'_> {
+        View { index: self, snapshot: self.db.snapshot() }
+    }
+
+    /// Brings all that was written so far to the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.db.flush_wal(true).map_err(index_error)
+    }
+
+    /// RocksDB's estimate of the number of keys.
+    pub fn estimate(&self) -> u64 {
+        self.db.property_int_value("rocksdb.estimate-num-keys").ok().flatten().unwrap_or(0)
+    }
+
+    /// Ends RocksDB's own threads, so that the process can exit.
+    pub fn close(&self) {
+        self.db.cancel_all_background_work(true);
+    }
+}
+
+impl Drop for Index {
+    fn drop(&mut self) {
+        if let Some(scratch) = &self.scratch {
+            let _ = std::fs::remove_dir_all(scratch);
+        }
+    }
+}
+
+pub struct KeyLock<'a> {
+    index: &'a Index,
+    key: Vec<u8>,
+}
+
+impl Drop for KeyLock<'_> {
+    fn drop(&mut self) {
+        self.index.locks.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.key);
+    }
+}
+
+pub struct Change<'a> {
+    index: &'a Index,
+    batch: WriteBatch,
+}
+
+impl Change<'_> {
+    pub fn put(mut self, key: &[u8], record: &Record) -> Self {
+        self.batch.put(key, record.encode());
+        self
+    }
+
+    pub fn remove(mut self, key: &[u8]) -> Self {
+        self.batch.delete(key);
+        self
+    }
+
+    /// Adds to the entry of this key and version, which the caller's lock on the key protects.
+    pub fn grow_debris(self, key: &[u8], version: u64, more: &Debris) -> Result<Self> {
+        let mut entry = self.index.debris_entry(key, version)?.unwrap_or_default();
+        entry.grow(more);
+        Ok(self.set_debris(key, version, &entry))
+    }
+
+    /// Replaces the entry of this key and version; one without volumes goes.
+    pub fn set_debris(mut self, key: &[u8], version: u64, entry: &Debris) -> Self {
+        let name = debris_name(key, version);
+        if entry.replicas.is_empty() {
+            self.batch.delete_cf(self.index.debris_family(), name);
+        } else {
+            self.batch.put_cf(self.index.debris_family(), name, entry.encode());
+        }
+        self
+    }
+
+    pub fn drop_debris(self, key: &[u8], version: u64) -> Self {
+        self.set_debris(key, version, &Debris::default())
+    }
+
+    /// Writes the change: it survives a killed process from here on, and a power cut where the
+    /// index was opened with `sync`.
+    pub fn commit(self) -> Result<()> {
+        let mut options = WriteOptions::default();
+        options.set_sync(self.index.sync);
+        self.index.db.write_opt(self.batch, &options).map_err(index_error)
+    }
+}
+
+pub struct View<'a> {
+    index: &'a Index,
+    snapshot: SnapshotWithThreadMode<'a, DB>,
+}
+
+impl View<'_> {
+    /// Calls `f` with the keys that begin with `prefix` and are not below `start`, and the texts of
+    /// their records, in order, until it says `false`.
+    pub fn records(
+        &self,
+        prefix: &[u8],
+        start: &[u8],
+        mut f: impl FnMut(&[u8], &[u8]) -> Result<bool>,
+    ) -> Result<()> {
+        let mut rows = self.snapshot.raw_iterator_opt(within(prefix));
+        rows.seek(start.max(prefix));
+        while let Some((key, text)) = rows.item() {
+            if !f(key, text)? {
+                return Ok(());
+            }
+            rows.next();
+        }
+        rows.status().map_err(index_error)
+    }
+
+    /// Calls `f` with every entry of debris whose key begins with `prefix`: key, version, entry.
+    /// They come in the order of key and version run together.
+    pub fn debris(
+        &self,
+        prefix: &[u8],
+        mut f: impl FnMut(&[u8], u64, Debris) -> Result<()>,
+    ) -> Result<()> {
+        let mut rows =
+            self.snapshot.raw_iterator_cf_opt(self.index.debris_family(), within(prefix));
+        rows.seek(prefix);
+        while let Some((name, text)) = rows.item() {
+            let (key, version) = split_version(name)?;
+            if key.starts_with(prefix) {
+                f(key, version, decode(key, Debris::decode(text), text)?)?;
+            }
+            rows.next();
+        }
+        rows.status().map_err(index_error)
+    }
+}
+
+/// Reads what begins with the prefix, and nothing behind it: a scan must not step over the
+/// tombstones of the whole index to find that its prefix has ended.
+fn within(prefix: &[u8]) -> ReadOptions {
+    let mut options = ReadOptions::default();
+    if let Some(last) = prefix.iter().rposition(|byte| *byte < 0xff) {
+        let mut end = prefix[..=last].to_vec();
+        end[last] += 1;
+        options.set_iterate_upper_bound(end);
+    }
+    options
+}
+
+/// What the text of a key's record or debris stands for, or an error that names the key.
+pub fn decode<T>(key: &[u8], decoded: Option<T>, text: &[u8]) -> Result<T> {
+    decoded.ok_or_else(|| {
+        Error::Index(format!(
+            "the record of key \"{}\" does not decode: \"{}\": rebuild the index",
+            key.escape_ascii(),
+            text.escape_ascii()
+        ))
+    })
+}
+
+fn debris_name(key: &[u8], version: u64) -> Vec<u8> {
+    [key, &version.to_be_bytes()].concat()
+}
+
+fn split_version(name: &[u8]) -> Result<(&[u8], u64)> {
+    let (key, version) = name.split_last_chunk::<VERSION_BYTES>().ok_or_else(|| {
+        Error::Index(format!("an entry of debris has no version: \"{}\"", name.escape_ascii()))
+    })?;
+    Ok((key, u64::from_be_bytes(*version)))
+}
+
+fn index_error(e: rocksdb::Error) -> Error {
+    Error::Index(format!("the index failed ({e}): check its disk and restart the master"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(name: &str) -> (Index, PathBuf) {
+        let folder = std::env::temp_dir().join(format!("mkv-index-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        (Index::open(&folder, true, false).unwrap(), folder)
+    }
+
+    fn on(replica: &str) -> Debris {
+        Debris { until: 0, wait: 0, replicas: vec![replica.into()] }
+    }
+
+    #[test]
+    fn debris_of_a_key_is_not_that_of_a_longer_key() {
+        let (index, folder) = index("debris");
+        for (key, version) in
+            [("/a", 0), ("/a", 7), ("/a/bcdefgh", 0), ("/a\0\0\0\0\0\0\0", 9), ("/", 1)]
+        {
+            index
+                .change()
+                .grow_debris(key.as_bytes(), version, &on("a:1"))
+                .unwrap()
+                .commit()
+                .unwrap();
+        }
+        assert_eq!(index.debris(b"/a").unwrap(), [(0, on("a:1")), (7, on("a:1"))]);
+        let mut keys = Vec::new();
+        index
+            .view()
+            .debris(b"/a/", |key, version, _| Ok(keys.push((key.to_vec(), version))))
+            .unwrap();
+        assert_eq!(keys, [(b"/a/bcdefgh".to_vec(), 0)]);
+        drop(index);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_scan_stays_within_its_prefix() {
+        let (index, folder) = index("scan");
+        let record = Record { replicas: vec!["a:1".into()], ..Record::default() };
+        for key in [b"/a".as_slice(), b"/b", b"/b/1", b"/b\xff", b"/c", b"\xff", b"\xff\xff"] {
+            index.change().put(key, &record).commit().unwrap();
+        }
+        let scan = |prefix: &[u8], start: &[u8]| {
+            let mut keys = Vec::new();
+            index
+                .view()
+                .records(prefix, start, |key, _| {
+                    keys.push(key.to_vec());
+                    Ok(true)
+                })
+                .unwrap();
+            keys
+        };
+        assert_eq!(scan(b"/b", b""), [b"/b".to_vec(), b"/b/1".to_vec(), b"/b\xff".to_vec()]);
+        assert_eq!(scan(b"/b", b"/b/1"), [b"/b/1".to_vec(), b"/b\xff".to_vec()]);
+        assert_eq!(scan(b"/b", b"/d"), Vec::<Vec<u8>>::new());
+        assert_eq!(scan(b"\xff", b"/a"), [b"\xff".to_vec(), b"\xff\xff".to_vec()]);
+        drop(index);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_key_has_one_lock() {
+        let (index, folder) = index("lock");
+        let lock = index.lock(b"/a");
+        assert!(lock.is_some() && index.lock(b"/a").is_none() && index.lock(b"/b").is_some());
+        drop(lock);
+        assert!(index.lock(b"/a").is_some());
+        drop(index);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}

@@ -1,0 +1,57 @@
+//! mkv: a distributed key-value store. The way of a request through the files:
+//!
+//! - `options`: the command line
+//! - `http`: connections and requests; the only file that names tiny_http
+//! - `route`: method and target to command
+//! - `store`: the API's commands, the write protocols, the cleaner
+//! - `list`: pages of keys
+//! - `placement`: key to blob path and volumes, and back
+//! - `record`: what the index holds for a key
+//! - `index`: RocksDB and the locks of keys; the only file that names rocksdb
+//! - `volumes`: requests to nginx; the only file that names ureq
+//! - `pool`: threads for what is done at the same time
+//! - `error`: the errors, their HTTP statuses and exit codes
+
+mod error;
+mod http;
+mod index;
+mod list;
+mod options;
+mod placement;
+mod pool;
+mod record;
+mod route;
+mod store;
+mod volumes;
+
+use error::Result;
+use index::Index;
+use options::{Mode, Options, USAGE};
+
+/// glibc's allocator fails on the lengths that clients may declare (see `http`).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() {
+    let result = options::parse(std::env::args().skip(1)).and_then(run);
+    if let Err(error) = result {
+        eprintln!("mkv: {error}");
+        std::process::exit(error.exit_code());
+    }
+}
+
+fn run(options: Options) -> Result<()> {
+    let level = if options.verbose { log::LevelFilter::Info } else { log::LevelFilter::Warn };
+    env_logger::Builder::new().filter_module("mkv", level).init();
+    match options.mode {
+        Mode::Help => println!("{USAGE}"),
+        Mode::Version => println!("mkv {}", env!("CARGO_PKG_VERSION")),
+        Mode::Server => {
+            let _lock = index::lock_dir(&options.db, true)?;
+            let index = Index::open(&index::folder(&options.db)?, true, options.sync)?;
+            http::serve(store::Store::new(options, index))?;
+        }
+        _ => {}
+    }
+    Ok(())
+}

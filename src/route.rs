@@ -1,0 +1,208 @@
+//! Method and request target to command. Pure: it reads nothing and changes nothing.
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str};
+
+use crate::error::{Error, Result};
+use crate::placement::KEY_MAX;
+
+/// What is left as it is in a percent-encoded key: RFC 3986's unreserved characters, and `/`.
+pub const KEY_SET: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+
+/// What a client asks for. A key is the percent-decoded path, with its leading `/`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// GET and HEAD; `path` is the target's path as it was sent, for the fallback server.
+    Get {
+        key: Vec<u8>,
+        path: String,
+    },
+    Put {
+        key: Vec<u8>,
+        replace: bool,
+    },
+    Delete(Vec<u8>),
+    Unlink(Vec<u8>),
+    Relink(Vec<u8>),
+    Rebalance(Vec<u8>),
+    List(List),
+    Metrics,
+    Health,
+}
+
+/// A page of keys.
+#[derive(Debug, Clone, PartialEq)]
+pub struct List {
+    pub of: Listed,
+    pub prefix: Vec<u8>,
+    /// The first key of the page, or where it would stand.
+    pub start: Vec<u8>,
+    /// The most keys to give; 0: all.
+    pub limit: usize,
+    /// Whether keys are percent-encoded in the answer.
+    pub url: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Listed {
+    Live,
+    Unlinked,
+    /// Keys with debris.
+    Writing,
+}
+
+/// Parses a request's method and target (RFC 9112, origin or absolute form).
+pub fn route(method: &str, target: &str) -> Result<Command> {
+    let target = match target.strip_prefix("http://") {
+        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
+        None => target,
+    };
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    if !path.starts_with('/') {
+        return Err(Error::BadRequest("the request target does not begin with /".into()));
+    }
+    let key = decode(path)?;
+    if key.len() > KEY_MAX {
+        return Err(Error::KeyTooLong(key.len()));
+    }
+    if !query.is_empty() {
+        return if method == "GET" { query_of(key, query) } else { Err(FORBIDDEN_QUERY) };
+    }
+    match method {
+        "GET" | "HEAD" => Ok(Command::Get { key, path: path.to_string() }),
+        "PUT" => Ok(Command::Put { key, replace: false }),
+        "REPLACE" => Ok(Command::Put { key, replace: true }),
+        "DELETE" => Ok(Command::Delete(key)),
+        "UNLINK" => Ok(Command::Unlink(key)),
+        "RELINK" => Ok(Command::Relink(key)),
+        "REBALANCE" => Ok(Command::Rebalance(key)),
+        _ => Err(Error::Method),
+    }
+}
+
+const FORBIDDEN_QUERY: Error = Error::Forbidden(
+    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics and ?health; a ? in a key is sent as %3F",
+);
+
+fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
+    let mut options = query.split('&');
+    let of = match options.next() {
+        Some("list") => Listed::Live,
+        Some("unlinked") => Listed::Unlinked,
+        Some("writing") => Listed::Writing,
+        Some("metrics") if prefix == b"/" => return Ok(Command::Metrics),
+        Some("health") if prefix == b"/" => return Ok(Command::Health),
+        _ => return Err(FORBIDDEN_QUERY),
+    };
+    let mut list = List { of, prefix, start: Vec::new(), limit: 0, url: false };
+    for option in options.filter(|option| !option.is_empty()) {
+        match option.split_once('=').unwrap_or((option, "")) {
+            // As in a form, a plus is a space.
+            ("start", key) => list.start = decode(&key.replace('+', " "))?,
+            ("limit", "") => {}
+            ("limit", n) => {
+                let wrong = |_| Error::BadRequest(format!("limit={n} is not a number of keys"));
+                list.limit = n.parse().map_err(wrong)?;
+            }
+            ("encoding", "url") => list.url = true,
+            (name, _) => {
+                let text = format!("{name}: a list takes limit=N, start=KEY and encoding=url");
+                return Err(Error::BadRequest(text));
+            }
+        }
+    }
+    Ok(Command::List(list))
+}
+
+fn decode(text: &str) -> Result<Vec<u8>> {
+    let hex = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_hexdigit);
+    let bytes = text.as_bytes();
+    let broken = |(at, _): (usize, &u8)| !(hex(bytes.get(at + 1)) && hex(bytes.get(at + 2)));
+    if bytes.iter().enumerate().filter(|(_, byte)| **byte == b'%').any(broken) {
+        return Err(Error::BadRequest(
+            "a % is not followed by two hex digits: send a % as %25".into(),
+        ));
+    }
+    Ok(percent_decode_str(text).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn get(target: &str) -> Result<Command> {
+        route("GET", target)
+    }
+
+    #[test]
+    fn a_key_is_the_decoded_path() {
+        for (target, key) in [
+            ("/wehave", b"/wehave".as_slice()),
+            ("/", b"/"),
+            ("//a//", b"//a//"),
+            ("/what%3f", b"/what?"),
+            ("/a+b%20c", b"/a+b c"),
+            ("/%00%ff", b"/\x00\xff"),
+            ("http://host:3000/x", b"/x"),
+            ("/x?", b"/x"),
+        ] {
+            assert_eq!(route("DELETE", target), Ok(Command::Delete(key.into())), "{target}");
+        }
+    }
+
+    #[test]
+    fn a_list_takes_its_options_in_any_order() {
+        let list = List {
+            of: Listed::Unlinked,
+            prefix: b"/p".into(),
+            start: b"/p/\xff q".into(),
+            limit: 7,
+            url: true,
+        };
+        let target = "/p?unlinked&encoding=url&limit=7&start=%2Fp%2F%FF+q";
+        assert_eq!(get(target), Ok(Command::List(list)));
+    }
+
+    #[test]
+    fn what_is_wrong_gets_the_status_of_the_table() {
+        for (method, target, status) in [
+            ("GET", "/a?list&limit=x", 400),
+            ("GET", "/a?list&limit=-1", 400),
+            ("GET", "/a?list&limt=1", 400),
+            ("GET", "/a?list&start=%f", 400),
+            ("GET", "/%zz", 400),
+            ("GET", "/%", 400),
+            ("GET", "*", 400),
+            ("GET", "", 400),
+            ("GET", "/a?versioning", 403),
+            ("GET", "/a?health", 403),
+            ("GET", "/a?limit=1&list", 403),
+            ("PUT", "/a?list", 403),
+            ("HEAD", "/a?list", 403),
+            ("POST", "/a", 405),
+            ("get", "/a", 405),
+        ] {
+            assert_eq!(route(method, target).unwrap_err().status(), status, "{method} {target}");
+        }
+        let long = format!("/{}", "k".repeat(KEY_MAX));
+        assert_eq!(get(&long).unwrap_err().status(), 414);
+        assert!(get(&long[..KEY_MAX]).is_ok());
+    }
+
+    #[test]
+    fn no_target_makes_it_panic() {
+        let seed =
+            std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
+        println!("MKV_SEED={seed}");
+        let mut random = fastrand::Rng::with_seed(seed);
+        let parts = [
+            "/", "%", "%4", "%41", "?", "&", "=", "list", "start", "limit", "http://", "é", "\0",
+            "+", "9",
+        ];
+        for _ in 0..200_000 {
+            let target: String =
+                (0..random.usize(..9)).map(|_| parts[random.usize(..parts.len())]).collect();
+            let _ = get(&target);
+        }
+    }
+}

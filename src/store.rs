@@ -1,0 +1,409 @@
+//! The API's commands on the index and the volumes: the write protocols and the cleaner.
+//!
+//! The order of the steps is what keeps values safe when the master dies between two of them:
+//! debris names every place where a blob may come to lie before its first byte is sent, one batch
+//! makes a value visible and its debris nothing, and only what the index no longer names is deleted.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::error::{Error, Result};
+use crate::index::Index;
+use crate::options::Options;
+use crate::placement::{path, place};
+use crate::record::{Debris, Hash, Record, State, hex};
+use crate::route::{Command, List};
+use crate::volumes::{Value, Volumes};
+
+/// For how long a 404 proves nothing where a whole body was sent and no answer came, in seconds.
+const LATE: u64 = 3600;
+
+/// How often the cleaner looks again at what it could not clear.
+const CLEAN_EVERY: Duration = Duration::from_secs(5);
+
+/// How many keys the cleaner clears at the same time.
+const CLEAN_WIDTH: usize = 32;
+
+pub struct Store {
+    pub options: Options,
+    pub index: Index,
+    pub volumes: Arc<Volumes>,
+    /// Wakes the cleaner.
+    wake: Sender<()>,
+    woken: Receiver<()>,
+}
+
+/// The body of a request.
+pub struct Upload<'a> {
+    /// Ends in `Ok(0)` only at the body's true end.
+    pub body: &'a mut dyn Read,
+    /// Bytes; `None`: the body is chunked.
+    pub length: Option<u64>,
+    pub content_md5: Option<Hash>,
+}
+
+/// What a client is answered.
+pub struct Reply {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: ReplyBody,
+}
+
+pub enum ReplyBody {
+    Text(String),
+    /// A page of keys, written while it is read from the index.
+    List(List),
+}
+
+impl Reply {
+    fn empty(status: u16) -> Reply {
+        Reply { status, headers: Vec::new(), body: ReplyBody::Text(String::new()) }
+    }
+}
+
+impl From<Error> for Reply {
+    fn from(error: Error) -> Reply {
+        let mut headers = vec![("Content-Type", "text/plain; charset=utf-8".to_string())];
+        match error.status() {
+            401 => headers.push(("WWW-Authenticate", "Basic realm=\"mkv\"".into())),
+            405 => headers.push((
+                "Allow",
+                "GET, HEAD, PUT, REPLACE, DELETE, UNLINK, RELINK, REBALANCE".into(),
+            )),
+            503 => headers.push(("Retry-After", "5".into())),
+            _ => {}
+        }
+        Reply { status: error.status(), headers, body: ReplyBody::Text(format!("{error}\n")) }
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+impl Store {
+    pub fn new(options: Options, index: Index) -> Arc<Store> {
+        let (wake, woken) = bounded(1);
+        let volumes = Volumes::new(options.voltimeout);
+        Arc::new(Store { options, index, volumes, wake, woken })
+    }
+
+    /// Answers what the index alone can answer; `None`: the volumes are needed.
+    pub fn answer_now(&self, command: &Command) -> Option<Result<Reply>> {
+        let Command::Get { key, path } = command else { return None };
+        match self.index.get(key) {
+            Ok(Some(record)) if record.live() => None,
+            Ok(_) => Some(self.not_here(path)),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// Carries out a command. `upload` is read by PUT and REPLACE only.
+    pub fn run(&self, command: Command, upload: Upload, auth: Option<&str>) -> Result<Reply> {
+        match command {
+            Command::Get { key, path } => self.get(&key, &path, auth),
+            Command::Put { key, replace } => self.put(&key, replace, upload, auth),
+            Command::Delete(key) => self.delete(&key, auth),
+            Command::Unlink(key) => self.unlink(&key),
+            Command::Relink(key) => self.relink(&key, auth),
+            Command::List(list) => Ok(Reply {
+                status: 200,
+                headers: vec![("Content-Type", "application/json".into())],
+                body: ReplyBody::List(list),
+            }),
+            Command::Rebalance(_) | Command::Metrics | Command::Health => Err(Error::Method),
+        }
+    }
+
+    fn not_here(&self, path: &str) -> Result<Reply> {
+        let Some(fallback) = &self.options.fallback else { return Err(NOT_FOUND) };
+        let headers = vec![("Location", format!("http://{fallback}{path}"))];
+        Ok(Reply { headers, ..Reply::empty(302) })
+    }
+
+    fn get(&self, key: &[u8], target: &str, auth: Option<&str>) -> Result<Reply> {
+        let Some(record) = self.index.get(key)?.filter(Record::live) else {
+            return self.not_here(target);
+        };
+        let blob = path(key, record.version);
+        let replica = self.find(&record, &blob, auth)?;
+        let placed = self.place(key);
+        let balance = if record.replicas == placed { "balanced" } else { "unbalanced" };
+        let mut headers = vec![
+            ("Location", format!("http://{replica}{blob}")),
+            ("Key-Volumes", record.replicas.join(",")),
+            ("Key-Balance", balance.to_string()),
+        ];
+        headers.extend(record.hash.map(|hash| ("Content-Md5", hex(&hash))));
+        Ok(Reply { headers, ..Reply::empty(302) })
+    }
+
+    /// A replica that has the blob in the record's length.
+    fn find(&self, record: &Record, blob: &str, auth: Option<&str>) -> Result<String> {
+        let mut silent = None;
+        for replica in self.volumes.shuffled(&record.replicas) {
+            match self.volumes.head(&replica, blob, auth) {
+                Ok(Some(length)) if record.size.is_none_or(|size| size == length) => {
+                    return Ok(replica);
+                }
+                Ok(_) => {}
+                Err(error) => silent = Some(error),
+            }
+        }
+        Err(match silent {
+            None => Error::Gone,
+            Some(Error::Refused { volume, status }) => {
+                Error::Unreachable { volume, why: format!("it answered {status}") }
+            }
+            Some(error) => error,
+        })
+    }
+
+    fn place(&self, key: &[u8]) -> Vec<String> {
+        place(key, &self.options.volumes, self.options.replicas, self.options.subvolumes)
+    }
+
+    fn put(&self, key: &[u8], replace: bool, upload: Upload, auth: Option<&str>) -> Result<Reply> {
+        if upload.length == Some(0) {
+            return Err(Error::NoValue);
+        }
+        let _lock = self.index.lock(key).ok_or(Error::Locked)?;
+        let old = self.index.get(key)?;
+        if old.as_ref().is_some_and(Record::live) {
+            if !replace {
+                return Err(Error::Forbidden("the key exists: delete it first, or use REPLACE"));
+            }
+            if self.options.protect {
+                return Err(Error::Forbidden(PROTECTED));
+            }
+        }
+        let version = self.new_version(key, old.as_ref())?;
+        let replicas = self.place(key);
+        let blob = path(key, version);
+        let new = Debris { replicas: replicas.clone(), ..Debris::default() };
+        // A crash from here on leaves this entry, which says what may lie where.
+        self.index.change().set_debris(key, version, &new).commit()?;
+        let time = now();
+        let value = Value {
+            body: upload.body,
+            length: upload.length,
+            expected: upload.content_md5,
+            md5sum: self.options.md5sum,
+            time,
+        };
+        let stored = match self.volumes.put(&replicas, &blob, value, auth) {
+            Ok(stored) => stored,
+            Err(failed) => {
+                if !failed.late.is_empty() {
+                    let entry = Debris { until: now() + LATE, ..new };
+                    self.index.change().set_debris(key, version, &entry).commit()?;
+                }
+                // What cannot be cleared now, the cleaner clears.
+                if !self.clear(key, version, &replicas, auth)? {
+                    self.wake();
+                }
+                return Err(failed.error);
+            }
+        };
+        let record = Record {
+            state: State::Live,
+            hash: stored.hash.filter(|_| self.options.md5sum),
+            size: Some(stored.size),
+            time: Some(time),
+            version,
+            replicas,
+        };
+        let mut change = self.index.change().put(key, &record).drop_debris(key, version);
+        if let Some(old) = &old {
+            change = change.grow_debris(key, old.version, &surplus(old))?;
+        }
+        change.commit()?;
+        if old.is_some() {
+            self.wake();
+        }
+        Ok(Reply::empty(201))
+    }
+
+    /// The version of a blob that is about to be written: the plain name only where no blob of the
+    /// key can lie anywhere, otherwise one that the key never had, so that a path never holds two
+    /// values.
+    fn new_version(&self, key: &[u8], old: Option<&Record>) -> Result<u64> {
+        let debris = self.index.debris(key)?;
+        let Some(highest) =
+            debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version)).max()
+        else {
+            return Ok(0);
+        };
+        let micros = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_micros() as u64);
+        Ok(micros.max(highest + 1))
+    }
+
+    fn delete(&self, key: &[u8], auth: Option<&str>) -> Result<Reply> {
+        let _lock = self.index.lock(key).ok_or(Error::Locked)?;
+        let debris = match self.index.get(key)? {
+            Some(record) if record.live() && self.options.protect => {
+                return Err(Error::Forbidden(PROTECTED));
+            }
+            Some(record) => {
+                let blobs = surplus(&record);
+                self.index
+                    .change()
+                    .remove(key)
+                    .grow_debris(key, record.version, &blobs)?
+                    .commit()?;
+                vec![(record.version, blobs)]
+            }
+            // An earlier DELETE could not delete all blobs: this one goes on.
+            None => self.index.debris(key)?,
+        };
+        if debris.is_empty() {
+            return Err(NOT_FOUND);
+        }
+        let mut failed = None;
+        for (version, entry) in debris {
+            match self.clear_now(key, version, &entry.replicas, auth) {
+                Ok(()) => {}
+                Err(error @ Error::Index(_)) => return Err(error),
+                Err(error) => failed = Some(error),
+            }
+        }
+        let Some(error) = failed else { return Ok(Reply::empty(204)) };
+        self.wake();
+        Err(Error::Unavailable(format!("the key is deleted, but not all its blobs: {error}")))
+    }
+
+    fn unlink(&self, key: &[u8]) -> Result<Reply> {
+        let _lock = self.index.lock(key).ok_or(Error::Locked)?;
+        let record = self.index.get(key)?.filter(Record::live).ok_or(NOT_FOUND)?;
+        self.index.change().put(key, &Record { state: State::Unlinked, ..record }).commit()?;
+        Ok(Reply::empty(204))
+    }
+
+    fn relink(&self, key: &[u8], auth: Option<&str>) -> Result<Reply> {
+        let _lock = self.index.lock(key).ok_or(Error::Locked)?;
+        let record = self.index.get(key)?.filter(|record| record.state == State::Unlinked);
+        let record = record.ok_or(Error::NotFound("no unlinked key of this name"))?;
+        self.find(&record, &path(key, record.version), auth)?;
+        self.index.change().put(key, &Record { state: State::Live, ..record }).commit()?;
+        Ok(Reply::empty(204))
+    }
+
+    /// Deletes the blobs of an entry of debris from these volumes; whether they are all gone.
+    fn clear(
+        &self,
+        key: &[u8],
+        version: u64,
+        replicas: &[String],
+        auth: Option<&str>,
+    ) -> Result<bool> {
+        match self.clear_now(key, version, replicas, auth) {
+            Ok(()) => Ok(true),
+            Err(error @ Error::Index(_)) => Err(error),
+            Err(error) => {
+                log::warn!("debris of \"{}\" stays for now: {error}", key.escape_ascii());
+                Ok(false)
+            }
+        }
+    }
+
+    /// As `clear`, with the error that kept a blob. The caller holds the key's lock. A blob that the
+    /// key's record names is no debris, whatever the entry says.
+    fn clear_now(
+        &self,
+        key: &[u8],
+        version: u64,
+        replicas: &[String],
+        auth: Option<&str>,
+    ) -> Result<()> {
+        let Some(mut entry) = self.index.debris_entry(key, version)? else { return Ok(()) };
+        let record = self.index.get(key)?.filter(|record| record.version == version);
+        let kept = record.map_or(Vec::new(), |record| record.replicas);
+        entry.replicas.retain(|replica| !kept.contains(replica));
+        let wanted: Vec<String> =
+            entry.replicas.iter().filter(|r| replicas.contains(r)).cloned().collect();
+        let outcomes = self.volumes.delete_all(&wanted, &path(key, version), auth);
+        let early = now() < entry.until;
+        let mut failed = None;
+        for (replica, outcome) in wanted.iter().zip(outcomes) {
+            match outcome {
+                // It is not there now; whether it appears later the cleaner will see.
+                Ok(false) if early => {}
+                Ok(_) => entry.replicas.retain(|r| r != replica),
+                Err(error) => failed = Some(error),
+            }
+        }
+        self.index.change().set_debris(key, version, &entry).commit()?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Tells the cleaner that there is something to do.
+    pub fn wake(&self) {
+        let _ = self.wake.try_send(());
+    }
+
+    /// The cleaner's thread: clears debris that no writer holds, now and for ever.
+    pub fn clean(self: &Arc<Store>) {
+        loop {
+            let begun = Instant::now();
+            match self.clean_once() {
+                Ok(()) => {}
+                Err(error) => log::error!("cleaner: {error}"),
+            }
+            let _ = self.woken.recv_timeout(CLEAN_EVERY);
+            // Deletes that come one by one are taken together.
+            std::thread::sleep(Duration::from_millis(20).min(begun.elapsed()));
+        }
+    }
+
+    fn clean_once(self: &Arc<Store>) -> Result<()> {
+        let view = self.index.view();
+        let mut batch = Vec::new();
+        let mut synced = false;
+        let time = now();
+        let mut flush = |batch: &mut Vec<(Vec<u8>, u64, Debris)>| -> Result<()> {
+            // What this view shows is on disk before a blob is deleted because of it: a power cut
+            // cannot undo the flip that made the blob debris.
+            if !synced && !batch.is_empty() {
+                self.index.sync()?;
+                synced = true;
+            }
+            let store = self.clone();
+            let clear = move |(key, version, entry): (Vec<u8>, u64, Debris)| {
+                let Some(_lock) = store.index.lock(&key) else { return Ok(false) };
+                store.clear(&key, version, &entry.replicas, store.own_auth())
+            };
+            self.volumes
+                .pool
+                .each(std::mem::take(batch), clear)
+                .into_iter()
+                .collect::<Result<Vec<_>>>()?;
+            Ok(())
+        };
+        view.debris(b"", |key, version, entry| {
+            if entry.wait <= time {
+                batch.push((key.to_vec(), version, entry));
+            }
+            if batch.len() >= CLEAN_WIDTH { flush(&mut batch) } else { Ok(()) }
+        })?;
+        flush(&mut batch)
+    }
+
+    /// The credentials that the master itself shows to volumes.
+    fn own_auth(&self) -> Option<&str> {
+        None
+    }
+}
+
+const NOT_FOUND: Error = Error::NotFound("no such key");
+const PROTECTED: &str = "this server protects keys: UNLINK it first";
+
+/// The blobs of a record that another one takes the place of.
+fn surplus(record: &Record) -> Debris {
+    Debris { replicas: record.replicas.clone(), ..Debris::default() }
+}
