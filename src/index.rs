@@ -4,15 +4,17 @@
 //! writes, and `index/`, the database. Records lie under their key; debris lies in a column family
 //! of its own under the key and 8 bytes of version, big-endian.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, LogLevel,
-    ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator,
+    DBRecoveryMode, LogLevel, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
 };
 use rustix::fs::{FlockOperation, flock};
 
@@ -22,10 +24,15 @@ use crate::record::{Debris, Record};
 const DEBRIS: &str = "debris";
 const VERSION_BYTES: usize = 8;
 
+/// How long a client waits where the cleaner holds its key, and the cleaner where a client does.
+const CLIENT_WAITS: Duration = Duration::from_secs(2);
+const CLEANER_WAITS: Duration = Duration::from_millis(50);
+
 pub struct Index {
     db: DB,
     sync: bool,
-    locks: Mutex<HashSet<Vec<u8>>>,
+    /// The keys that are being written, and whether it is the cleaner who holds them.
+    locks: Mutex<HashMap<Vec<u8>, bool>>,
     /// The scratch folder of a follower.
     scratch: Option<PathBuf>,
 }
@@ -191,10 +198,38 @@ impl Index {
         found.map(|text| decode(key, Debris::decode(&text), &text)).transpose()
     }
 
-    /// Takes a key's lock, which every writer of the key holds; `None`: another has it.
+    /// Takes a key's lock, which every writer of the key holds; `None`: another writer has it. The
+    /// cleaner is waited for: it is no writer that a client could know of.
     pub fn lock(&self, key: &[u8]) -> Option<KeyLock<'_>> {
-        let mut locks = self.locks.lock().unwrap_or_else(|e| e.into_inner());
-        locks.insert(key.to_vec()).then(|| KeyLock { index: self, key: key.to_vec() })
+        self.take_lock(key, false, |by_cleaner| by_cleaner)
+    }
+
+    /// Takes a key's lock for the cleaner, which gives way to writers but waits a little for them.
+    pub fn lock_to_clean(&self, key: &[u8]) -> Option<KeyLock<'_>> {
+        self.take_lock(key, true, |by_cleaner| !by_cleaner)
+    }
+
+    fn take_lock(
+        &self,
+        key: &[u8],
+        cleaner: bool,
+        wait: impl Fn(bool) -> bool,
+    ) -> Option<KeyLock<'_>> {
+        let begun = Instant::now();
+        loop {
+            match self.locks.lock().unwrap_or_else(|e| e.into_inner()).entry(key.to_vec()) {
+                Entry::Vacant(entry) => {
+                    entry.insert(cleaner);
+                    return Some(KeyLock { index: self, key: key.to_vec() });
+                }
+                Entry::Occupied(entry) if !wait(*entry.get()) => return None,
+                Entry::Occupied(_) => {}
+            }
+            if begun.elapsed() > if cleaner { CLEANER_WAITS } else { CLIENT_WAITS } {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The number of keys that are locked now.
@@ -209,7 +244,8 @@ impl Index {
 
     /// The index as it is now, for as long as the view lives.
     pub fn view(&self) -> View<'_> {
-        View { index: self, snapshot: self.db.snapshot() }
+        // A follower has no snapshots; what it shows changes only when it catches up.
+        View { index: self, snapshot: self.scratch.is_none().then(|| self.db.snapshot()) }
     }
 
     /// Brings all that was written so far to the disk.
@@ -296,10 +332,20 @@ impl Change<'_> {
 
 pub struct View<'a> {
     index: &'a Index,
-    snapshot: SnapshotWithThreadMode<'a, DB>,
+    snapshot: Option<SnapshotWithThreadMode<'a, DB>>,
 }
 
 impl View<'_> {
+    fn rows(&self, family: Option<&ColumnFamily>, prefix: &[u8]) -> DBRawIterator<'_> {
+        let db = &self.index.db;
+        match (&self.snapshot, family) {
+            (Some(snapshot), Some(family)) => snapshot.raw_iterator_cf_opt(family, within(prefix)),
+            (Some(snapshot), None) => snapshot.raw_iterator_opt(within(prefix)),
+            (None, Some(family)) => db.raw_iterator_cf_opt(family, within(prefix)),
+            (None, None) => db.raw_iterator_opt(within(prefix)),
+        }
+    }
+
     /// Calls `f` with the keys that begin with `prefix` and are not below `start`, and the texts of
     /// their records, in order, until it says `false`.
     pub fn records(
@@ -308,7 +354,7 @@ impl View<'_> {
         start: &[u8],
         mut f: impl FnMut(&[u8], &[u8]) -> Result<bool>,
     ) -> Result<()> {
-        let mut rows = self.snapshot.raw_iterator_opt(within(prefix));
+        let mut rows = self.rows(None, prefix);
         rows.seek(start.max(prefix));
         while let Some((key, text)) = rows.item() {
             if !f(key, text)? {
@@ -326,8 +372,7 @@ impl View<'_> {
         prefix: &[u8],
         mut f: impl FnMut(&[u8], u64, Debris) -> Result<()>,
     ) -> Result<()> {
-        let mut rows =
-            self.snapshot.raw_iterator_cf_opt(self.index.debris_family(), within(prefix));
+        let mut rows = self.rows(Some(self.index.debris_family()), prefix);
         rows.seek(prefix);
         while let Some((name, text)) = rows.item() {
             let (key, version) = split_version(name)?;

@@ -12,6 +12,8 @@
 //! - `pool`: threads for what is done at the same time
 //! - `error`: the errors, their HTTP statuses and exit codes
 
+mod auth;
+mod dump;
 mod error;
 mod http;
 mod index;
@@ -19,8 +21,12 @@ mod list;
 mod options;
 mod placement;
 mod pool;
+mod progress;
+mod rebalance;
+mod rebuild;
 mod record;
 mod route;
+mod scan;
 mod store;
 mod volumes;
 
@@ -51,6 +57,13 @@ fn run(options: Options) -> Result<()> {
             let index = Index::open(&index::folder(&options.db)?, true, options.sync)?;
             http::serve(store::Store::new(options, index))?;
         }
+        Mode::Rebuild => rebuild::run(&options)?,
+        Mode::Rebalance => {
+            let _lock = index::lock_dir(&options.db, false)?;
+            let index = Index::open(&index::folder(&options.db)?, false, options.sync)?;
+            rebalance::run(&store::Store::new(options, index))?;
+        }
+        Mode::Dump => dump::run(&options)?,
         _ => {}
     }
     Ok(())

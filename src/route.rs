@@ -53,11 +53,12 @@ pub enum Listed {
 
 /// Parses a request's method and target (RFC 9112, origin or absolute form).
 pub fn route(method: &str, target: &str) -> Result<Command> {
-    let target = match target.strip_prefix("http://") {
-        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
-        None => target,
+    let (absolute, target) = match target.strip_prefix("http://") {
+        Some(rest) => (true, &rest[rest.find(['/', '?']).unwrap_or(rest.len())..]),
+        None => (false, target),
     };
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let path = if absolute && path.is_empty() { "/" } else { path };
     if !path.starts_with('/') {
         return Err(Error::BadRequest("the request target does not begin with /".into()));
     }
@@ -148,6 +149,14 @@ mod tests {
         ] {
             assert_eq!(route("DELETE", target), Ok(Command::Delete(key.into())), "{target}");
         }
+    }
+
+    #[test]
+    fn an_absolute_target_may_have_no_path() {
+        assert!(
+            matches!(get("http://any.host?list"), Ok(Command::List(list)) if list.prefix == b"/")
+        );
+        assert!(get("?list").is_err());
     }
 
     #[test]

@@ -6,17 +6,19 @@
 
 use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use crate::auth;
 use crate::error::{Error, Result};
 use crate::index::Index;
 use crate::options::Options;
 use crate::placement::{path, place};
 use crate::record::{Debris, Hash, Record, State, hex};
 use crate::route::{Command, List};
-use crate::volumes::{Value, Volumes};
+use crate::volumes::{Stored, Value, Volumes};
 
 /// For how long a 404 proves nothing where a whole body was sent and no answer came, in seconds.
 const LATE: u64 = 3600;
@@ -31,6 +33,9 @@ pub struct Store {
     pub options: Options,
     pub index: Index,
     pub volumes: Arc<Volumes>,
+    own_auth: Option<String>,
+    /// Whether the cleaner should look when the key's lock is free again.
+    dirty: AtomicBool,
     /// Wakes the cleaner.
     wake: Sender<()>,
     woken: Receiver<()>,
@@ -89,7 +94,16 @@ impl Store {
     pub fn new(options: Options, index: Index) -> Arc<Store> {
         let (wake, woken) = bounded(1);
         let volumes = Volumes::new(options.voltimeout);
-        Arc::new(Store { options, index, volumes, wake, woken })
+        let own_auth = options.userpass.as_ref().map(|text| auth::basic(text));
+        Arc::new(Store {
+            options,
+            index,
+            volumes,
+            own_auth,
+            dirty: AtomicBool::new(false),
+            wake,
+            woken,
+        })
     }
 
     /// Answers what the index alone can answer; `None`: the volumes are needed.
@@ -104,19 +118,25 @@ impl Store {
 
     /// Carries out a command. `upload` is read by PUT and REPLACE only.
     pub fn run(&self, command: Command, upload: Upload, auth: Option<&str>) -> Result<Reply> {
-        match command {
+        let reply = match command {
             Command::Get { key, path } => self.get(&key, &path, auth),
             Command::Put { key, replace } => self.put(&key, replace, upload, auth),
             Command::Delete(key) => self.delete(&key, auth),
             Command::Unlink(key) => self.unlink(&key),
             Command::Relink(key) => self.relink(&key, auth),
+            Command::Rebalance(key) => self.rebalance(&key, auth).map(|_| Reply::empty(204)),
             Command::List(list) => Ok(Reply {
                 status: 200,
                 headers: vec![("Content-Type", "application/json".into())],
                 body: ReplyBody::List(list),
             }),
-            Command::Rebalance(_) | Command::Metrics | Command::Health => Err(Error::Method),
+            Command::Metrics | Command::Health => Err(Error::Method),
+        };
+        // The key's lock is free again: the cleaner may have it.
+        if self.dirty.swap(false, Ordering::Relaxed) {
+            let _ = self.wake.try_send(());
         }
+        reply
     }
 
     fn not_here(&self, path: &str) -> Result<Reply> {
@@ -163,7 +183,7 @@ impl Store {
         })
     }
 
-    fn place(&self, key: &[u8]) -> Vec<String> {
+    pub fn place(&self, key: &[u8]) -> Vec<String> {
         place(key, &self.options.volumes, self.options.replicas, self.options.subvolumes)
     }
 
@@ -183,10 +203,6 @@ impl Store {
         }
         let version = self.new_version(key, old.as_ref())?;
         let replicas = self.place(key);
-        let blob = path(key, version);
-        let new = Debris { replicas: replicas.clone(), ..Debris::default() };
-        // A crash from here on leaves this entry, which says what may lie where.
-        self.index.change().set_debris(key, version, &new).commit()?;
         let time = now();
         let value = Value {
             body: upload.body,
@@ -195,20 +211,7 @@ impl Store {
             md5sum: self.options.md5sum,
             time,
         };
-        let stored = match self.volumes.put(&replicas, &blob, value, auth) {
-            Ok(stored) => stored,
-            Err(failed) => {
-                if !failed.late.is_empty() {
-                    let entry = Debris { until: now() + LATE, ..new };
-                    self.index.change().set_debris(key, version, &entry).commit()?;
-                }
-                // What cannot be cleared now, the cleaner clears.
-                if !self.clear(key, version, &replicas, auth)? {
-                    self.wake();
-                }
-                return Err(failed.error);
-            }
-        };
+        let stored = self.write_blob(key, version, &replicas, value, auth)?;
         let record = Record {
             state: State::Live,
             hash: stored.hash.filter(|_| self.options.md5sum),
@@ -222,10 +225,33 @@ impl Store {
             change = change.grow_debris(key, old.version, &surplus(old))?;
         }
         change.commit()?;
-        if old.is_some() {
-            self.wake();
-        }
+        self.dirty.fetch_or(old.is_some(), Ordering::Relaxed);
         Ok(Reply::empty(201))
+    }
+
+    /// Writes a blob to these replicas, all or none. When this returns `Ok`, the debris entry of this
+    /// version still names them: the caller's next change makes them a record's.
+    pub fn write_blob(
+        &self,
+        key: &[u8],
+        version: u64,
+        replicas: &[String],
+        value: Value,
+        auth: Option<&str>,
+    ) -> Result<Stored> {
+        let mut new = Debris { replicas: replicas.to_vec(), ..Debris::default() };
+        // A crash from here on leaves this entry, which says what may lie where.
+        self.index.change().grow_debris(key, version, &new)?.commit()?;
+        self.volumes.put(replicas, &path(key, version), value, auth).or_else(|failed| {
+            if !failed.late.is_empty() {
+                new.until = now() + LATE;
+                self.index.change().grow_debris(key, version, &new)?.commit()?;
+            }
+            // What cannot be cleared now, the cleaner clears.
+            let cleared = self.clear(key, version, replicas, auth)?;
+            self.dirty.fetch_or(!cleared, Ordering::Relaxed);
+            Err(failed.error)
+        })
     }
 
     /// The version of a blob that is about to be written: the plain name only where no blob of the
@@ -274,7 +300,7 @@ impl Store {
             }
         }
         let Some(error) = failed else { return Ok(Reply::empty(204)) };
-        self.wake();
+        self.dirty.store(true, Ordering::Relaxed);
         Err(Error::Unavailable(format!("the key is deleted, but not all its blobs: {error}")))
     }
 
@@ -312,8 +338,7 @@ impl Store {
         }
     }
 
-    /// As `clear`, with the error that kept a blob. The caller holds the key's lock. A blob that the
-    /// key's record names is no debris, whatever the entry says.
+    /// As `clear`, with the error that kept a blob. The caller holds the key's lock.
     fn clear_now(
         &self,
         key: &[u8],
@@ -321,30 +346,79 @@ impl Store {
         replicas: &[String],
         auth: Option<&str>,
     ) -> Result<()> {
-        let Some(mut entry) = self.index.debris_entry(key, version)? else { return Ok(()) };
-        let record = self.index.get(key)?.filter(|record| record.version == version);
-        let kept = record.map_or(Vec::new(), |record| record.replicas);
-        entry.replicas.retain(|replica| !kept.contains(replica));
-        let wanted: Vec<String> =
-            entry.replicas.iter().filter(|r| replicas.contains(r)).cloned().collect();
-        let outcomes = self.volumes.delete_all(&wanted, &path(key, version), auth);
-        let early = now() < entry.until;
-        let mut failed = None;
-        for (replica, outcome) in wanted.iter().zip(outcomes) {
-            match outcome {
-                // It is not there now; whether it appears later the cleaner will see.
-                Ok(false) if early => {}
-                Ok(_) => entry.replicas.retain(|r| r != replica),
-                Err(error) => failed = Some(error),
-            }
-        }
-        self.index.change().set_debris(key, version, &entry).commit()?;
+        let targets = self.unwanted(key, version, replicas)?;
+        let (gone, failed) = self.delete_blobs(key, version, targets, auth)?;
+        self.forget(key, version, &gone)?;
         failed.map_or(Ok(()), Err)
     }
 
-    /// Tells the cleaner that there is something to do.
-    pub fn wake(&self) {
-        let _ = self.wake.try_send(());
+    /// Those of the replicas that the entry of debris names and the key's record does not: a blob
+    /// that the record names is no debris, whatever the entry says.
+    fn unwanted(&self, key: &[u8], version: u64, replicas: &[String]) -> Result<Vec<String>> {
+        let entry = self.index.debris_entry(key, version)?.unwrap_or_default();
+        let record = self.index.get(key)?.filter(|record| record.version == version);
+        let kept = record.map_or(Vec::new(), |record| record.replicas);
+        Ok(replicas
+            .iter()
+            .filter(|r| entry.replicas.contains(r) && !kept.contains(r))
+            .cloned()
+            .collect())
+    }
+
+    /// Deletes blobs: the replicas where they are gone for good, and an error if one said no.
+    fn delete_blobs(
+        &self,
+        key: &[u8],
+        version: u64,
+        replicas: Vec<String>,
+        auth: Option<&str>,
+    ) -> Result<(Vec<String>, Option<Error>)> {
+        let until = self.index.debris_entry(key, version)?.map_or(0, |entry| entry.until);
+        let outcomes = self.volumes.delete_all(&replicas, &path(key, version), auth);
+        let (mut gone, mut failed) = (Vec::new(), None);
+        for (replica, outcome) in replicas.into_iter().zip(outcomes) {
+            match outcome {
+                // It is not there now; whether it appears later the cleaner will see.
+                Ok(false) if now() < until => {}
+                Ok(_) => gone.push(replica),
+                Err(error) => failed = Some(error),
+            }
+        }
+        Ok((gone, failed))
+    }
+
+    /// Takes replicas from an entry of debris, and those that the key's record names; the last one
+    /// takes the entry with it. The caller holds the key's lock.
+    fn forget(&self, key: &[u8], version: u64, gone: &[String]) -> Result<()> {
+        let Some(mut entry) = self.index.debris_entry(key, version)? else { return Ok(()) };
+        let record = self.index.get(key)?.filter(|record| record.version == version);
+        let kept = record.map_or(Vec::new(), |record| record.replicas);
+        let before = entry.replicas.len();
+        entry.replicas.retain(|replica| !gone.contains(replica) && !kept.contains(replica));
+        if entry.replicas.len() == before {
+            return Ok(());
+        }
+        self.index.change().set_debris(key, version, &entry).commit()
+    }
+
+    /// Clears an entry of debris that no writer holds. The lock is not held while the volumes are
+    /// asked, so that a hung one keeps no client waiting: no writer uses a version that is debris.
+    /// Only the record's own version can be written again, by a rebalance.
+    fn clean_entry(&self, key: &[u8], version: u64, entry: &Debris) -> Result<()> {
+        let auth = self.own_auth();
+        let Some(lock) = self.index.lock_to_clean(key) else { return Ok(()) };
+        if self.index.get(key)?.is_some_and(|record| record.version == version) {
+            return self.clear(key, version, &entry.replicas, auth).map(drop);
+        }
+        let targets = self.unwanted(key, version, &entry.replicas)?;
+        drop(lock);
+        let (gone, failed) = self.delete_blobs(key, version, targets, auth)?;
+        if let Some(error) = failed {
+            log::warn!("debris of \"{}\" stays for now: {error}", key.escape_ascii());
+        }
+        // Where a writer has come in between, the next round sees that the blobs are gone.
+        let Some(_lock) = self.index.lock_to_clean(key) else { return Ok(()) };
+        self.forget(key, version, &gone)
     }
 
     /// The cleaner's thread: clears debris that no writer holds, now and for ever.
@@ -361,7 +435,8 @@ impl Store {
         }
     }
 
-    fn clean_once(self: &Arc<Store>) -> Result<()> {
+    /// One round over all debris.
+    pub fn clean_once(self: &Arc<Store>) -> Result<()> {
         let view = self.index.view();
         let mut batch = Vec::new();
         let mut synced = false;
@@ -375,8 +450,7 @@ impl Store {
             }
             let store = self.clone();
             let clear = move |(key, version, entry): (Vec<u8>, u64, Debris)| {
-                let Some(_lock) = store.index.lock(&key) else { return Ok(false) };
-                store.clear(&key, version, &entry.replicas, store.own_auth())
+                store.clean_entry(&key, version, &entry)
             };
             self.volumes
                 .pool
@@ -395,12 +469,12 @@ impl Store {
     }
 
     /// The credentials that the master itself shows to volumes.
-    fn own_auth(&self) -> Option<&str> {
-        None
+    pub fn own_auth(&self) -> Option<&str> {
+        self.own_auth.as_deref()
     }
 }
 
-const NOT_FOUND: Error = Error::NotFound("no such key");
+pub const NOT_FOUND: Error = Error::NotFound("no such key");
 const PROTECTED: &str = "this server protects keys: UNLINK it first";
 
 /// The blobs of a record that another one takes the place of.

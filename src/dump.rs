@@ -1,0 +1,24 @@
+//! `mkv dump`: the index as text, for diff, grep and backups.
+//!
+//! One line a key, sorted by key: the percent-encoded key, a tab, the record.
+
+use std::io::{BufWriter, Write};
+
+use percent_encoding::percent_encode;
+
+use crate::error::{Error, Result};
+use crate::index::{Index, folder};
+use crate::options::Options;
+use crate::route::KEY_SET;
+
+pub fn run(options: &Options) -> Result<()> {
+    let index = Index::follow(&folder(&options.db)?)?;
+    let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
+    let broken = |e: std::io::Error| Error::Failed(format!("the dump could not be written: {e}"));
+    index.view().records(b"", b"", |key, text| {
+        write!(out, "{}\t", percent_encode(key, KEY_SET)).map_err(broken)?;
+        out.write_all(text).and_then(|()| out.write_all(b"\n")).map_err(broken)?;
+        Ok(true)
+    })?;
+    out.flush().map_err(broken)
+}

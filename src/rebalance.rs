@@ -1,0 +1,278 @@
+//! REBALANCE and `mkv rebalance`: replicas to where placement wants them.
+//!
+//! One key: what exists is asked for, what is missing is copied from a replica whose bytes match the
+//! record while they stream, then one batch makes the record name the new replicas and the surplus
+//! ones debris. A crash before that batch leaves the copies as debris, one after it the surplus.
+//! The surplus waits until the copies have surely reached their disks.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::index::decode;
+use crate::placement::path;
+use crate::progress::Progress;
+use crate::record::{Debris, Record};
+use crate::store::{NOT_FOUND, Store, now};
+use crate::volumes::Value;
+
+/// Keys that are worked on at the same time.
+const WIDTH: usize = 16;
+
+/// Keys that are read from the index before they are worked on.
+const BATCH: usize = 4096;
+
+/// What one key needs.
+struct Plan {
+    /// Replicas of the record that are there, in the right length.
+    sources: Vec<String>,
+    length: u64,
+    /// Where placement wants a replica and the record's is not, or not whole.
+    copies: Vec<String>,
+    wanted: Vec<String>,
+}
+
+impl Store {
+    /// Whether a replica lies on a volume, or subvolume, that `-lost` names.
+    pub fn is_lost(&self, replica: &str) -> bool {
+        let volume = replica.split('/').next();
+        self.options.lost.iter().any(|lost| lost == replica || Some(lost.as_str()) == volume)
+    }
+
+    /// Moves one key's replicas to where placement wants them. `true`: there was something to do.
+    pub fn rebalance(&self, key: &[u8], auth: Option<&str>) -> Result<bool> {
+        let _lock = self.index.lock(key).ok_or(Error::Locked)?;
+        let record = self.index.get(key)?.ok_or(NOT_FOUND)?;
+        let plan = self.plan(key, &record, auth)?;
+        if plan.copies.is_empty() && plan.wanted == record.replicas {
+            return Ok(false);
+        }
+        self.copy(key, &record, &plan, auth)?;
+        let mut copied = self.index.debris_entry(key, record.version)?.unwrap_or_default();
+        copied.replicas.retain(|replica| !plan.wanted.contains(replica) && !self.is_lost(replica));
+        let surplus =
+            record.replicas.iter().filter(|r| !plan.wanted.contains(r) && !self.is_lost(r));
+        let surplus: Vec<String> = surplus.cloned().collect();
+        if !surplus.is_empty() {
+            copied.grow(&Debris {
+                until: 0,
+                wait: now() + self.options.settle.as_secs(),
+                replicas: surplus,
+            });
+        }
+        let change = self.index.change().set_debris(key, record.version, &copied);
+        change.put(key, &Record { replicas: plan.wanted, ..record }).commit()?;
+        Ok(true)
+    }
+
+    /// Copies what is missing: from the first source whose bytes are the record's.
+    pub fn restore(
+        &self,
+        key: &[u8],
+        record: &Record,
+        sources: &[String],
+        length: u64,
+        copies: &[String],
+        auth: Option<&str>,
+    ) -> Result<()> {
+        let blob = path(key, record.version);
+        let mut failed = Error::Gone;
+        for source in sources {
+            let opened = match self.volumes.read(source, &blob, auth) {
+                Ok(Some(opened)) if opened.length == length => opened,
+                Ok(_) => continue,
+                Err(error) => {
+                    failed = error;
+                    continue;
+                }
+            };
+            let mut body = opened.body;
+            let value = Value {
+                body: &mut body,
+                length: Some(length),
+                expected: record.hash,
+                md5sum: false,
+                time: record.time.or(opened.time).unwrap_or_else(now),
+            };
+            match self.write_blob(key, record.version, copies, value, auth) {
+                Ok(_) => return Ok(()),
+                // The source ended early or has other bytes: another one may be good.
+                Err(Error::BadRequest(why)) => {
+                    failed = Error::Failed(format!(
+                        "{source} is no good source for \"{}\": {why}",
+                        key.escape_ascii()
+                    ));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failed)
+    }
+
+    fn copy(&self, key: &[u8], record: &Record, plan: &Plan, auth: Option<&str>) -> Result<()> {
+        if plan.copies.is_empty() {
+            return Ok(());
+        }
+        self.restore(key, record, &plan.sources, plan.length, &plan.copies, auth)
+    }
+
+    /// Finds out which replicas exist and what has to be copied. A volume that gives no answer is an
+    /// error, unless it is lost.
+    fn plan(&self, key: &[u8], record: &Record, auth: Option<&str>) -> Result<Plan> {
+        let blob = path(key, record.version);
+        let wanted = self.place(key);
+        let mut there = Vec::new();
+        for replica in &record.replicas {
+            if self.is_lost(replica) {
+                continue;
+            }
+            if let Some(length) = self.volumes.head(replica, &blob, auth)?
+                && record.size.is_none_or(|size| size == length)
+            {
+                there.push((replica.clone(), length));
+            }
+        }
+        let Some(&(_, length)) = there.first() else { return Err(Error::Gone) };
+        // Without a digest and a size, the replicas have to agree on what the value is.
+        if record.hash.is_none() && there.iter().any(|(_, other)| *other != length) {
+            let text = format!(
+                "the replicas of \"{}\" differ in length, and no hash tells which is right",
+                key.escape_ascii()
+            );
+            return Err(Error::Failed(text));
+        }
+        let sources: Vec<String> = there.into_iter().map(|(replica, _)| replica).collect();
+        let copies = wanted.iter().filter(|replica| !sources.contains(replica)).cloned().collect();
+        Ok(Plan { sources, length, copies, wanted })
+    }
+}
+
+/// The counts of a run.
+#[derive(Default)]
+struct Counts {
+    keys: AtomicU64,
+    moved: AtomicU64,
+    copies: AtomicU64,
+    bytes: AtomicU64,
+    failed: AtomicU64,
+    /// Copies and bytes for each volume.
+    volumes: Mutex<BTreeMap<String, (u64, u64)>>,
+}
+
+/// `mkv rebalance`: all keys, then the surplus.
+pub fn run(store: &Arc<Store>) -> Result<()> {
+    let counts = Counts::default();
+    let progress = Progress::new(store.index.estimate(), "keys");
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(WIDTH).build();
+    let threads = threads.map_err(|e| Error::Failed(format!("no thread can be started: {e}")))?;
+    let mut batch: Vec<(Vec<u8>, Record)> = Vec::new();
+    let mut work = |batch: &mut Vec<(Vec<u8>, Record)>| {
+        threads.install(|| {
+            batch.par_iter().for_each(|(key, record)| store.one(key, record, &counts, &progress))
+        });
+        batch.clear();
+    };
+    store.index.view().records(b"", b"", |key, text| {
+        batch.push((key.to_vec(), decode(key, Record::decode(text), text)?));
+        if batch.len() == BATCH {
+            work(&mut batch);
+        }
+        Ok(true)
+    })?;
+    work(&mut batch);
+    progress.end();
+    let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+    let verb = if store.options.dry_run { "to move" } else { "moved" };
+    println!(
+        "{} keys: {} {verb}, {} copies, {} bytes, {} failed",
+        get(&counts.keys),
+        get(&counts.moved),
+        get(&counts.copies),
+        get(&counts.bytes),
+        get(&counts.failed)
+    );
+    for (volume, (copies, bytes)) in &*counts.volumes.lock().unwrap_or_else(|e| e.into_inner()) {
+        println!("  {volume}: {copies} copies, {bytes} bytes");
+    }
+    let left = if store.options.dry_run { 0 } else { store.settle()? };
+    match (get(&counts.failed), left) {
+        (0, 0) => Ok(()),
+        (0, left) => Err(Error::Failed(format!(
+            "{left} keys have debris that could not be deleted: run this again, or start the master"
+        ))),
+        (failed, _) => Err(Error::Failed(format!(
+            "{failed} keys could not be rebalanced: mend what is named above and run this again"
+        ))),
+    }
+}
+
+impl Store {
+    fn one(&self, key: &[u8], record: &Record, counts: &Counts, progress: &Progress) {
+        counts.keys.fetch_add(1, Ordering::Relaxed);
+        progress.add(1);
+        let auth = self.own_auth();
+        let moved = self.plan(key, record, auth).and_then(|plan| {
+            let needed = !plan.copies.is_empty() || plan.wanted != record.replicas;
+            if needed && !self.options.dry_run {
+                self.rebalance(key, auth)?;
+            }
+            Ok((needed, plan))
+        });
+        match moved {
+            Ok((false, _)) => {}
+            Ok((true, plan)) => {
+                counts.moved.fetch_add(1, Ordering::Relaxed);
+                counts.copies.fetch_add(plan.copies.len() as u64, Ordering::Relaxed);
+                counts.bytes.fetch_add(plan.length * plan.copies.len() as u64, Ordering::Relaxed);
+                let mut volumes = counts.volumes.lock().unwrap_or_else(|e| e.into_inner());
+                for copy in &plan.copies {
+                    let volume = copy.split('/').next().unwrap_or(copy);
+                    let entry = volumes.entry(volume.to_string()).or_default();
+                    *entry = (entry.0 + 1, entry.1 + plan.length);
+                }
+            }
+            Err(error) => {
+                let n = counts.failed.fetch_add(1, Ordering::Relaxed);
+                if n < 100 || self.options.verbose {
+                    progress.say(&format!("\"{}\": {error}", key.escape_ascii()));
+                }
+            }
+        }
+    }
+
+    /// The last pass: what the run made surplus is deleted, once the copies that take its place have
+    /// surely been written back. Returns the number of keys with debris that stays.
+    fn settle(self: &Arc<Store>) -> Result<u64> {
+        self.index.sync()?;
+        let mut until = 0;
+        let mut lost = Vec::new();
+        self.index.view().debris(b"", |key, version, mut entry| {
+            let before = entry.replicas.len();
+            entry.replicas.retain(|replica| !self.is_lost(replica));
+            until = until.max(entry.wait);
+            if entry.replicas.len() < before {
+                lost.push((key.to_vec(), version, entry));
+            }
+            Ok(())
+        })?;
+        for (key, version, entry) in lost {
+            self.index.change().set_debris(&key, version, &entry).commit()?;
+        }
+        let wait = until.saturating_sub(now());
+        if wait > 0 {
+            println!("waiting {wait} s before what was replaced is deleted");
+            std::thread::sleep(std::time::Duration::from_secs(wait));
+        }
+        self.clean_once()?;
+        let mut left = 0;
+        self.index.view().debris(b"", |_, _, _| {
+            left += 1;
+            Ok(())
+        })?;
+        Ok(left)
+    }
+}

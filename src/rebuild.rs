@@ -1,0 +1,324 @@
+//! `mkv rebuild`: from the volumes to a fresh index.
+//!
+//! The new index is built in `index.new/` beside the old one, which is only read, and takes its
+//! place in one step when it is whole. From the old index come what no blob tells: unlinked states,
+//! hashes, and debris, without which deleted and unfinished values would come back to life.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use crate::error::{Error, Result};
+use crate::index::{Index, decode, folder, lock_dir};
+use crate::options::Options;
+use crate::placement::{path, place};
+use crate::record::Record;
+use crate::scan::{Blob, Found, scan, show};
+use crate::volumes::Volumes;
+
+pub fn run(options: &Options) -> Result<()> {
+    let begun = Instant::now();
+    let _lock = lock_dir(&options.db, true)?;
+    let (index, fresh) = (folder(&options.db)?, options.db.join("index.new"));
+    let old = old_index(options, &index)?;
+    remove(&fresh)?;
+    let rebuild = Rebuild {
+        options,
+        volumes: Volumes::new(options.voltimeout),
+        auth: options.userpass.as_ref().map(|text| crate::auth::basic(text)),
+        new: Index::open(&fresh, true, false)?,
+        old,
+        listed: Mutex::default(),
+        findings: Mutex::default(),
+        replicas: AtomicU64::new(0),
+    };
+    rebuild.carry_debris()?;
+    scan(&rebuild.volumes, &options.volumes, rebuild.auth.as_deref(), |found| {
+        rebuild.index(found)
+    })?;
+    rebuild.check_empty_volumes()?;
+    rebuild.keep_lost_keys()?;
+    rebuild.new.sync()?;
+    let (keys, failed) = rebuild.report(begun)?;
+    drop(rebuild);
+    swap(&options.db, &index, &fresh)?;
+    println!("the new index holds {keys} keys");
+    if failed {
+        Err(Error::Failed("the index is rebuilt, but see what is named above".into()))
+    } else {
+        Ok(())
+    }
+}
+
+/// The index to carry over from. One that does not open is what `rebuild` is for; one that was
+/// asked for by name has to.
+fn old_index(options: &Options, index: &Path) -> Result<Option<Index>> {
+    if let Some(from) = &options.from {
+        return Index::follow(&folder(from)?).map(Some);
+    }
+    if !index.exists() {
+        return Ok(None);
+    }
+    Ok(Index::follow(index)
+        .inspect_err(|e| eprintln!("{e}: its unlinked states, hashes and debris are lost"))
+        .ok())
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::Failed(format!("{}: {e}", folder.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes `fresh` the index, in one step; the one before it becomes `index.old`.
+fn swap(db: &Path, index: &Path, fresh: &Path) -> Result<()> {
+    let wrong = |e: std::io::Error| {
+        Error::Failed(format!("{} could not become the index: {e}", fresh.display()))
+    };
+    if index.exists() {
+        renameat_with(CWD, fresh, CWD, index, RenameFlags::EXCHANGE)
+            .map_err(|e| wrong(e.into()))?;
+        let kept = db.join("index.old");
+        remove(&kept)?;
+        std::fs::rename(fresh, kept).map_err(wrong)?;
+    } else {
+        std::fs::rename(fresh, index).map_err(wrong)?;
+    }
+    std::fs::File::open(db).and_then(|dir| dir.sync_all()).map_err(wrong)
+}
+
+#[derive(Default)]
+struct Findings {
+    strays: BTreeSet<String>,
+    conflicts: BTreeSet<String>,
+    stale: BTreeSet<String>,
+    under: BTreeSet<String>,
+    lost: BTreeSet<String>,
+    unhashed: BTreeSet<String>,
+}
+
+struct Rebuild<'a> {
+    options: &'a Options,
+    volumes: std::sync::Arc<Volumes>,
+    auth: Option<String>,
+    new: Index,
+    old: Option<Index>,
+    /// The volumes and subvolumes on which a blob was listed.
+    listed: Mutex<HashSet<String>>,
+    findings: Mutex<Findings>,
+    replicas: AtomicU64,
+}
+
+impl Rebuild<'_> {
+    fn note(&self, f: impl FnOnce(&mut Findings)) {
+        f(&mut self.findings.lock().unwrap_or_else(|e| e.into_inner()));
+    }
+
+    fn carry_debris(&self) -> Result<()> {
+        let Some(old) = &self.old else { return Ok(()) };
+        old.view().debris(b"", |key, version, mut entry| {
+            entry.replicas.retain(|replica| !self.is_lost(replica));
+            self.new.change().set_debris(key, version, &entry).commit()
+        })
+    }
+
+    fn is_lost(&self, replica: &str) -> bool {
+        let volume = replica.split('/').next();
+        self.options.lost.iter().any(|lost| lost == replica || Some(lost.as_str()) == volume)
+    }
+
+    /// Writes the records of one prefix.
+    fn index(&self, found: Found) -> Result<()> {
+        if !found.strays.is_empty() {
+            self.note(|findings| findings.strays.extend(found.strays));
+        }
+        let mut change = self.new.change();
+        for (key, blobs) in found.keys {
+            {
+                let mut listed = self.listed.lock().unwrap_or_else(|e| e.into_inner());
+                for blob in &blobs {
+                    if !listed.contains(&blob.replica) {
+                        listed.insert(blob.replica.clone());
+                    }
+                }
+            }
+            if let Some(record) = self.record(&key, blobs)? {
+                self.replicas.fetch_add(record.replicas.len() as u64, Ordering::Relaxed);
+                if record.replicas.len() < self.options.replicas {
+                    self.note(|f| drop(f.under.insert(name(&key))));
+                }
+                change = change.put(&key, &record);
+            }
+        }
+        change.commit()
+    }
+
+    /// The record of a key with these blobs; `None`: they are all debris, or not what the old index
+    /// knows the key by.
+    fn record(&self, key: &[u8], mut blobs: Vec<Blob>) -> Result<Option<Record>> {
+        let old = self.old.as_ref().map_or(Ok(None), |old| old.get(key))?;
+        for (version, entry) in self.old.as_ref().map_or(Ok(Vec::new()), |old| old.debris(key))? {
+            let kept = old.as_ref().filter(|old| old.version == version);
+            blobs.retain(|blob| {
+                blob.version != version
+                    || !entry.replicas.contains(&blob.replica)
+                    || kept.is_some_and(|old| old.replicas.contains(&blob.replica))
+            });
+        }
+        let mut versions: BTreeMap<u64, Vec<Blob>> = BTreeMap::new();
+        for blob in blobs {
+            versions.entry(blob.version).or_default().push(blob);
+        }
+        let version = match &old {
+            Some(old) => old.version,
+            // The version with the most replicas, then the newest.
+            None => match versions.iter().max_by_key(|(version, blobs)| (blobs.len(), **version)) {
+                Some((version, _)) => *version,
+                None => return Ok(None),
+            },
+        };
+        let Some(blobs) = versions.remove(&version) else { return Ok(None) };
+        for (version, _) in versions {
+            self.note(|f| drop(f.stale.insert(format!("{} {}", name(key), path(key, version)))));
+        }
+        let (size, time, mut replicas) = self.agree(key, blobs, old.as_ref());
+        let wanted =
+            place(key, &self.options.volumes, self.options.replicas, self.options.subvolumes);
+        let order =
+            |replica: &String| wanted.iter().position(|w| w == replica).unwrap_or(wanted.len());
+        replicas.sort_by(|a, b| order(a).cmp(&order(b)).then(a.cmp(b)));
+        let same = old.filter(|old| old.size.is_none_or(|known| known == size));
+        let mut record = Record {
+            state: same.as_ref().map(|old| old.state).unwrap_or_default(),
+            hash: same.as_ref().and_then(|old| old.hash),
+            size: Some(size),
+            time: same.as_ref().and_then(|old| old.time).or(Some(time)),
+            version,
+            replicas,
+        };
+        if self.options.rehash && record.hash.is_none() {
+            record.hash = self.hash(key, &record)?;
+        }
+        Ok(Some(record))
+    }
+
+    /// The value's length and time, and the replicas that hold it. Different lengths under one name
+    /// are different values: the old record's length counts, otherwise the majority's, then the newest.
+    fn agree(&self, key: &[u8], blobs: Vec<Blob>, old: Option<&Record>) -> (u64, u64, Vec<String>) {
+        let mut sizes: BTreeMap<u64, Vec<Blob>> = BTreeMap::new();
+        for blob in blobs {
+            sizes.entry(blob.size).or_default().push(blob);
+        }
+        if sizes.len() > 1 {
+            let text = sizes.iter().flat_map(|(size, blobs)| {
+                blobs.iter().map(move |b| format!(" {} on {}", size, b.replica))
+            });
+            let text = format!("{}:{}", name(key), text.collect::<Vec<_>>().join(","));
+            self.note(|f| drop(f.conflicts.insert(text)));
+        }
+        let known = old.and_then(|old| old.size);
+        let newest = |blobs: &[Blob]| blobs.iter().map(|blob| blob.time).max().unwrap_or(0);
+        let rank = |size: u64, blobs: &[Blob]| (known == Some(size), blobs.len(), newest(blobs));
+        let best = sizes.into_iter().max_by_key(|(size, blobs)| rank(*size, blobs));
+        let (size, blobs) = best.unwrap_or_default();
+        let oldest = blobs.iter().map(|blob| blob.time).min().unwrap_or(0);
+        (size, oldest, blobs.into_iter().map(|blob| blob.replica).collect())
+    }
+
+    /// The md5 of a record's blob, from the first replica that can be read.
+    fn hash(&self, key: &[u8], record: &Record) -> Result<Option<crate::record::Hash>> {
+        let blob = path(key, record.version);
+        for replica in &record.replicas {
+            match self.volumes.digest(replica, &blob, self.auth.as_deref()) {
+                Ok(Some((hash, size))) if Some(size) == record.size => return Ok(Some(hash)),
+                Ok(_) => {}
+                Err(error) => eprintln!("{error}"),
+            }
+        }
+        self.note(|f| drop(f.unhashed.insert(name(key))));
+        Ok(None)
+    }
+
+    /// A disk that is not mounted lists nothing, just as an empty one does: that must not cost keys.
+    fn check_empty_volumes(&self) -> Result<()> {
+        let Some(old) = &self.old else { return Ok(()) };
+        let listed = self.listed.lock().unwrap_or_else(|e| e.into_inner());
+        let mut empty = BTreeSet::new();
+        old.view().records(b"", b"", |key, text| {
+            for replica in decode(key, Record::decode(text), text)?.replicas {
+                if !listed.contains(&replica)
+                    && !self.is_lost(&replica)
+                    && !empty.contains(&replica)
+                {
+                    empty.insert(replica);
+                }
+            }
+            Ok(true)
+        })?;
+        let Some(first) = empty.first() else { return Ok(()) };
+        let unknown =
+            !self.options.volumes.iter().any(|v| Some(v.as_str()) == first.split('/').next());
+        let why =
+            if unknown { "is not in -volumes" } else { "lists no blob: is its disk mounted?" };
+        let names = empty.iter().cloned().collect::<Vec<_>>().join(", -lost ");
+        Err(Error::Failed(format!(
+            "{first} {why} The old index names it; if it is gone for good, say -lost {names}"
+        )))
+    }
+
+    /// Keys of the old index that no blob was found for keep their record: they are known to be lost.
+    fn keep_lost_keys(&self) -> Result<()> {
+        let Some(old) = &self.old else { return Ok(()) };
+        old.view().records(b"", b"", |key, text| {
+            if self.new.get(key)?.is_none() {
+                let record = decode(key, Record::decode(text), text)?;
+                self.new.change().put(key, &record).commit()?;
+                self.note(|f| drop(f.lost.insert(name(key))));
+            }
+            Ok(true)
+        })
+    }
+
+    /// Prints the summary: the number of keys, and whether something asks for a bad exit status.
+    fn report(&self, begun: Instant) -> Result<(u64, bool)> {
+        let findings = self.findings.lock().unwrap_or_else(|e| e.into_inner());
+        let all = self.options.verbose;
+        show("names that are no blob, not indexed", &findings.strays, all);
+        show("other versions of keys, not indexed", &findings.stale, all);
+        show(
+            "replicas of different lengths under one name, the majority taken",
+            &findings.conflicts,
+            all,
+        );
+        show("keys that no blob was found for, their records kept", &findings.lost, all);
+        show("keys whose blobs could not be read for their md5", &findings.unhashed, all);
+        if all {
+            show("keys with fewer replicas than asked for", &findings.under, all);
+        }
+        let mut keys = 0;
+        self.new.view().records(b"", b"", |_, _| {
+            keys += 1;
+            Ok(true)
+        })?;
+        println!(
+            "{keys} keys, {} replicas, {} under-replicated, {} skipped, {:.1} s",
+            self.replicas.load(Ordering::Relaxed),
+            findings.under.len(),
+            findings.strays.len() + findings.stale.len(),
+            begun.elapsed().as_secs_f64()
+        );
+        Ok((keys, !findings.lost.is_empty() || !findings.unhashed.is_empty()))
+    }
+}
+
+/// A key as it is shown to people.
+pub fn name(key: &[u8]) -> String {
+    format!("\"{}\"", key.escape_ascii())
+}

@@ -1,0 +1,167 @@
+//! What lies on the volumes, read from their listings.
+//!
+//! The folders of one two-byte prefix are taken together over all volumes and subvolumes, so that
+//! all blobs of a key are seen at once, and no more than the blobs of some prefixes is in memory.
+//! Nothing is asked for that a listing did not name.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::placement::key_of;
+use crate::progress::Progress;
+use crate::volumes::Volumes;
+
+/// Folders that are listed at the same time.
+const WIDTH: usize = 16;
+
+/// A blob as a listing names it.
+#[derive(Debug, Clone)]
+pub struct Blob {
+    /// `host:port` or `host:port/svXX`.
+    pub replica: String,
+    pub version: u64,
+    /// Bytes.
+    pub size: u64,
+    /// mtime, in seconds since 1970.
+    pub time: u64,
+}
+
+/// The blobs of one prefix, by key, and the URLs of what is no blob.
+#[derive(Default)]
+pub struct Found {
+    pub keys: HashMap<Vec<u8>, Vec<Blob>>,
+    pub strays: Vec<String>,
+}
+
+/// Lists all volumes and calls `f`, on several threads, with what lies under each prefix.
+pub fn scan(
+    volumes: &Volumes,
+    names: &[String],
+    auth: Option<&str>,
+    f: impl Fn(Found) -> Result<()> + Sync,
+) -> Result<()> {
+    let scanner = Scanner { volumes, auth };
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(WIDTH).build();
+    let threads = threads.map_err(|e| Error::Failed(format!("no thread can be started: {e}")))?;
+    threads.install(|| {
+        let mut strays = Found::default();
+        // First byte to the places where it has a folder.
+        let mut firsts: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for name in names {
+            scanner.roots(name, true, &mut firsts, &mut strays)?;
+        }
+        f(strays)?;
+        let progress = Progress::new(firsts.len() as u64, "of the top folders");
+        let done = firsts.par_iter().try_for_each(|(first, places)| {
+            let mut strays = Found::default();
+            let mut seconds: BTreeMap<String, Vec<&String>> = BTreeMap::new();
+            let listings: Vec<_> = places
+                .par_iter()
+                .map(|place| Ok((place, scanner.list(place, &format!("/{first}/"))?)))
+                .collect::<Result<_>>()?;
+            for (place, entries) in listings {
+                for entry in entries {
+                    if entry.folder && is_hex(&entry.name) {
+                        seconds.entry(entry.name).or_default().push(place);
+                    } else {
+                        strays.strays.push(format!("{place}/{first}/{}", entry.name));
+                    }
+                }
+            }
+            f(strays)?;
+            seconds.par_iter().try_for_each(|(second, places)| {
+                let mut found = Found::default();
+                for place in places {
+                    scanner.blobs(place, &format!("/{first}/{second}/"), &mut found)?;
+                }
+                f(found)
+            })?;
+            progress.add(1);
+            Ok(())
+        });
+        progress.end();
+        done
+    })
+}
+
+struct Scanner<'a> {
+    volumes: &'a Volumes,
+    auth: Option<&'a str>,
+}
+
+impl Scanner<'_> {
+    fn list(&self, place: &str, folder: &str) -> Result<Vec<crate::volumes::Entry>> {
+        self.volumes.list(place, folder, self.auth)
+    }
+
+    /// Finds the top folders of a volume and, if it is one, of its subvolumes.
+    fn roots(
+        &self,
+        place: &str,
+        volume: bool,
+        firsts: &mut BTreeMap<String, Vec<String>>,
+        found: &mut Found,
+    ) -> Result<()> {
+        for entry in self.list(place, "/")? {
+            if entry.folder && is_hex(&entry.name) {
+                firsts.entry(entry.name).or_default().push(place.to_string());
+            } else if entry.folder && volume && is_subvolume(&entry.name) {
+                self.roots(&format!("{place}/{}", entry.name), false, firsts, found)?;
+            } else if entry.name != "lost+found" {
+                found.strays.push(format!("{place}/{}", entry.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Collects the blobs below a folder; a name may hold slashes.
+    fn blobs(&self, place: &str, folder: &str, found: &mut Found) -> Result<()> {
+        for entry in self.list(place, folder)? {
+            let path = format!("{folder}{}", entry.name);
+            match entry.size {
+                Some(size) => match key_of(&path) {
+                    Some((key, version)) => {
+                        let blob = Blob { replica: place.into(), version, size, time: entry.time };
+                        found.keys.entry(key).or_default().push(blob);
+                    }
+                    None => found.strays.push(format!("{place}{path}")),
+                },
+                None if entry.folder && entry.name.bytes().all(is_base64) => {
+                    self.blobs(place, &format!("{path}/"), found)?;
+                }
+                None => found.strays.push(format!("{place}{path}")),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_hex(name: &str) -> bool {
+    name.len() == 2 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn is_subvolume(name: &str) -> bool {
+    let digits = name.strip_prefix("sv").unwrap_or_default();
+    digits.len() >= 2 && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'A'..=b'F'))
+}
+
+fn is_base64(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"+-_=~".contains(&byte)
+}
+
+/// Names to show: all of them, or the first and how many more there are.
+pub fn show(title: &str, names: &BTreeSet<String>, all: bool) {
+    if names.is_empty() {
+        return;
+    }
+    println!("{title}: {}", names.len());
+    let most = if all { names.len() } else { 10 };
+    for name in names.iter().take(most) {
+        println!("  {name}");
+    }
+    if names.len() > most {
+        println!("  … and {} more, -v shows all", names.len() - most);
+    }
+}

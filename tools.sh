@@ -1,0 +1,71 @@
+# shellcheck shell=bash
+# Sourced by bringup.sh and test.sh: installs what is missing, and nothing when nothing is.
+#
+#   install_tools build     nginx, and what it takes to build the master: a C++ compiler, libclang, Rust
+#   install_tools tests     what the tests use besides
+PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/sbin:/sbin
+export PATH
+
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$*" >&2
+  exit 1
+}
+
+install_tools() {
+  missing=()
+  need nginx command -v nginx
+  need build-essential command -v c++
+  need clang command -v clang
+  need libclang-dev has_libclang
+  need curl command -v curl
+  need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
+  need util-linux command -v setpriv
+  if [ "$1" = tests ]; then
+    need wrk command -v wrk
+    need shellcheck command -v shellcheck
+    need apache2-utils command -v htpasswd
+    need procps command -v ps
+    need wget command -v wget
+    need python3 command -v python3
+    need python3-requests python3 -c 'import requests'
+  fi
+  if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}"; fi
+  install_rust
+}
+
+need() { if ! "${@:2}" >/dev/null 2>&1; then missing+=("$1"); fi; } # PACKAGE, and a command that fails without it
+
+has_libclang() { [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || ldconfig -p | grep libclang; }
+
+apt_install() {
+  local root=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0)
+  command -v apt-get >/dev/null || fail "missing: $*; this system has no apt-get, so install what they are called here"
+  if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || fail "missing: $*; as root: apt-get install $*"
+    root=(sudo)
+  fi
+  printf '%s: installing %s\n' "${0##*/}" "$*" >&2
+  for attempt in 1 2; do # mirrors fail now and then
+    if "${root[@]}" "${apt[@]}" update >&2 && "${root[@]}" "${apt[@]}" install --no-install-recommends "$@" >&2; then break; fi
+    [ "$attempt" = 1 ] || fail "apt-get could not install: $*; see its reason above, or install them by hand"
+    sleep 5
+  done
+  # Debian's package also starts a web server on port 80, now and at every boot: nobody asked for that one.
+  if [[ " $* " == *' nginx '* ]] && [ -d /run/systemd/system ]; then "${root[@]}" systemctl disable --now nginx >&2 || true; fi
+}
+
+install_rust() {
+  local want have
+  want=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname -- "${BASH_SOURCE[0]}")/Cargo.toml")
+  have=$(cargo --version 2>/dev/null | cut -d' ' -f2) || true
+  if ! printf '%s\n' "$want" "${have:-0}" | sort -V -C; then
+    printf '%s: installing Rust with rustup: cargo is %s, %s is needed\n' "${0##*/}" "${have:-missing}" "$want" >&2
+    curl -q --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+      RUSTUP_INIT_SKIP_PATH_CHECK=yes sh -s -- -y --profile minimal -c rustfmt -c clippy >&2 ||
+      fail "Rust $want or newer is needed and could not be installed: see https://rustup.rs"
+    hash -r
+  fi
+  if ! { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1; then
+    rustup component add rustfmt clippy >&2 || fail "cargo lacks fmt or clippy: install them, or Rust from https://rustup.rs"
+  fi
+}
