@@ -116,6 +116,7 @@ impl Head {
 /// Serves the store until SIGTERM or SIGINT, and then ends the process's work in order.
 pub fn serve(store: Arc<Store>) -> Result<()> {
     raise_descriptor_limit();
+    store.check()?;
     let options = &store.options;
     let listener = listen(&options.host, options.port)?;
     let address = listener.local_addr().map_err(|e| Error::Failed(e.to_string()))?;
@@ -296,32 +297,52 @@ impl Http {
     }
 
     fn handle(self: &Arc<Self>, request: Request, peer: SocketAddr) {
-        let head = head(&request);
-        let command = head.as_ref().map_err(Error::clone).and_then(|head| {
-            if self.stopping.load(Ordering::Relaxed) {
-                return Err(Error::Unavailable("the master is stopping".into()));
+        let head = match head(&request) {
+            Ok(_) if self.stopping.load(Ordering::Relaxed) => {
+                Err(Error::Unavailable("the master is stopping".into()))
             }
-            let command = route(request.method().as_str(), request.url())?;
+            head => head,
+        };
+        let head = match head {
+            Ok(head) => head,
+            // Where the request ends is not known.
+            Err(error) => return self.abort(request, peer, error.into()),
+        };
+        let command = route(request.method().as_str(), request.url()).and_then(|command| {
             if head.has_body() && !matches!(command, Command::Put { .. }) {
                 return Err(Error::BadRequest("only PUT and REPLACE take a body".into()));
             }
             Ok(command)
         });
-        let (head, command) = match (head, command) {
-            (Ok(head), Ok(command)) => (head, command),
-            // Where the request ends is not known, or its body was not read.
-            (Err(error), _) => return self.abort(request, peer, error.into()),
-            (Ok(head), Err(error)) if head.has_body() => {
-                return self.abort(request, peer, error.into());
-            }
-            (Ok(_), Err(error)) => return self.answer(request, peer, error.into()),
+        self.dispatch(request, peer, head, command)
+    }
+
+    /// Has a request answered on the thread that fits it.
+    fn dispatch(
+        self: &Arc<Self>,
+        request: Request,
+        peer: SocketAddr,
+        head: Head,
+        command: Result<Command>,
+    ) {
+        // What the index alone can answer is answered here; what waits for clients gets a thread of
+        // its own, and what waits for volumes a worker.
+        let client = self.store.known_client(head.authorization.as_deref());
+        let now = match (&client, &command) {
+            (Some(Err(error)), _) | (Some(Ok(_)), Err(error)) => Some(Err(error.clone())),
+            (Some(Ok(_)), Ok(command)) => self.store.answer_now(command),
+            (None, _) => None,
         };
-        if let Some(reply) = self.store.answer_now(&command) {
-            return self.answer(request, peer, reply.unwrap_or_else(Reply::from));
+        if let Some(reply) = now {
+            let reply = reply.unwrap_or_else(Reply::from);
+            return if head.has_body() {
+                self.abort(request, peer, reply)
+            } else {
+                self.answer(request, peer, reply)
+            };
         }
-        // What waits for clients gets a thread of its own, what waits for volumes a worker.
         let long =
-            matches!(command, Command::Put { .. } | Command::List(_) | Command::Rebalance(_));
+            matches!(command, Ok(Command::Put { .. } | Command::List(_) | Command::Rebalance(_)));
         let http = self.clone();
         let job: Job = Box::new(move || {
             let work = AssertUnwindSafe(|| http.work(request, peer, head, command));
@@ -346,7 +367,7 @@ impl Http {
         mut request: Request,
         peer: SocketAddr,
         head: Head,
-        command: Command,
+        command: Result<Command>,
     ) {
         let mut body = Body {
             http: self,
@@ -357,7 +378,12 @@ impl Http {
             request: &mut request,
         };
         let upload = Upload { length: head.length, content_md5: head.content_md5, body: &mut body };
-        let reply = self.store.run(command, upload, head.authorization.as_deref());
+        let reply = self.store.client(head.authorization.as_deref()).and_then(|client| {
+            let command = command?;
+            self.store
+                .answer_now(&command)
+                .unwrap_or_else(|| self.store.run(command, upload, client.as_ref()))
+        });
         let unread = !body.ended && (head.has_body() || body.begun);
         let reply = reply.unwrap_or_else(Reply::from);
         if unread { self.abort(request, peer, reply) } else { self.answer(request, peer, reply) }

@@ -69,6 +69,12 @@ pub fn lock_dir(dir: &Path, create: bool) -> Result<DirLock> {
     Ok(DirLock(file))
 }
 
+/// Whether a command that writes, such as a running master, holds the lock of this folder.
+pub fn is_locked(dir: &Path) -> bool {
+    let file = File::open(dir.join("lock"));
+    file.is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err())
+}
+
 /// The database's folder in `-db`; an error where a Go master's index lies there instead.
 pub fn folder(dir: &Path) -> Result<PathBuf> {
     if dir.join("CURRENT").exists() {

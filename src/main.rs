@@ -28,6 +28,7 @@ mod record;
 mod route;
 mod scan;
 mod store;
+mod verify;
 mod volumes;
 
 use error::Result;
@@ -63,6 +64,7 @@ fn run(options: Options) -> Result<()> {
             let index = Index::open(&index::folder(&options.db)?, false, options.sync)?;
             rebalance::run(&store::Store::new(options, index))?;
         }
+        Mode::Verify => verify::run(options)?,
         Mode::Dump => dump::run(&options)?,
         _ => {}
     }

@@ -56,7 +56,7 @@ pub fn place(key: &[u8], volumes: &[String], replicas: usize, subvolumes: u32) -
         .iter()
         .map(|v| (Md5::new().chain_update(key).chain_update(v).finalize().into(), v))
         .collect();
-    scores.sort_by(|a, b| b.0.cmp(&a.0));
+    scores.sort_by_key(|(score, _)| std::cmp::Reverse(*score));
     let replica = |(score, volume): &([u8; 16], &String)| match subvolumes {
         1 => volume.to_string(),
         n => {

@@ -170,7 +170,7 @@ pub fn run(store: &Arc<Store>) -> Result<()> {
     let threads = rayon::ThreadPoolBuilder::new().num_threads(WIDTH).build();
     let threads = threads.map_err(|e| Error::Failed(format!("no thread can be started: {e}")))?;
     let mut batch: Vec<(Vec<u8>, Record)> = Vec::new();
-    let mut work = |batch: &mut Vec<(Vec<u8>, Record)>| {
+    let work = |batch: &mut Vec<(Vec<u8>, Record)>| {
         threads.install(|| {
             batch.par_iter().for_each(|(key, record)| store.one(key, record, &counts, &progress))
         });

@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use crate::auth::Credentials;
 use crate::error::{Error, Result};
 use crate::index::{Index, decode, folder, lock_dir};
 use crate::options::Options;
@@ -29,7 +30,10 @@ pub fn run(options: &Options) -> Result<()> {
     let rebuild = Rebuild {
         options,
         volumes: Volumes::new(options.voltimeout),
-        auth: options.userpass.as_ref().map(|text| crate::auth::basic(text)),
+        auth: options
+            .userpass
+            .as_ref()
+            .and_then(|text| Some(Credentials::new(text.as_bytes())?.header)),
         new: Index::open(&fresh, true, false)?,
         old,
         listed: Mutex::default(),
@@ -152,7 +156,7 @@ impl Rebuild<'_> {
             if let Some(record) = self.record(&key, blobs)? {
                 self.replicas.fetch_add(record.replicas.len() as u64, Ordering::Relaxed);
                 if record.replicas.len() < self.options.replicas {
-                    self.note(|f| drop(f.under.insert(name(&key))));
+                    self.note(|f| _ = f.under.insert(name(&key)));
                 }
                 change = change.put(&key, &record);
             }
@@ -186,7 +190,7 @@ impl Rebuild<'_> {
         };
         let Some(blobs) = versions.remove(&version) else { return Ok(None) };
         for (version, _) in versions {
-            self.note(|f| drop(f.stale.insert(format!("{} {}", name(key), path(key, version)))));
+            self.note(|f| _ = f.stale.insert(format!("{} {}", name(key), path(key, version))));
         }
         let (size, time, mut replicas) = self.agree(key, blobs, old.as_ref());
         let wanted =
@@ -221,7 +225,7 @@ impl Rebuild<'_> {
                 blobs.iter().map(move |b| format!(" {} on {}", size, b.replica))
             });
             let text = format!("{}:{}", name(key), text.collect::<Vec<_>>().join(","));
-            self.note(|f| drop(f.conflicts.insert(text)));
+            self.note(|f| _ = f.conflicts.insert(text));
         }
         let known = old.and_then(|old| old.size);
         let newest = |blobs: &[Blob]| blobs.iter().map(|blob| blob.time).max().unwrap_or(0);
@@ -242,7 +246,7 @@ impl Rebuild<'_> {
                 Err(error) => eprintln!("{error}"),
             }
         }
-        self.note(|f| drop(f.unhashed.insert(name(key))));
+        self.note(|f| _ = f.unhashed.insert(name(key)));
         Ok(None)
     }
 
@@ -280,7 +284,7 @@ impl Rebuild<'_> {
             if self.new.get(key)?.is_none() {
                 let record = decode(key, Record::decode(text), text)?;
                 self.new.change().put(key, &record).commit()?;
-                self.note(|f| drop(f.lost.insert(name(key))));
+                self.note(|f| _ = f.lost.insert(name(key)));
             }
             Ok(true)
         })

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::auth;
+use crate::auth::{Credentials, Gate};
 use crate::error::{Error, Result};
 use crate::index::Index;
 use crate::options::Options;
@@ -23,6 +23,9 @@ use crate::volumes::{Stored, Value, Volumes};
 /// For how long a 404 proves nothing where a whole body was sent and no answer came, in seconds.
 const LATE: u64 = 3600;
 
+/// For how long the plain name of a key is avoided after a volume could not use it, in seconds.
+const CONFLICT: u64 = 60;
+
 /// How often the cleaner looks again at what it could not clear.
 const CLEAN_EVERY: Duration = Duration::from_secs(5);
 
@@ -33,6 +36,8 @@ pub struct Store {
     pub options: Options,
     pub index: Index,
     pub volumes: Arc<Volumes>,
+    /// With basic authorization: who may come in.
+    gate: Option<Gate>,
     own_auth: Option<String>,
     /// Whether the cleaner should look when the key's lock is free again.
     dirty: AtomicBool,
@@ -94,16 +99,52 @@ impl Store {
     pub fn new(options: Options, index: Index) -> Arc<Store> {
         let (wake, woken) = bounded(1);
         let volumes = Volumes::new(options.voltimeout);
-        let own_auth = options.userpass.as_ref().map(|text| auth::basic(text));
+        let own = options.userpass.as_ref().and_then(|text| Credentials::new(text.as_bytes()));
+        let own_auth = own.map(|credentials| credentials.header);
+        let gate = options.basicauth.then(|| Gate::new(volumes.clone(), &options.volumes));
         Arc::new(Store {
             options,
             index,
             volumes,
+            gate,
             own_auth,
             dirty: AtomicBool::new(false),
             wake,
             woken,
         })
+    }
+
+    /// What has to hold before anybody is served.
+    pub fn check(&self) -> Result<()> {
+        if self.gate.is_some() && self.own_auth.is_none() {
+            log::warn!("without -userpass the cleaner cannot delete: debris waits");
+        }
+        self.gate.as_ref().map_or(Ok(()), Gate::check)
+    }
+
+    /// Who sends this Authorization header, as far as is known without asking a volume; `None`: one
+    /// has to be asked. Without basic authorization everybody is nobody, and welcome.
+    pub fn known_client(&self, header: Option<&str>) -> Option<Result<Option<Credentials>>> {
+        let Some(gate) = &self.gate else { return Some(Ok(None)) };
+        let Some(credentials) = header.and_then(Credentials::parse) else {
+            return Some(Err(Error::Unauthorized));
+        };
+        match gate.remembered(&credentials)? {
+            true => Some(Ok(Some(credentials))),
+            false => Some(Err(Error::Unauthorized)),
+        }
+    }
+
+    /// Who sends this Authorization header.
+    pub fn client(&self, header: Option<&str>) -> Result<Option<Credentials>> {
+        if let Some(known) = self.known_client(header) {
+            return known;
+        }
+        let (Some(gate), Some(credentials)) = (&self.gate, header.and_then(Credentials::parse))
+        else {
+            return Err(Error::Unauthorized);
+        };
+        if gate.ask(&credentials)? { Ok(Some(credentials)) } else { Err(Error::Unauthorized) }
     }
 
     /// Answers what the index alone can answer; `None`: the volumes are needed.
@@ -117,9 +158,15 @@ impl Store {
     }
 
     /// Carries out a command. `upload` is read by PUT and REPLACE only.
-    pub fn run(&self, command: Command, upload: Upload, auth: Option<&str>) -> Result<Reply> {
+    pub fn run(
+        &self,
+        command: Command,
+        upload: Upload,
+        client: Option<&Credentials>,
+    ) -> Result<Reply> {
+        let auth = client.map(|client| client.header.as_str()).or(self.own_auth());
         let reply = match command {
-            Command::Get { key, path } => self.get(&key, &path, auth),
+            Command::Get { key, path } => self.get(&key, &path, client, auth),
             Command::Put { key, replace } => self.put(&key, replace, upload, auth),
             Command::Delete(key) => self.delete(&key, auth),
             Command::Unlink(key) => self.unlink(&key),
@@ -145,7 +192,13 @@ impl Store {
         Ok(Reply { headers, ..Reply::empty(302) })
     }
 
-    fn get(&self, key: &[u8], target: &str, auth: Option<&str>) -> Result<Reply> {
+    fn get(
+        &self,
+        key: &[u8],
+        target: &str,
+        client: Option<&Credentials>,
+        auth: Option<&str>,
+    ) -> Result<Reply> {
         let Some(record) = self.index.get(key)?.filter(Record::live) else {
             return self.not_here(target);
         };
@@ -154,10 +207,15 @@ impl Store {
         let placed = self.place(key);
         let balance = if record.replicas == placed { "balanced" } else { "unbalanced" };
         let mut headers = vec![
-            ("Location", format!("http://{replica}{blob}")),
+            // As the original does: clients drop the header when they are sent to another port.
+            (
+                "Location",
+                format!("http://{}{replica}{blob}", client.map_or("", |client| &client.url)),
+            ),
             ("Key-Volumes", record.replicas.join(",")),
             ("Key-Balance", balance.to_string()),
         ];
+        headers.extend(client.map(|_| ("Cache-Control", "no-store".into())));
         headers.extend(record.hash.map(|hash| ("Content-Md5", hex(&hash))));
         Ok(Reply { headers, ..Reply::empty(302) })
     }
@@ -243,8 +301,12 @@ impl Store {
         // A crash from here on leaves this entry, which says what may lie where.
         self.index.change().grow_debris(key, version, &new)?.commit()?;
         self.volumes.put(replicas, &path(key, version), value, auth).or_else(|failed| {
-            if !failed.late.is_empty() {
-                new.until = now() + LATE;
+            // A folder where the plain name should lie: as long as this entry stays, another attempt
+            // gets a version.
+            let conflict =
+                version == 0 && matches!(failed.error, Error::Refused { status: 409, .. });
+            if conflict || !failed.late.is_empty() {
+                new.until = now() + if conflict { CONFLICT } else { LATE };
                 self.index.change().grow_debris(key, version, &new)?.commit()?;
             }
             // What cannot be cleared now, the cleaner clears.
@@ -339,7 +401,7 @@ impl Store {
     }
 
     /// As `clear`, with the error that kept a blob. The caller holds the key's lock.
-    fn clear_now(
+    pub fn clear_now(
         &self,
         key: &[u8],
         version: u64,
@@ -389,7 +451,7 @@ impl Store {
 
     /// Takes replicas from an entry of debris, and those that the key's record names; the last one
     /// takes the entry with it. The caller holds the key's lock.
-    fn forget(&self, key: &[u8], version: u64, gone: &[String]) -> Result<()> {
+    pub fn forget(&self, key: &[u8], version: u64, gone: &[String]) -> Result<()> {
         let Some(mut entry) = self.index.debris_entry(key, version)? else { return Ok(()) };
         let record = self.index.get(key)?.filter(|record| record.version == version);
         let kept = record.map_or(Vec::new(), |record| record.replicas);
@@ -423,6 +485,9 @@ impl Store {
 
     /// The cleaner's thread: clears debris that no writer holds, now and for ever.
     pub fn clean(self: &Arc<Store>) {
+        if self.gate.is_some() && self.own_auth.is_none() {
+            return;
+        }
         loop {
             let begun = Instant::now();
             match self.clean_once() {

@@ -127,6 +127,19 @@ impl Volumes {
         }
     }
 
+    /// Whether the volume lets in who shows this, or nothing.
+    pub fn admits(&self, volume: &str, auth: Option<&str>) -> Result<bool> {
+        let answer = self.ask(volume, self.timeout, |agent| {
+            let request = agent.head(url(volume, "/"));
+            with_auth(request, auth).config().timeout_global(Some(self.timeout)).build().call()
+        })?;
+        match answer.status().as_u16() {
+            200 => Ok(true),
+            401 | 403 => Ok(false),
+            status => Err(Error::Refused { volume: volume.into(), status }),
+        }
+    }
+
     /// Deletes a blob. `true`: it was there and is gone; `false`: it was not there.
     pub fn delete(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<bool> {
         let answer = self.ask(replica, DELETE, |agent| {
