@@ -61,6 +61,19 @@ impl Error {
         }
     }
 
+    /// A word for what went wrong, for the metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Error::Refused { .. } => "volume_refused",
+            Error::Unreachable { .. } => "volume_unreachable",
+            Error::Index(_) => "index",
+            Error::Locked => "locked",
+            Error::Gone => "no_replica",
+            Error::Unavailable(_) | Error::Failed(_) => "unavailable",
+            _ => "client",
+        }
+    }
+
     /// What the process exits with: 2 for a wrong command line, 1 for everything else.
     pub fn exit_code(&self) -> i32 {
         if matches!(self, Error::Usage(_)) { 2 } else { 1 }

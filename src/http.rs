@@ -96,6 +96,19 @@ impl Conn {
     }
 }
 
+/// A request's turn on its connection.
+#[derive(Clone, Copy)]
+struct Turn {
+    peer: SocketAddr,
+    begun: Instant,
+}
+
+impl Turn {
+    fn new(peer: SocketAddr) -> Turn {
+        Turn { peer, begun: Instant::now() }
+    }
+}
+
 /// What a request's headers say of its body and its sender.
 #[derive(Default)]
 struct Head {
@@ -255,7 +268,7 @@ impl Http {
                 if full {
                     drop(conns);
                     let error = Error::Unavailable("too many connections: try again later".into());
-                    return self.abort(request, peer, error.into());
+                    return self.abort(request, Turn::new(peer), error.into());
                 }
             }
             Entry::Occupied(mut entry) => {
@@ -278,7 +291,7 @@ impl Http {
             }
         }
         drop(conns);
-        self.handle(request, peer);
+        self.handle(request, Turn::new(peer));
     }
 
     /// Ends a connection's turn and begins the next.
@@ -292,11 +305,11 @@ impl Http {
         drop(conns);
         drop(rest);
         if let Some(request) = next {
-            self.handle(request, peer);
+            self.handle(request, Turn::new(peer));
         }
     }
 
-    fn handle(self: &Arc<Self>, request: Request, peer: SocketAddr) {
+    fn handle(self: &Arc<Self>, request: Request, turn: Turn) {
         let head = match head(&request) {
             Ok(_) if self.stopping.load(Ordering::Relaxed) => {
                 Err(Error::Unavailable("the master is stopping".into()))
@@ -306,7 +319,7 @@ impl Http {
         let head = match head {
             Ok(head) => head,
             // Where the request ends is not known.
-            Err(error) => return self.abort(request, peer, error.into()),
+            Err(error) => return self.abort(request, turn, error.into()),
         };
         let command = route(request.method().as_str(), request.url()).and_then(|command| {
             if head.has_body() && !matches!(command, Command::Put { .. }) {
@@ -314,14 +327,14 @@ impl Http {
             }
             Ok(command)
         });
-        self.dispatch(request, peer, head, command)
+        self.dispatch(request, turn, head, command)
     }
 
     /// Has a request answered on the thread that fits it.
     fn dispatch(
         self: &Arc<Self>,
         request: Request,
-        peer: SocketAddr,
+        turn: Turn,
         head: Head,
         command: Result<Command>,
     ) {
@@ -336,47 +349,50 @@ impl Http {
         if let Some(reply) = now {
             let reply = reply.unwrap_or_else(Reply::from);
             return if head.has_body() {
-                self.abort(request, peer, reply)
+                self.abort(request, turn, reply)
             } else {
-                self.answer(request, peer, reply)
+                self.answer(request, turn, reply)
             };
         }
         let long =
             matches!(command, Ok(Command::Put { .. } | Command::List(_) | Command::Rebalance(_)));
         let http = self.clone();
         let job: Job = Box::new(move || {
-            let work = AssertUnwindSafe(|| http.work(request, peer, head, command));
+            let work = AssertUnwindSafe(|| http.work(request, turn, head, command));
             if catch_unwind(work).is_err() {
-                log::error!("a request of {peer} failed: its connection is closed");
-                http.close(peer);
-                http.done(peer);
+                log::error!("a request of {} failed: its connection is closed", turn.peer);
+                http.close(turn.peer);
+                http.done(turn.peer);
             }
         });
         if !long {
             let _ = self.jobs.send(job);
         } else if self.store.volumes.pool.run(job).is_err() {
             // The job is dropped, and its request with it.
-            log::error!("no thread can be had for a request of {peer}");
-            self.close(peer);
-            self.done(peer);
+            log::error!("no thread can be had for a request of {}", turn.peer);
+            self.close(turn.peer);
+            self.done(turn.peer);
         }
     }
 
     fn work(
         self: &Arc<Self>,
         mut request: Request,
-        peer: SocketAddr,
+        turn: Turn,
         head: Head,
         command: Result<Command>,
     ) {
         let mut body = Body {
             http: self,
-            peer,
+            peer: turn.peer,
             left: head.length,
             begun: false,
             ended: false,
             request: &mut request,
         };
+        let metrics = &self.store.metrics;
+        let uploads = u64::from(matches!(command, Ok(Command::Put { .. })));
+        metrics.uploads.fetch_add(uploads, Ordering::Relaxed);
         let upload = Upload { length: head.length, content_md5: head.content_md5, body: &mut body };
         let reply = self.store.client(head.authorization.as_deref()).and_then(|client| {
             let command = command?;
@@ -384,14 +400,15 @@ impl Http {
                 .answer_now(&command)
                 .unwrap_or_else(|| self.store.run(command, upload, client.as_ref()))
         });
+        metrics.uploads.fetch_sub(uploads, Ordering::Relaxed);
         let unread = !body.ended && (head.has_body() || body.begun);
         let reply = reply.unwrap_or_else(Reply::from);
-        if unread { self.abort(request, peer, reply) } else { self.answer(request, peer, reply) }
+        if unread { self.abort(request, turn, reply) } else { self.answer(request, turn, reply) }
     }
 
     /// Answers a request whose body, if it has one, was read.
-    fn answer(self: &Arc<Self>, request: Request, peer: SocketAddr, reply: Reply) {
-        self.log(&request, &reply);
+    fn answer(self: &Arc<Self>, request: Request, turn: Turn, reply: Reply) {
+        self.count(&request, turn, &reply);
         let without_body = request.method().as_str() == "HEAD";
         let sent = match &reply.body {
             ReplyBody::Text(text) => {
@@ -399,6 +416,7 @@ impl Http {
                 if !without_body {
                     bytes.extend_from_slice(text.as_bytes());
                 }
+                self.store.metrics.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 let mut writer = request.into_writer();
                 writer
                     .write_all(&bytes)
@@ -408,6 +426,10 @@ impl Http {
             ReplyBody::List(list) => match Page::new(&self.store.index, list) {
                 Ok(page) => {
                     let bytes = response(&reply, page.length, false);
+                    self.store
+                        .metrics
+                        .sent
+                        .fetch_add(bytes.len() as u64 + page.length, Ordering::Relaxed);
                     let mut writer = io::BufWriter::with_capacity(64 << 10, request.into_writer());
                     let broken = |e: io::Error| Error::Failed(e.to_string());
                     let sent = writer
@@ -416,20 +438,21 @@ impl Http {
                         .and_then(|()| page.write(&mut writer));
                     sent.and_then(|()| writer.flush().map_err(broken))
                 }
-                Err(error) => return self.answer(request, peer, error.into()),
+                Err(error) => return self.answer(request, turn, error.into()),
             },
         };
         if let Err(error) = sent {
-            log::debug!("an answer to {peer} was not sent: {error}");
-            self.close(peer);
+            log::debug!("an answer to {} was not sent: {error}", turn.peer);
+            self.close(turn.peer);
         }
-        self.done(peer);
+        self.done(turn.peer);
     }
 
     /// Answers a request whose body was not read, or has no certain end, and closes its connection.
     /// The client has some time to read the answer before the connection is cut.
-    fn abort(self: &Arc<Self>, request: Request, peer: SocketAddr, reply: Reply) {
-        self.log(&request, &reply);
+    fn abort(self: &Arc<Self>, request: Request, turn: Turn, reply: Reply) {
+        self.count(&request, turn, &reply);
+        let peer = turn.peer;
         if let Some(conn) = self.conns().get_mut(&peer) {
             conn.closed = true;
         }
@@ -471,10 +494,20 @@ impl Http {
         }
     }
 
-    fn log(&self, request: &Request, reply: &Reply) {
-        if self.store.options.verbose {
-            let path = request.url().split('?').next().unwrap_or_default();
-            log::info!("{} {} {}", request.method(), path.escape_debug(), reply.status);
+    /// Counts and logs an answered request. What a query holds is not logged.
+    fn count(&self, request: &Request, turn: Turn, reply: &Reply) {
+        let (method, status) = (request.method().as_str(), reply.status);
+        let path = request.url().split('?').next().unwrap_or_default().escape_debug();
+        let time = turn.begun.elapsed();
+        self.store.metrics.count(method, status, reply.error, time);
+        match &reply.body {
+            ReplyBody::Text(text) if status >= 500 => {
+                log::error!("{method} {path} {status}: {}", text.trim_end())
+            }
+            _ if self.store.options.verbose => {
+                log::info!("{method} {path} {status} {} ms", time.as_millis())
+            }
+            _ => {}
         }
     }
 
@@ -530,6 +563,7 @@ impl Http {
                 let mut conns = self.conns();
                 let there: HashSet<SocketAddr> = sockets.iter().map(|(_, peer, _)| *peer).collect();
                 conns.retain(|peer, conn| conn.busy || there.contains(peer));
+                self.store.metrics.connections.store(there.len() as u64, Ordering::Relaxed);
                 for (_, peer, unread) in sockets {
                     let count = conns.len();
                     let conn = conns.entry(peer).or_insert_with(|| {
@@ -754,6 +788,7 @@ impl Read for Body<'_> {
         if n == 0 && (self.left.is_some() || self.client_is_gone()) {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the client went away"));
         }
+        self.http.store.metrics.received.fetch_add(n as u64, Ordering::Relaxed);
         self.left = self.left.map(|left| left - n as u64);
         self.ended = self.left == Some(0) || n == 0;
         Ok(n)

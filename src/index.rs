@@ -259,6 +259,13 @@ impl Index {
         self.db.flush_wal(true).map_err(index_error)
     }
 
+    /// Whether the index takes a write: one that changes nothing.
+    pub fn probe(&self) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        batch.delete_cf(self.debris_family(), b"");
+        self.db.write(batch).map_err(index_error)
+    }
+
     /// RocksDB's estimate of the number of keys.
     pub fn estimate(&self) -> u64 {
         self.db.property_int_value("rocksdb.estimate-num-keys").ok().flatten().unwrap_or(0)

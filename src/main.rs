@@ -18,6 +18,7 @@ mod error;
 mod http;
 mod index;
 mod list;
+mod metrics;
 mod options;
 mod placement;
 mod pool;
@@ -50,6 +51,11 @@ fn main() {
 fn run(options: Options) -> Result<()> {
     let level = if options.verbose { log::LevelFilter::Info } else { log::LevelFilter::Warn };
     env_logger::Builder::new().filter_module("mkv", level).init();
+    // One line in the log. tiny_http's threads panic where a client resets its connection at once.
+    std::panic::set_hook(Box::new(|panic| {
+        let quiet = panic.location().is_some_and(|at| at.file().contains("tiny_http"));
+        log::log!(if quiet { log::Level::Debug } else { log::Level::Error }, "{panic}");
+    }));
     match options.mode {
         Mode::Help => println!("{USAGE}"),
         Mode::Version => println!("mkv {}", env!("CARGO_PKG_VERSION")),

@@ -14,6 +14,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use crate::auth::{Credentials, Gate};
 use crate::error::{Error, Result};
 use crate::index::Index;
+use crate::metrics::{Metrics, plain};
 use crate::options::Options;
 use crate::placement::{path, place};
 use crate::record::{Debris, Hash, Record, State, hex};
@@ -36,6 +37,7 @@ pub struct Store {
     pub options: Options,
     pub index: Index,
     pub volumes: Arc<Volumes>,
+    pub metrics: Metrics,
     /// With basic authorization: who may come in.
     gate: Option<Gate>,
     own_auth: Option<String>,
@@ -60,6 +62,8 @@ pub struct Reply {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: ReplyBody,
+    /// The kind of error that this reply tells of.
+    pub error: Option<&'static str>,
 }
 
 pub enum ReplyBody {
@@ -70,7 +74,7 @@ pub enum ReplyBody {
 
 impl Reply {
     fn empty(status: u16) -> Reply {
-        Reply { status, headers: Vec::new(), body: ReplyBody::Text(String::new()) }
+        Reply { status, headers: Vec::new(), body: ReplyBody::Text(String::new()), error: None }
     }
 }
 
@@ -86,7 +90,12 @@ impl From<Error> for Reply {
             503 => headers.push(("Retry-After", "5".into())),
             _ => {}
         }
-        Reply { status: error.status(), headers, body: ReplyBody::Text(format!("{error}\n")) }
+        Reply {
+            headers,
+            body: ReplyBody::Text(format!("{error}\n")),
+            error: Some(error.kind()),
+            ..Reply::empty(error.status())
+        }
     }
 }
 
@@ -106,6 +115,7 @@ impl Store {
             options,
             index,
             volumes,
+            metrics: Metrics::default(),
             gate,
             own_auth,
             dirty: AtomicBool::new(false),
@@ -172,18 +182,59 @@ impl Store {
             Command::Unlink(key) => self.unlink(&key),
             Command::Relink(key) => self.relink(&key, auth),
             Command::Rebalance(key) => self.rebalance(&key, auth).map(|_| Reply::empty(204)),
-            Command::List(list) => Ok(Reply {
-                status: 200,
-                headers: vec![("Content-Type", "application/json".into())],
-                body: ReplyBody::List(list),
-            }),
-            Command::Metrics | Command::Health => Err(Error::Method),
+            Command::List(list) => Ok(reply(200, "application/json", ReplyBody::List(list))),
+            Command::Metrics => {
+                Ok(reply(200, "text/plain; version=0.0.4", ReplyBody::Text(self.metrics())))
+            }
+            Command::Health => Ok(self.health(auth)),
         };
         // The key's lock is free again: the cleaner may have it.
         if self.dirty.swap(false, Ordering::Relaxed) {
             let _ = self.wake.try_send(());
         }
         reply
+    }
+
+    fn metrics(&self) -> String {
+        let mut text = String::new();
+        self.metrics.write(&mut text);
+        self.volumes.write_metrics(&mut text);
+        plain(
+            &mut text,
+            "mkv_locks",
+            "gauge",
+            "Keys that are being written.",
+            self.index.locked() as u64,
+        );
+        plain(
+            &mut text,
+            "mkv_keys",
+            "gauge",
+            "Keys in the index, an estimate.",
+            self.index.estimate(),
+        );
+        text
+    }
+
+    /// Whether the index can be written and every volume answers.
+    fn health(&self, auth: Option<&str>) -> Reply {
+        let index = self.index.probe().map_or_else(|e| e.to_string(), |()| "ok".into());
+        let (volumes, auth) = (self.volumes.clone(), auth.map(String::from));
+        let ask = move |name: String| match volumes.admits(&name, auth.as_deref()) {
+            Ok(true) => (name, "ok".to_string()),
+            Ok(false) => (name, "it does not let the master in".to_string()),
+            Err(error) => (name, error.to_string()),
+        };
+        let states = self.volumes.pool.each(self.options.volumes.clone(), ask);
+        let healthy = index == "ok" && states.iter().all(|(_, state)| state == "ok");
+        let states: serde_json::Map<_, _> =
+            states.into_iter().map(|(name, state)| (name, state.into())).collect();
+        let text = serde_json::json!({ "healthy": healthy, "index": index, "volumes": states });
+        reply(
+            if healthy { 200 } else { 503 },
+            "application/json",
+            ReplyBody::Text(format!("{text}\n")),
+        )
     }
 
     fn not_here(&self, path: &str) -> Result<Reply> {
@@ -537,6 +588,10 @@ impl Store {
     pub fn own_auth(&self) -> Option<&str> {
         self.own_auth.as_deref()
     }
+}
+
+fn reply(status: u16, kind: &str, body: ReplyBody) -> Reply {
+    Reply { headers: vec![("Content-Type", kind.into())], body, ..Reply::empty(status) }
 }
 
 pub const NOT_FOUND: Error = Error::NotFound("no such key");

@@ -27,6 +27,7 @@ use ureq::unversioned::transport::{
 use ureq::{Agent, Body, SendBody, http};
 
 use crate::error::{Error, Result};
+use crate::metrics::{Histogram, head};
 use crate::pool::Pool;
 use crate::record::Hash;
 
@@ -54,8 +55,9 @@ pub struct Volumes {
 
 struct Volume {
     agent: Agent,
-    /// When the volume last gave no answer.
+    /// When the volume last gave no answer; `None`: it answers.
     down: Mutex<Option<Instant>>,
+    latency: Mutex<Histogram>,
 }
 
 /// A value on its way from a client.
@@ -97,9 +99,38 @@ impl Volumes {
         if let Some(volume) = self.known.read().unwrap_or_else(|e| e.into_inner()).get(name) {
             return volume.clone();
         }
-        let volume = Arc::new(Volume { agent: agent(name, self.timeout), down: Mutex::new(None) });
+        let volume = Arc::new(Volume {
+            agent: agent(name, self.timeout),
+            down: Mutex::default(),
+            latency: Mutex::default(),
+        });
         let mut known = self.known.write().unwrap_or_else(|e| e.into_inner());
         known.entry(name.to_string()).or_insert(volume).clone()
+    }
+
+    /// What is known of each volume that was asked for something, as Prometheus text.
+    pub fn write_metrics(&self, text: &mut String) {
+        let known = self.known.read().unwrap_or_else(|e| e.into_inner());
+        head(
+            text,
+            "mkv_volume_up",
+            "gauge",
+            "Whether the volume gave an answer when it was last asked.",
+        );
+        for (name, volume) in &*known {
+            let up = volume.down.lock().unwrap_or_else(|e| e.into_inner()).is_none();
+            text.push_str(&format!("mkv_volume_up{{volume=\"{name}\"}} {}\n", up as u8));
+        }
+        head(
+            text,
+            "mkv_volume_seconds",
+            "histogram",
+            "From a request to a volume to its answer's head.",
+        );
+        for (name, volume) in &*known {
+            let latency = volume.latency.lock().unwrap_or_else(|e| e.into_inner());
+            latency.write(text, "mkv_volume_seconds", &format!("volume=\"{name}\""));
+        }
     }
 
     /// Replicas in random order; those on volumes that were silent just now come last.
@@ -184,7 +215,7 @@ impl Volumes {
             }
             answer => answer,
         };
-        volume.note(replica, answer.as_ref().err());
+        volume.note(replica, begun.elapsed(), answer.as_ref().err());
         answer.map_err(|e| failure(replica, e))
     }
 
@@ -449,6 +480,7 @@ struct Sending {
 
 impl Sending {
     fn run(mut self) -> Sent {
+        let begun = Instant::now();
         let mut answer = self.send();
         // A pooled connection that nginx has closed in the meantime fails on its first use.
         if matches!(&answer, Err(ureq::Error::Io(e)) if Early::of(e).is_none())
@@ -462,7 +494,9 @@ impl Sending {
         });
         let status = early.or(answer.as_ref().ok().map(|answer| answer.status().as_u16()));
         match status {
-            Some(200..=299) if early.is_none() => self.volume.note(&self.replica, None),
+            Some(200..=299) if early.is_none() => {
+                self.volume.note(&self.replica, begun.elapsed(), None)
+            }
             Some(status) => {
                 let error = Error::Refused { volume: self.replica, status };
                 return Err(SendFailed { error, late: false, stopped: false });
@@ -472,7 +506,7 @@ impl Sending {
         let (late, stopped) = (self.feed.whole, self.feed.stopped);
         answer.map(drop).map_err(|e| {
             if !stopped {
-                self.volume.note(&self.replica, Some(&e));
+                self.volume.note(&self.replica, begun.elapsed(), Some(&e));
             }
             SendFailed { error: failure(&self.replica, e), late, stopped }
         })
@@ -609,8 +643,9 @@ impl Volume {
         down.is_some_and(|since| since.elapsed() < DOWN)
     }
 
-    /// Remembers whether the volume gave an answer.
-    fn note(&self, replica: &str, error: Option<&ureq::Error>) {
+    /// Remembers whether the volume gave an answer, and after what time.
+    fn note(&self, replica: &str, time: Duration, error: Option<&ureq::Error>) {
+        self.latency.lock().unwrap_or_else(|e| e.into_inner()).observe(time);
         let mut down = self.down.lock().unwrap_or_else(|e| e.into_inner());
         match (error, &*down) {
             (Some(e), None) => log::warn!("volume {replica} gives no answer: {e}"),
