@@ -23,13 +23,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, unbounded};
 use rustix::net::{RecvFlags, recv};
 use socket2::{Domain, SockRef, Socket, Type};
 use tiny_http::{Request, Server};
 
 use crate::error::{Error, Result};
 use crate::list::Page;
+use crate::pool::{Job, Pool};
 use crate::record::{Hash, unhex};
 use crate::route::{Command, route};
 use crate::store::{Reply, ReplyBody, Store, Upload};
@@ -55,17 +55,18 @@ const READ_AHEAD: u64 = 1024;
 /// How many requests of one connection may wait for their turn.
 const PIPELINE: usize = 64;
 
+/// How often the connections are counted.
+const CENSUS: Duration = Duration::from_millis(250);
+
 /// Threads for requests that wait for volumes, but not for clients.
 const WORKERS: usize = 16;
-
-type Job = Box<dyn FnOnce() + Send>;
 
 pub struct Http {
     store: Arc<Store>,
     listener: TcpListener,
     address: SocketAddr,
     conns: Mutex<HashMap<SocketAddr, Conn>>,
-    jobs: Sender<Job>,
+    workers: Pool,
     /// Servers to be made: at the start, and for each whose accept thread has ended.
     missing: AtomicUsize,
     stopping: AtomicBool,
@@ -130,22 +131,16 @@ impl Head {
 pub fn serve(store: Arc<Store>) -> Result<()> {
     raise_descriptor_limit();
     store.check()?;
+    store.distrust()?;
     let options = &store.options;
     let listener = listen(&options.host, options.port)?;
     let address = listener.local_addr().map_err(|e| Error::Failed(e.to_string()))?;
-    let (jobs, work) = unbounded::<Job>();
-    for _ in 0..WORKERS {
-        let work = work.clone();
-        spawn("mkv-worker", move || {
-            work.iter().for_each(|job| drop(catch_unwind(AssertUnwindSafe(job))))
-        })?;
-    }
     let http = Arc::new(Http {
         store: store.clone(),
         listener,
         address,
         conns: Mutex::default(),
-        jobs,
+        workers: Pool::new(WORKERS),
         missing: AtomicUsize::new(2),
         stopping: AtomicBool::new(false),
     });
@@ -257,7 +252,9 @@ impl Http {
         let Some(peer) = request.remote_addr().copied() else { return };
         if request.url() == "*" && *request.method() == tiny_http::Method::Options {
             // `watch` asks whether anybody is there.
-            let _ = request.into_writer().write_all(b"HTTP/1.1 204 No Content\r\n\r\n");
+            let mut writer = request.into_writer();
+            let _ =
+                writer.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").and_then(|()| writer.flush());
             return;
         }
         let mut conns = self.conns();
@@ -365,12 +362,12 @@ impl Http {
                 http.done(turn.peer);
             }
         });
-        if !long {
-            let _ = self.jobs.send(job);
-        } else if self.store.volumes.pool.run(job).is_err() {
-            // The job is dropped, and its request with it.
+        let pool = if long { &self.store.volumes.pool } else { &self.workers };
+        if let Err(job) = pool.run(job) {
             log::error!("no thread can be had for a request of {}", turn.peer);
             self.close(turn.peer);
+            // The request goes with it; its connection is closed, so there is nothing to drain.
+            drop(job);
             self.done(turn.peer);
         }
     }
@@ -458,7 +455,9 @@ impl Http {
         }
         let text = if let ReplyBody::Text(text) = &reply.body { text.as_str() } else { "" };
         let mut bytes = response(&reply, text.len() as u64, true);
-        bytes.extend_from_slice(text.as_bytes());
+        if request.method().as_str() != "HEAD" {
+            bytes.extend_from_slice(text.as_bytes());
+        }
         let http = self.clone();
         let job = Box::new(move || {
             if let Some(mut socket) = http.find(peer) {
@@ -485,7 +484,7 @@ impl Http {
         // for the connection then waits for ever for this request to end; nothing uses the
         // connection's descriptors any more, so they are closed here.
         std::mem::forget(request);
-        for (fd, other, _) in self.sockets() {
+        for (fd, other) in self.sockets(false) {
             if other == peer {
                 // SAFETY: the owners were forgotten in the line above, or belong to a thread that
                 // waits for them for ever; no one else closes this descriptor.
@@ -518,31 +517,32 @@ impl Http {
         }
     }
 
-    /// The process's descriptors that are connections of clients: descriptor, peer, unread bytes.
-    /// tiny_http shows none of them; each connection has two.
-    fn sockets(&self) -> Vec<(RawFd, SocketAddr, u64)> {
+    /// The process's descriptors that are connections of clients: descriptor and peer. tiny_http
+    /// shows none of them; each connection has two. `unread`: only those where bytes wait.
+    fn sockets(&self, unread: bool) -> Vec<(RawFd, SocketAddr)> {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let slots =
             status.lines().find_map(|line| line.strip_prefix("FDSize:")?.trim().parse().ok());
-        (0..slots.unwrap_or(1024))
-            .filter_map(|fd| self.client_of(fd).map(|(peer, unread)| (fd, peer, unread)))
-            .collect()
+        let client = |fd| self.client_of(fd, unread).map(|peer| (fd, peer));
+        (0..slots.unwrap_or(1024)).filter_map(client).collect()
     }
 
     /// The client behind a descriptor, if it is the connection of one.
-    fn client_of(&self, fd: RawFd) -> Option<(SocketAddr, u64)> {
+    fn client_of(&self, fd: RawFd, unread: bool) -> Option<SocketAddr> {
         // SAFETY: the descriptor is only asked what it is. If it is closed, or another by then, the
         // answer is an error or about that other one; `find` asks again before anything is done.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        if unread && rustix::io::ioctl_fionread(fd).ok()? == 0 {
+            return None;
+        }
         let local = SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()?;
         let peer = SocketAddr::try_from(rustix::net::getpeername(fd).ok()??).ok()?;
-        (local.port() == self.address.port())
-            .then(|| (peer, rustix::io::ioctl_fionread(fd).unwrap_or(0)))
+        (local.port() == self.address.port()).then_some(peer)
     }
 
     /// A descriptor of our own for a client's connection.
     fn find(&self, peer: SocketAddr) -> Option<TcpStream> {
-        let (fd, ..) = self.sockets().into_iter().find(|(_, other, _)| *other == peer)?;
+        let (fd, _) = self.sockets(false).into_iter().find(|(_, other)| *other == peer)?;
         // SAFETY: a duplicate is made and then asked who it is; see `client_of`.
         let own = rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 0).ok()?;
         let socket = TcpStream::from(own);
@@ -554,36 +554,19 @@ impl Http {
     fn guard(self: Arc<Self>) {
         let mut before = HashSet::new();
         let mut made = Instant::now();
+        let mut counted = Instant::now();
         loop {
             let begun = Instant::now();
-            let sockets = self.sockets();
-            let mut waiting = HashSet::new();
-            let mut close = Vec::new();
-            {
-                let mut conns = self.conns();
-                let there: HashSet<SocketAddr> = sockets.iter().map(|(_, peer, _)| *peer).collect();
-                conns.retain(|peer, conn| conn.busy || there.contains(peer));
-                self.store.metrics.connections.store(there.len() as u64, Ordering::Relaxed);
-                for (_, peer, unread) in sockets {
-                    let count = conns.len();
-                    let conn = conns.entry(peer).or_insert_with(|| {
-                        let own = peer.ip() == self.own_address().ip();
-                        if count >= self.store.options.maxconns && !own {
-                            close.push(peer);
-                        }
-                        Conn::new(false)
-                    });
-                    if !conn.served && unread > 0 {
-                        waiting.insert(peer);
-                    }
-                    if !conn.busy && conn.since.elapsed() > HEAD {
-                        close.push(peer);
-                    }
-                }
+            if counted.elapsed() > CENSUS {
+                self.census();
+                counted = Instant::now();
             }
-            for peer in close {
-                self.close(peer);
-            }
+            let unread = self.sockets(true);
+            let waiting: HashSet<SocketAddr> = {
+                let conns = self.conns();
+                let served = |peer: &SocketAddr| conns.get(peer).is_some_and(|conn| conn.served);
+                unread.into_iter().map(|(_, peer)| peer).filter(|peer| !served(peer)).collect()
+            };
             for _ in 0..waiting.intersection(&before).count().min(64) {
                 drop(self.connect());
             }
@@ -600,8 +583,36 @@ impl Http {
             }
             let cost = begun.elapsed();
             std::thread::sleep(
-                (cost * 50).clamp(Duration::from_millis(10), Duration::from_millis(100)),
+                (cost * 100).clamp(Duration::from_millis(10), Duration::from_millis(100)),
             );
+        }
+    }
+
+    /// Counts the connections there are, and closes those that are too many or too slow.
+    fn census(&self) {
+        let there: HashSet<SocketAddr> =
+            self.sockets(false).into_iter().map(|(_, peer)| peer).collect();
+        self.store.metrics.connections.store(there.len() as u64, Ordering::Relaxed);
+        let mut close = Vec::new();
+        let mut conns = self.conns();
+        conns.retain(|peer, conn| conn.busy || there.contains(peer));
+        let own = self.own_address().ip();
+        for peer in there {
+            let full = conns.len() >= self.store.options.maxconns && peer.ip() != own;
+            match conns.entry(peer) {
+                Entry::Vacant(_) if full => close.push(peer),
+                Entry::Vacant(entry) => _ = entry.insert(Conn::new(false)),
+                Entry::Occupied(entry) => {
+                    let conn = entry.get();
+                    if !conn.busy && conn.since.elapsed() > HEAD {
+                        close.push(peer);
+                    }
+                }
+            }
+        }
+        drop(conns);
+        for peer in close {
+            self.close(peer);
         }
     }
 

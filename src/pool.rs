@@ -1,45 +1,85 @@
-//! Threads that are kept for the next job: as many as there are jobs at once, no more.
+//! Threads that are kept for the next job.
+//!
+//! Not a channel: a channel's receivers spin before they sleep, which on few cores takes the
+//! processor from nginx; a job here costs one wake-up.
 
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-
-type Job = Box<dyn FnOnce() + Send>;
+pub type Job = Box<dyn FnOnce() + Send>;
 
 /// How long a thread without work waits for some before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
-pub struct Pool {
-    /// Without a buffer: a job is taken by a thread that waits, or not at all.
-    jobs: Sender<Job>,
-    work: Receiver<Job>,
+pub struct Pool(Arc<Shared>);
+
+struct Shared {
+    most: usize,
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    /// Threads that wait for a job, those included that were woken and are not awake yet: each of
+    /// them takes one of `jobs`.
+    waiting: usize,
 }
 
 impl Pool {
-    pub fn new() -> Pool {
-        let (jobs, work) = bounded(0);
-        Pool { jobs, work }
+    /// At most `most` threads; what is more waits for one of them.
+    pub fn new(most: usize) -> Pool {
+        Pool(Arc::new(Shared { most, state: Mutex::default(), work: Condvar::new() }))
     }
 
-    /// Runs the job on a waiting thread, or on a new one where none waits. Gives the job back where
-    /// the machine has no thread for it.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Runs the job on a thread that waits, or on a new one. Gives the job back where the machine
+    /// has no thread for it.
     pub fn run(&self, job: Job) -> Result<(), Job> {
-        let job = match self.jobs.try_send(job) {
-            Ok(()) => return Ok(()),
-            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
-        };
-        let work = self.work.clone();
-        let thread = std::thread::Builder::new().name("mkv-pool".into()).spawn(move || {
-            while let Ok(job) = work.recv_timeout(IDLE) {
-                // A job that panics has told its own waiter, by what it drops; the thread goes on.
-                let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+        let mut state = self.state();
+        if state.waiting <= state.jobs.len() && state.threads < self.0.most {
+            let pool = self.clone();
+            let thread = std::thread::Builder::new().name("mkv-pool".into());
+            match thread.spawn(move || pool.work()) {
+                Ok(_) => state.threads += 1,
+                // A job of a pool without bound may wait for another job, so it cannot queue.
+                Err(_) if state.threads == 0 || self.0.most == usize::MAX => return Err(job),
+                Err(_) => {}
             }
-        });
-        match thread {
-            // Another caller may take the new thread; then one that is busy now becomes free.
-            Ok(_) => self.jobs.send_timeout(job, IDLE).map_err(|e| e.into_inner()),
-            Err(_) => Err(job),
+        }
+        state.jobs.push_back(job);
+        drop(state);
+        self.0.work.notify_one();
+        Ok(())
+    }
+
+    fn work(&self) {
+        let mut state = self.state();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                drop(state);
+                // A job that panics has told its own waiter, by what it drops; the thread goes on.
+                let _ = catch_unwind(AssertUnwindSafe(job));
+                state = self.state();
+                continue;
+            }
+            state.waiting += 1;
+            let (back, waited) =
+                self.0.work.wait_timeout(state, IDLE).unwrap_or_else(|e| e.into_inner());
+            state = back;
+            state.waiting -= 1;
+            if waited.timed_out() && state.jobs.is_empty() {
+                state.threads -= 1;
+                return;
+            }
         }
     }
 
@@ -52,8 +92,8 @@ impl Pool {
         F: Fn(I) -> T + Send + Sync + 'static,
     {
         let count = items.len();
-        let f = std::sync::Arc::new(f);
-        let (done, results) = bounded(count);
+        let f = Arc::new(f);
+        let (done, results) = std::sync::mpsc::channel();
         for (n, item) in items.into_iter().enumerate() {
             let (f, done) = (f.clone(), done.clone());
             let job = move || drop(done.send((n, f(item))));
@@ -75,11 +115,11 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{Arc, Barrier};
+    use std::sync::Barrier;
 
     #[test]
     fn each_runs_all_at_once_and_keeps_the_order() {
-        let pool = Pool::new();
+        let pool = Pool::new(usize::MAX);
         for _ in 0..100 {
             let barrier = Arc::new(Barrier::new(20));
             let results = pool.each((0..20).collect(), move |n| {
@@ -91,9 +131,22 @@ mod tests {
     }
 
     #[test]
+    fn a_bounded_pool_runs_everything_in_the_end() {
+        let pool = Pool::new(2);
+        let (done, results) = std::sync::mpsc::channel();
+        for n in 0..1000 {
+            let done = done.clone();
+            pool.run(Box::new(move || done.send(n).unwrap())).ok().unwrap();
+        }
+        drop(done);
+        assert_eq!(results.iter().sum::<usize>(), 999 * 1000 / 2);
+        assert!(pool.state().threads <= 2);
+    }
+
+    #[test]
     fn a_job_that_panics_does_not_cost_the_next_one() {
-        let pool = Pool::new();
-        let (done, results) = bounded(1);
+        let pool = Pool::new(1);
+        let (done, results) = std::sync::mpsc::channel();
         pool.run(Box::new(|| panic!("on purpose"))).ok().unwrap();
         pool.run(Box::new(move || done.send(7).unwrap())).ok().unwrap();
         assert_eq!(results.recv(), Ok(7));

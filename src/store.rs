@@ -24,6 +24,9 @@ use crate::volumes::{Stored, Value, Volumes};
 /// For how long a 404 proves nothing where a whole body was sent and no answer came, in seconds.
 const LATE: u64 = 3600;
 
+/// For how long a 404 proves nothing of what a crash left, in seconds.
+const CRASHED: u64 = 10;
+
 /// For how long the plain name of a key is avoided after a volume could not use it, in seconds.
 const CONFLICT: u64 = 60;
 
@@ -130,6 +133,18 @@ impl Store {
             log::warn!("without -userpass the cleaner cannot delete: debris waits");
         }
         self.gate.as_ref().map_or(Ok(()), Gate::check)
+    }
+
+    /// What a crash left may still be on its way to a disk: for some time a 404 is no proof.
+    pub fn distrust(&self) -> Result<()> {
+        let mut change = self.index.change();
+        self.index.view().debris(b"", |key, version, entry| {
+            let until = entry.until.max(now() + CRASHED);
+            let taken = std::mem::replace(&mut change, self.index.change());
+            change = taken.set_debris(key, version, &Debris { until, ..entry });
+            Ok(())
+        })?;
+        change.commit()
     }
 
     /// Who sends this Authorization header, as far as is known without asking a volume; `None`: one

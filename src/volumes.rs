@@ -28,7 +28,7 @@ use ureq::{Agent, Body, SendBody, http};
 
 use crate::error::{Error, Result};
 use crate::metrics::{Histogram, head};
-use crate::pool::Pool;
+use crate::pool::{Job, Pool};
 use crate::record::Hash;
 
 /// An upload's unit of work; four of them are under way at most, so an upload takes 1 MiB.
@@ -91,7 +91,7 @@ pub struct PutFailed {
 impl Volumes {
     /// `timeout`: how long a HEAD, or a connection, may take.
     pub fn new(timeout: Duration) -> Arc<Volumes> {
-        Arc::new(Volumes { timeout, known: RwLock::default(), pool: Pool::new() })
+        Arc::new(Volumes { timeout, known: RwLock::default(), pool: Pool::new(usize::MAX) })
     }
 
     fn volume(&self, replica: &str) -> Arc<Volume> {
@@ -265,9 +265,7 @@ impl Volumes {
             feeds.push(feed);
             // A value of one chunk needs nobody to feed it, so the last replica is this thread's own.
             let own = source.ended && feeds.len() == replicas.len();
-            if let Err(job) =
-                if own { Err(job as Box<dyn FnOnce() + Send>) } else { self.pool.run(job) }
-            {
+            if let Err(job) = if own { Err(job as Job) } else { self.pool.run(job) } {
                 if !own {
                     return Err(early(Error::Unavailable(
                         "no thread is free: try again later".into(),
@@ -758,7 +756,12 @@ impl Connector for Connect {
                     socket.set_nodelay(true)?;
                     socket.set_write_timeout(Some(STALL))?;
                     let buffers = LazyBuffers::new(16 << 10, 64 << 10);
-                    return Ok(Some(Wire { socket, buffers, quiet: true }));
+                    return Ok(Some(Wire {
+                        socket,
+                        buffers,
+                        held: Vec::new(),
+                        state: Stage::Quiet,
+                    }));
                 }
                 Err(e) => failed = e,
             }
@@ -773,14 +776,51 @@ impl Connector for Connect {
 struct Wire {
     socket: TcpStream,
     buffers: LazyBuffers,
-    /// Whether it was just seen that nothing waits to be read.
-    quiet: bool,
+    /// A request's head, held back so that it goes out together with what follows.
+    held: Vec<u8>,
+    /// Where the connection is in its life.
+    state: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stage {
+    /// New, or just seen to be open: nothing waits to be read.
+    Quiet,
+    /// A request is being sent.
+    Sending,
+    /// An answer was read.
+    Answered,
 }
 
 impl Wire {
     /// What waits to be read, without taking it: `WouldBlock` where nothing does.
     fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
         Ok(recv(&self.socket, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.0)
+    }
+
+    /// Sends what was held back, and `amount` bytes of the output buffer.
+    fn send(&mut self, amount: usize) -> std::result::Result<(), ureq::Error> {
+        let output = &self.buffers.output()[..amount];
+        let sent = if self.held.is_empty() {
+            self.socket.write_all(output)
+        } else if self.held.len() + amount <= 8 << 10 {
+            self.held.extend_from_slice(output);
+            self.socket.write_all(&self.held)
+        } else {
+            self.socket.write_all(&self.held).and_then(|()| self.socket.write_all(output))
+        };
+        self.held.clear();
+        sent.map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => ureq::Error::Timeout(ureq::Timeout::SendBody),
+            // The answer may stand in front of the broken pipe.
+            _ => {
+                let mut line = [0; 12];
+                match self.peek(&mut line) {
+                    Ok(n) if n > 0 => Early::from_line(&line[..n]).into(),
+                    _ => e.into(),
+                }
+            }
+        })
     }
 }
 
@@ -794,8 +834,13 @@ impl Transport for Wire {
         amount: usize,
         _: NextTimeout,
     ) -> std::result::Result<(), ureq::Error> {
+        if self.state != Stage::Sending {
+            self.state = Stage::Sending;
+            self.held.extend_from_slice(&self.buffers.output()[..amount]);
+            return Ok(());
+        }
         // A volume that refuses says so at once and then reads no more.
-        if !std::mem::take(&mut self.quiet) {
+        if self.held.is_empty() {
             let mut line = [0; 12];
             match self.peek(&mut line) {
                 Ok(n) => return Err(Early::from_line(&line[..n]).into()),
@@ -803,21 +848,14 @@ impl Transport for Wire {
                 Err(e) => return Err(e.into()),
             }
         }
-        let sent = self.socket.write_all(&self.buffers.output()[..amount]);
-        sent.map_err(|e| match e.kind() {
-            io::ErrorKind::WouldBlock => ureq::Error::Timeout(ureq::Timeout::SendBody),
-            // The answer may stand in front of the broken pipe.
-            _ => {
-                let mut line = [0; 12];
-                match self.peek(&mut line) {
-                    Ok(n) if n > 0 => Early::from_line(&line[..n]).into(),
-                    _ => e.into(),
-                }
-            }
-        })
+        self.send(amount)
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> std::result::Result<bool, ureq::Error> {
+        if !self.held.is_empty() {
+            self.send(0)?;
+        }
+        self.state = Stage::Answered;
         let timeout = timeout.for_read();
         let limit = (*timeout.after).min(STALL).try_into().ok();
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
@@ -830,10 +868,12 @@ impl Transport for Wire {
     }
 
     fn is_open(&mut self) -> bool {
-        // Asked when a connection is put back and again when it is taken out; `transmit_output` has
-        // made `quiet` false in between, so the look that counts is the one when it is taken out.
-        self.quiet = matches!(self.peek(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock);
-        self.quiet
+        // Asked when a connection is put back, and again when it is taken out: only then it counts.
+        if self.state == Stage::Answered {
+            self.state = Stage::Quiet;
+            return true;
+        }
+        matches!(self.peek(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
     }
 }
 
