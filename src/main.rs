@@ -3,14 +3,27 @@
 //! - `options`: the command line
 //! - `http`: connections and requests; the only file that names tiny_http
 //! - `route`: method and target to command
+//! - `auth`: basic authorization
 //! - `store`: the API's commands, the write protocols, the cleaner
 //! - `list`: pages of keys
 //! - `placement`: key to blob path and volumes, and back
 //! - `record`: what the index holds for a key
 //! - `index`: RocksDB and the locks of keys; the only file that names rocksdb
 //! - `volumes`: requests to nginx; the only file that names ureq
+//! - `listing`: nginx's listings
 //! - `pool`: threads for what is done at the same time
+//! - `metrics`: what the master counts
 //! - `error`: the errors, their HTTP statuses and exit codes
+//!
+//! and the commands beside the server:
+//!
+//! - `scan`: all that lies on the volumes, prefix by prefix
+//! - `rebuild`: volumes to a fresh index
+//! - `rebalance`: replicas to where placement wants them
+//! - `verify`: index against volumes, and repair
+//! - `import`: an index of the Go minikeyvalue into ours
+//! - `dump`: the index as text
+//! - `progress`: a bar or a line for those that take long
 
 mod auth;
 mod dump;
@@ -18,6 +31,7 @@ mod error;
 mod http;
 mod index;
 mod list;
+mod listing;
 mod metrics;
 mod options;
 mod placement;

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::listing::Entry;
 use crate::placement::key_of;
 use crate::progress::Progress;
 use crate::volumes::Volumes;
@@ -92,7 +93,7 @@ struct Scanner<'a> {
 }
 
 impl Scanner<'_> {
-    fn list(&self, place: &str, folder: &str) -> Result<Vec<crate::volumes::Entry>> {
+    fn list(&self, place: &str, folder: &str) -> Result<Vec<Entry>> {
         self.volumes.list(place, folder, self.auth)
     }
 

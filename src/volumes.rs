@@ -27,6 +27,7 @@ use ureq::unversioned::transport::{
 use ureq::{Agent, Body, SendBody, http};
 
 use crate::error::{Error, Result};
+use crate::listing::{self, Entry};
 use crate::metrics::{Histogram, head};
 use crate::pool::{Job, Pool};
 use crate::record::Hash;
@@ -297,7 +298,7 @@ impl Volumes {
                 let time = answer
                     .headers()
                     .get("last-modified")
-                    .and_then(|at| http_date(at.to_str().ok()?));
+                    .and_then(|at| listing::http_date(at.to_str().ok()?));
                 Ok(Some(Opened { length, time, body: Box::new(answer.into_body().into_reader()) }))
             }
             301 | 404 => Ok(None),
@@ -351,7 +352,7 @@ impl Volumes {
         let mut text = Vec::new();
         let read = answer.into_body().into_reader().read_to_end(&mut text);
         read.map_err(|e| unreachable(replica, &e.to_string()))?;
-        parse_listing(&text)
+        listing::parse(&text)
             .map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}")))
     }
 }
@@ -363,43 +364,6 @@ pub struct Opened {
     /// The file's mtime, in seconds since 1970.
     pub time: Option<u64>,
     pub body: Box<dyn Read + Send>,
-}
-
-/// A name in a volume's folder.
-#[derive(Debug, PartialEq)]
-pub struct Entry {
-    /// With U+FFFD for what is not UTF-8; no blob has such a name.
-    pub name: String,
-    /// Bytes; `None`: it is no plain file.
-    pub size: Option<u64>,
-    /// Whether it is a folder.
-    pub folder: bool,
-    /// Its mtime, in seconds since 1970.
-    pub time: u64,
-}
-
-/// nginx's JSON: `[{"name":"a","type":"file","mtime":"Sun, 22 Nov 2026 20:32:18 GMT","size":7},…]`.
-fn parse_listing(text: &[u8]) -> serde_json::Result<Vec<Entry>> {
-    #[derive(serde::Deserialize)]
-    struct Line {
-        name: String,
-        r#type: String,
-        mtime: String,
-        size: Option<u64>,
-    }
-    let lines: Vec<Line> = serde_json::from_str(&String::from_utf8_lossy(text))?;
-    let entry = |line: Line| Entry {
-        size: line.size.filter(|_| line.r#type == "file"),
-        folder: line.r#type == "directory",
-        time: http_date(&line.mtime).unwrap_or(0),
-        name: line.name,
-    };
-    Ok(lines.into_iter().map(entry).collect())
-}
-
-fn http_date(text: &str) -> Option<u64> {
-    let time = httpdate::parse_http_date(text).ok()?;
-    Some(time.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs())
 }
 
 /// Reads the rest of the value and hands it to every replica. `Err(None)`: a replica takes no more.
@@ -902,37 +866,5 @@ impl std::error::Error for Early {}
 impl std::fmt::Display for Early {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "it answered {} while the body was being sent", self.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_listing_of_nginx_is_read_and_a_cut_one_is_an_error() {
-        let mut text = br#"[
-{ "name":"sv01", "type":"directory", "mtime":"Sun, 22 Nov 2026 20:32:18 GMT" },
-{ "name":"L2E=", "type":"file", "mtime":"Thu, 01 Jan 1970 00:00:07 GMT", "size":9 },
-{ "name":"pipe?", "type":"other", "mtime":"Thu, 01 Jan 1970 00:00:07 GMT" }
-]"#
-        .to_vec();
-        let at = text.iter().position(|byte| *byte == b'?').unwrap();
-        text[at] = 0xff;
-        let entries = parse_listing(&text).unwrap();
-        assert_eq!(
-            entries[0],
-            Entry { name: "sv01".into(), size: None, folder: true, time: 1795379538 }
-        );
-        assert_eq!(
-            entries[1],
-            Entry { name: "L2E=".into(), size: Some(9), folder: false, time: 7 }
-        );
-        assert!(
-            !entries[2].folder && entries[2].size.is_none() && entries[2].name.contains('\u{fffd}')
-        );
-        for end in 0..text.len() - 1 {
-            assert!(parse_listing(&text[..end]).is_err(), "cut after {end}");
-        }
     }
 }
