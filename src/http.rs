@@ -13,15 +13,16 @@
 //!   whose body was not read is answered by `abort`, on the socket itself, which is then closed;
 //! - a chunked body that is cut looks whole: `Body` asks the socket before it believes an end.
 
+use std::cell::RefCell;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::net::{RecvFlags, recv};
 use socket2::{Domain, SockRef, Socket, Type};
@@ -32,7 +33,7 @@ use crate::list::Page;
 use crate::pool::{Job, Pool};
 use crate::record::{Hash, unhex};
 use crate::route::{Command, route};
-use crate::store::{Reply, ReplyBody, Store, Upload};
+use crate::store::{Reply, ReplyBody, Store, Upload, now};
 
 /// How long a client may make no progress.
 const STALL: Duration = Duration::from_secs(60);
@@ -56,7 +57,7 @@ const READ_AHEAD: u64 = 1024;
 const PIPELINE: usize = 64;
 
 /// How often the connections are counted.
-const CENSUS: Duration = Duration::from_millis(250);
+const CENSUS: Duration = Duration::from_millis(100);
 
 /// Threads for requests that wait for volumes, but not for clients.
 const WORKERS: usize = 16;
@@ -69,6 +70,8 @@ pub struct Http {
     workers: Pool,
     /// Servers to be made: at the start, and for each whose accept thread has ended.
     missing: AtomicUsize,
+    /// Above all descriptors, as of the last census.
+    slots: AtomicI32,
     stopping: AtomicBool,
 }
 
@@ -142,6 +145,7 @@ pub fn serve(store: Arc<Store>) -> Result<()> {
         conns: Mutex::default(),
         workers: Pool::new(WORKERS),
         missing: AtomicUsize::new(2),
+        slots: AtomicI32::new(0),
         stopping: AtomicBool::new(false),
     });
     http.make_server()?;
@@ -273,7 +277,7 @@ impl Http {
                 (conn.since, conn.served) = (Instant::now(), true);
                 if conn.closed {
                     drop(conns);
-                    return;
+                    return self.discard(request, peer);
                 }
                 if conn.busy {
                     conn.waiting.push_back(request);
@@ -300,7 +304,7 @@ impl Http {
         conn.busy = next.is_some();
         let rest = if conn.closed { std::mem::take(&mut conn.waiting) } else { VecDeque::new() };
         drop(conns);
-        drop(rest);
+        rest.into_iter().for_each(|request| self.discard(request, peer));
         if let Some(request) = next {
             self.handle(request, Turn::new(peer));
         }
@@ -460,12 +464,10 @@ impl Http {
         }
         let http = self.clone();
         let job = Box::new(move || {
-            if let Some(mut socket) = http.find(peer) {
+            http.end(request, peer, |socket| {
                 let _ = socket.write_all(&bytes).and_then(|()| socket.shutdown(Shutdown::Write));
-                linger(&mut socket);
-                let _ = socket.shutdown(Shutdown::Both);
-            }
-            http.discard(request, peer);
+                linger(socket);
+            });
             http.done(peer);
         });
         if let Err(job) = self.store.volumes.pool.run(job) {
@@ -475,21 +477,34 @@ impl Http {
         }
     }
 
-    /// Drops a request whose connection is closed.
-    fn discard(&self, request: Request, peer: SocketAddr) {
-        if request.body_length().is_none_or(|length| length as u64 <= LENGTH_MAX) {
+    /// Ends a request that came on a connection from which nothing more is taken.
+    fn discard(self: &Arc<Self>, request: Request, peer: SocketAddr) {
+        let http = self.clone();
+        let job = Box::new(move || http.end(request, peer, |_| ()));
+        if let Err(job) = self.store.volumes.pool.run(job) {
+            job();
+        }
+    }
+
+    /// Closes a connection, with some last words, and drops its request.
+    fn end(&self, request: Request, peer: SocketAddr, words: impl FnOnce(&mut TcpStream)) {
+        let huge = request.body_length().is_some_and(|length| length as u64 > LENGTH_MAX);
+        let fds = if huge { self.sockets(false) } else { Vec::new() };
+        if let Some(mut socket) = self.find(peer) {
+            words(&mut socket);
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        if !huge {
             return;
         }
         // To drop it would be to allocate its length, which aborts the process. tiny_http's thread
-        // for the connection then waits for ever for this request to end; nothing uses the
+        // for the connection now waits for ever for this request to end; nothing uses the
         // connection's descriptors any more, so they are closed here.
         std::mem::forget(request);
-        for (fd, other) in self.sockets(false) {
-            if other == peer {
-                // SAFETY: the owners were forgotten in the line above, or belong to a thread that
-                // waits for them for ever; no one else closes this descriptor.
-                drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
+        for (fd, _) in fds.into_iter().filter(|(_, other)| *other == peer) {
+            // SAFETY: one owner was forgotten in the line above, the other belongs to the thread
+            // that waits: neither will ever close, or use, this descriptor.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
 
@@ -520,11 +535,14 @@ impl Http {
     /// The process's descriptors that are connections of clients: descriptor and peer. tiny_http
     /// shows none of them; each connection has two. `unread`: only those where bytes wait.
     fn sockets(&self, unread: bool) -> Vec<(RawFd, SocketAddr)> {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let slots =
-            status.lines().find_map(|line| line.strip_prefix("FDSize:")?.trim().parse().ok());
+        if !unread {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+            let slots = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+            let slots = slots.and_then(|slots| slots.trim().parse().ok()).unwrap_or(1024);
+            self.slots.store(slots, Ordering::Relaxed);
+        }
         let client = |fd| self.client_of(fd, unread).map(|peer| (fd, peer));
-        (0..slots.unwrap_or(1024)).filter_map(client).collect()
+        (0..self.slots.load(Ordering::Relaxed)).filter_map(client).collect()
     }
 
     /// The client behind a descriptor, if it is the connection of one.
@@ -583,7 +601,7 @@ impl Http {
             }
             let cost = begun.elapsed();
             std::thread::sleep(
-                (cost * 100).clamp(Duration::from_millis(10), Duration::from_millis(100)),
+                (cost * 100).clamp(Duration::from_millis(20), Duration::from_millis(100)),
             );
         }
     }
@@ -742,7 +760,7 @@ fn response(reply: &Reply, length: u64, close: bool) -> Vec<u8> {
         503 => "Service Unavailable",
         _ => "",
     };
-    let mut text = format!("HTTP/1.1 {} {reason}\r\n", reply.status);
+    let mut text = format!("HTTP/1.1 {} {reason}\r\nDate: {}\r\n", reply.status, date());
     for (name, value) in &reply.headers {
         text.push_str(name);
         text.push_str(": ");
@@ -754,6 +772,17 @@ fn response(reply: &Reply, length: u64, close: bool) -> Vec<u8> {
     }
     text.push_str(if close { "Connection: close\r\n\r\n" } else { "\r\n" });
     text.into_bytes()
+}
+
+/// The time as HTTP writes it, made once a second.
+fn date() -> String {
+    thread_local!(static LAST: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) });
+    LAST.with_borrow_mut(|(at, text)| {
+        if *at != now() {
+            (*at, *text) = (now(), httpdate::fmt_http_date(SystemTime::now()));
+        }
+        text.clone()
+    })
 }
 
 /// Reads what the client still sends: were the connection cut with bytes unread, the client could

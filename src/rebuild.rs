@@ -41,9 +41,9 @@ pub fn run(options: &Options) -> Result<()> {
         replicas: AtomicU64::new(0),
     };
     rebuild.carry_debris()?;
-    scan(&rebuild.volumes, &options.volumes, rebuild.auth.as_deref(), |found| {
-        rebuild.index(found)
-    })?;
+    let there: Vec<String> =
+        options.volumes.iter().filter(|volume| !rebuild.is_lost(volume)).cloned().collect();
+    scan(&rebuild.volumes, &there, rebuild.auth.as_deref(), |found| rebuild.index(found))?;
     rebuild.check_empty_volumes()?;
     rebuild.keep_lost_keys()?;
     rebuild.new.sync()?;
@@ -164,8 +164,7 @@ impl Rebuild<'_> {
         change.commit()
     }
 
-    /// The record of a key with these blobs; `None`: they are all debris, or not what the old index
-    /// knows the key by.
+    /// The record of a key with these blobs; `None`: they are all debris.
     fn record(&self, key: &[u8], mut blobs: Vec<Blob>) -> Result<Option<Record>> {
         let old = self.old.as_ref().map_or(Ok(None), |old| old.get(key))?;
         for (version, entry) in self.old.as_ref().map_or(Ok(Vec::new()), |old| old.debris(key))? {
@@ -180,14 +179,13 @@ impl Rebuild<'_> {
         for blob in blobs {
             versions.entry(blob.version).or_default().push(blob);
         }
-        let version = match &old {
-            Some(old) => old.version,
-            // The version with the most replicas, then the newest.
-            None => match versions.iter().max_by_key(|(version, blobs)| (blobs.len(), **version)) {
-                Some((version, _)) => *version,
-                None => return Ok(None),
-            },
-        };
+        // The old record's version wins. Where no blob has it, or there is no old record, it is the
+        // version with the most replicas, then the newest: the old index may be an old copy.
+        let known =
+            old.as_ref().map(|old| old.version).filter(|known| versions.contains_key(known));
+        let ranked = versions.iter().max_by_key(|(version, blobs)| (blobs.len(), **version));
+        let Some(version) = known.or(ranked.map(|(version, _)| *version)) else { return Ok(None) };
+        let old = old.filter(|old| old.version == version);
         let Some(blobs) = versions.remove(&version) else { return Ok(None) };
         for (version, _) in versions {
             self.note(|f| _ = f.stale.insert(format!("{} {}", name(key), path(key, version))));

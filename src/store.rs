@@ -327,6 +327,7 @@ impl Store {
         }
         let version = self.new_version(key, old.as_ref())?;
         let replicas = self.place(key);
+        self.volumes.check_silent(&replicas, auth)?;
         let time = now();
         let value = Value {
             body: upload.body,
@@ -421,7 +422,7 @@ impl Store {
         }
         let mut failed = None;
         for (version, entry) in debris {
-            match self.clear_now(key, version, &entry.replicas, auth) {
+            match self.clear_now(key, version, &entry.replicas, true, auth) {
                 Ok(()) => {}
                 Err(error @ Error::Index(_)) => return Err(error),
                 Err(error) => failed = Some(error),
@@ -456,7 +457,7 @@ impl Store {
         replicas: &[String],
         auth: Option<&str>,
     ) -> Result<bool> {
-        match self.clear_now(key, version, replicas, auth) {
+        match self.clear_now(key, version, replicas, false, auth) {
             Ok(()) => Ok(true),
             Err(error @ Error::Index(_)) => Err(error),
             Err(error) => {
@@ -466,16 +467,18 @@ impl Store {
         }
     }
 
-    /// As `clear`, with the error that kept a blob. The caller holds the key's lock.
+    /// As `clear`, with the error that kept a blob; `patient` asks volumes that were silent just now
+    /// too. The caller holds the key's lock.
     pub fn clear_now(
         &self,
         key: &[u8],
         version: u64,
         replicas: &[String],
+        patient: bool,
         auth: Option<&str>,
     ) -> Result<()> {
         let targets = self.unwanted(key, version, replicas)?;
-        let (gone, failed) = self.delete_blobs(key, version, targets, auth)?;
+        let (gone, failed) = self.delete_blobs(key, version, targets, patient, auth)?;
         self.forget(key, version, &gone)?;
         failed.map_or(Ok(()), Err)
     }
@@ -499,10 +502,11 @@ impl Store {
         key: &[u8],
         version: u64,
         replicas: Vec<String>,
+        patient: bool,
         auth: Option<&str>,
     ) -> Result<(Vec<String>, Option<Error>)> {
         let until = self.index.debris_entry(key, version)?.map_or(0, |entry| entry.until);
-        let outcomes = self.volumes.delete_all(&replicas, &path(key, version), auth);
+        let outcomes = self.volumes.delete_all(&replicas, &path(key, version), patient, auth);
         let (mut gone, mut failed) = (Vec::new(), None);
         for (replica, outcome) in replicas.into_iter().zip(outcomes) {
             match outcome {
@@ -540,9 +544,9 @@ impl Store {
         }
         let targets = self.unwanted(key, version, &entry.replicas)?;
         drop(lock);
-        let (gone, failed) = self.delete_blobs(key, version, targets, auth)?;
+        let (gone, failed) = self.delete_blobs(key, version, targets, false, auth)?;
         if let Some(error) = failed {
-            log::warn!("debris of \"{}\" stays for now: {error}", key.escape_ascii());
+            log::info!("debris of \"{}\" stays for now: {error}", key.escape_ascii());
         }
         // Where a writer has come in between, the next round sees that the blobs are gone.
         let Some(_lock) = self.index.lock_to_clean(key) else { return Ok(()) };

@@ -347,7 +347,7 @@ impl Verify {
         }
         for (version, entry) in store.index.debris(key)? {
             if entry.wait <= now() {
-                store.clear_now(key, version, &entry.replicas, auth)?;
+                store.clear_now(key, version, &entry.replicas, true, auth)?;
             }
         }
         Ok(())

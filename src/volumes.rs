@@ -186,16 +186,35 @@ impl Volumes {
         }
     }
 
-    /// Deletes a blob from several replicas at the same time.
+    /// Deletes a blob from several replicas at the same time. `patient`: asks a volume that gave no
+    /// answer just now too.
     pub fn delete_all(
         self: &Arc<Self>,
         replicas: &[String],
         path: &str,
+        patient: bool,
         auth: Option<&str>,
     ) -> Vec<Result<bool>> {
         let (this, path, auth) = (self.clone(), path.to_string(), auth.map(String::from));
-        self.pool
-            .each(replicas.to_vec(), move |replica| this.delete(&replica, &path, auth.as_deref()))
+        self.pool.each(replicas.to_vec(), move |replica| {
+            if !patient && this.volume(&replica).is_down() {
+                return Err(unreachable(&replica, "it gave none just now"));
+            }
+            this.delete(&replica, &path, auth.as_deref())
+        })
+    }
+
+    /// An error if one of these volumes gave no answer when it was last asked, and still gives none:
+    /// no upload is begun that would wait for it.
+    pub fn check_silent(&self, replicas: &[String], auth: Option<&str>) -> Result<()> {
+        for replica in replicas {
+            let volume = self.volume(replica);
+            let silent = volume.down.lock().unwrap_or_else(|e| e.into_inner()).is_some();
+            if silent && let Err(error @ Error::Unreachable { .. }) = self.admits(replica, auth) {
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     /// Sends a request that may be sent again: a pooled connection that nginx has closed in the
