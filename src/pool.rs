@@ -96,7 +96,12 @@ impl Pool {
         let (done, results) = std::sync::mpsc::channel();
         for (n, item) in items.into_iter().enumerate() {
             let (f, done) = (f.clone(), done.clone());
-            let job = move || drop(done.send((n, f(item))));
+            let job = move || {
+                let result = f(item);
+                // What `f` holds is let go before the caller goes on: it may be the index.
+                drop(f);
+                let _ = done.send((n, result));
+            };
             // The last one is this thread's own.
             if n + 1 == count {
                 job();

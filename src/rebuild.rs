@@ -179,17 +179,23 @@ impl Rebuild<'_> {
         for blob in blobs {
             versions.entry(blob.version).or_default().push(blob);
         }
-        // The old record's version wins. Where no blob has it, or there is no old record, it is the
-        // version with the most replicas, then the newest: the old index may be an old copy.
-        let known =
-            old.as_ref().map(|old| old.version).filter(|known| versions.contains_key(known));
-        let ranked = versions.iter().max_by_key(|(version, blobs)| (blobs.len(), **version));
-        let Some(version) = known.or(ranked.map(|(version, _)| *version)) else { return Ok(None) };
+        // The old record's version wins. Where no blob has it, the old index is an old copy: a newer
+        // version is what came after it, an older one is stale. Without an old record it is the
+        // version with the most replicas, then the newest.
+        let known = old.as_ref().map(|old| old.version);
+        let ranked =
+            versions.iter().filter(|(version, _)| known.is_none_or(|known| **version > known));
+        let ranked = ranked
+            .max_by_key(|(version, blobs)| (blobs.len(), **version))
+            .map(|(version, _)| *version);
+        let there = known.filter(|known| versions.contains_key(known)).or(ranked);
+        let version = there.or(known).unwrap_or(0);
         let old = old.filter(|old| old.version == version);
-        let Some(blobs) = versions.remove(&version) else { return Ok(None) };
-        for (version, _) in versions {
+        let chosen = versions.remove(&version);
+        for version in versions.into_keys() {
             self.note(|f| _ = f.stale.insert(format!("{} {}", name(key), path(key, version))));
         }
+        let Some(blobs) = chosen else { return Ok(None) };
         let (size, time, mut replicas) = self.agree(key, blobs, old.as_ref());
         let wanted =
             place(key, &self.options.volumes, self.options.replicas, self.options.subvolumes);
