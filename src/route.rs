@@ -87,7 +87,8 @@ const FORBIDDEN_QUERY: Error = Error::Forbidden(
 
 fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
     let mut options = query.split('&');
-    let of = match options.next() {
+    // Prometheus and others send a bare word as `word=`.
+    let of = match options.next().map(|word| word.strip_suffix('=').unwrap_or(word)) {
         Some("list") => Listed::Live,
         Some("unlinked") => Listed::Unlinked,
         Some("writing") => Listed::Writing,
@@ -170,6 +171,13 @@ mod tests {
         };
         let target = "/p?unlinked&encoding=url&limit=7&start=%2Fp%2F%FF+q";
         assert_eq!(get(target), Ok(Command::List(list)));
+    }
+
+    #[test]
+    fn a_word_may_have_an_empty_value() {
+        assert_eq!(get("/?metrics="), Ok(Command::Metrics));
+        assert_eq!(get("/?health="), get("/?health"));
+        assert_eq!(get("/a?list=&limit="), get("/a?list"));
     }
 
     #[test]
