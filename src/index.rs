@@ -43,6 +43,9 @@ pub struct DirLock(#[allow(dead_code)] File);
 /// Locks `dir` against every other command that writes, making the folder if `create` says so.
 pub fn lock_dir(dir: &Path, create: bool) -> Result<DirLock> {
     let wrong = |e: std::io::Error| Error::Failed(format!("-db {}: {e}", dir.display()));
+    if !create && !folder(dir)?.join("CURRENT").exists() {
+        return Err(Error::Failed(format!("-db {}: there is no index here", dir.display())));
+    }
     if create {
         std::fs::create_dir_all(dir).map_err(wrong)?;
     }

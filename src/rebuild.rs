@@ -274,10 +274,11 @@ impl Rebuild<'_> {
         let unknown =
             !self.options.volumes.iter().any(|v| Some(v.as_str()) == first.split('/').next());
         let why =
-            if unknown { "is not in -volumes" } else { "lists no blob: is its disk mounted?" };
-        let names = empty.iter().cloned().collect::<Vec<_>>().join(", -lost ");
+            if unknown { "is not in -volumes." } else { "lists no blob: is its disk mounted?" };
+        let lost: Vec<String> = empty.iter().map(|replica| format!("-lost {replica}")).collect();
+        let lost = lost.join(" ");
         Err(Error::Failed(format!(
-            "{first} {why} The old index names it; if it is gone for good, say -lost {names}"
+            "{first} {why} (The old index names it. If it is gone for good: {lost})"
         )))
     }
 

@@ -7,8 +7,9 @@
 //! goes that is newer than the index or that the index does not know, but for `-strays`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rayon::prelude::*;
 
@@ -23,6 +24,9 @@ use crate::store::{Store, now};
 
 /// Keys of the index that are asked for at the same time.
 const BATCH: usize = 4096;
+
+/// How often a key is looked at that changes while it is looked at.
+const ROUNDS: u64 = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
@@ -61,7 +65,11 @@ struct Finding {
 
 struct Verify {
     store: Arc<Store>,
-    /// Keys of the index with a blob in some listing.
+    /// When the index was last written, in seconds since 1970.
+    newest: u64,
+    /// A listing shows what is newer than the index: it is an old copy, or another store's.
+    ahead: AtomicBool,
+    /// Keys with a blob in some listing that their record names.
     seen: AtomicU64,
     unknown: AtomicU64,
     /// Keys to look at again, and the blobs that were listed for them.
@@ -76,16 +84,14 @@ pub fn run(options: Options) -> Result<()> {
     let _lock = if options.repair { Some(lock_dir(&options.db, false)?) } else { None };
     let index =
         if options.repair { Index::open(&index, false, false)? } else { Index::follow(&index)? };
-    let mut records = 0u64;
-    index.view().records(b"", b"", |_, _| {
-        records += 1;
-        Ok(true)
-    })?;
+    let (records, newest) = age(&index)?;
     if options.repair && records == 0 {
         return Err(Error::Failed("-repair: the index is empty, so every blob would look superfluous: check -db, or run mkv rebuild".into()));
     }
     let verify = Verify {
         store: Store::new(options, index),
+        newest,
+        ahead: AtomicBool::new(false),
         seen: AtomicU64::new(0),
         unknown: AtomicU64::new(0),
         suspects: Mutex::default(),
@@ -99,6 +105,23 @@ pub fn run(options: Options) -> Result<()> {
         findings = verify.look_again()?;
     }
     verify.report(&findings, records, running)
+}
+
+/// The number of records, and the latest time in them or in debris, in seconds since 1970.
+fn age(index: &Index) -> Result<(u64, u64)> {
+    let (mut records, mut newest) = (0, 0);
+    let view = index.view();
+    view.records(b"", b"", |key, text| {
+        let record = decode(key, Record::decode(text), text)?;
+        newest = newest.max(record.time.unwrap_or(0)).max(record.version / 1_000_000);
+        records += 1;
+        Ok(true)
+    })?;
+    view.debris(b"", |_, version, _| {
+        newest = newest.max(version / 1_000_000);
+        Ok(())
+    })?;
+    Ok((records, newest))
 }
 
 impl Verify {
@@ -115,7 +138,13 @@ impl Verify {
             }
             for (key, blobs) in found.keys {
                 let record = self.store.index.get(&key)?;
-                let count = if record.is_some() { &self.seen } else { &self.unknown };
+                let named = |record: &Record| {
+                    blobs.iter().any(|b| {
+                        b.version == record.version && record.replicas.contains(&b.replica)
+                    })
+                };
+                let count =
+                    if record.as_ref().is_some_and(named) { &self.seen } else { &self.unknown };
                 count.fetch_add(1, Ordering::Relaxed);
                 let sound = record.is_some_and(|record| {
                     self.examine(&key, &blobs, Some(&record), &[]).is_ok_and(|f| f.is_empty())
@@ -164,15 +193,45 @@ impl Verify {
         ask(&mut batch)
     }
 
-    /// Looks at every suspect once more, asking the volumes themselves.
+    /// Looks at every suspect once more, asking the volumes themselves; and again as long as the
+    /// index changes under it: what a running master writes just now is no finding.
     fn look_again(&self) -> Result<BTreeSet<Finding>> {
-        if !self.store.options.repair {
-            self.store.index.catch_up()?;
-        }
         let suspects = self.suspects.lock().unwrap_or_else(|e| e.into_inner());
-        let all: Vec<Vec<Finding>> =
-            suspects.par_iter().map(|(key, blobs)| self.look(key, blobs)).collect::<Result<_>>()?;
-        Ok(all.into_iter().flatten().collect())
+        let mut keys: Vec<&Vec<u8>> = suspects.keys().collect();
+        let mut confirmed = BTreeSet::new();
+        let state = |key: &[u8]| Ok((self.store.index.get(key)?, self.store.index.debris(key)?));
+        for round in 0..ROUNDS {
+            if !self.store.options.repair {
+                std::thread::sleep(Duration::from_millis(100 * round.min(1)));
+                self.store.index.catch_up()?;
+            }
+            let looked = keys
+                .par_iter()
+                .map(|key| Ok((*key, state(key)?, self.look(key, &suspects[*key])?)));
+            let looked: Vec<_> = looked.collect::<Result<_>>()?;
+            if !self.store.options.repair {
+                self.store.index.catch_up()?;
+            }
+            keys.clear();
+            for (key, before, findings) in looked {
+                if findings.is_empty() {
+                } else if state(key)? == before {
+                    confirmed.extend(findings);
+                } else {
+                    keys.push(key);
+                }
+            }
+            if keys.is_empty() {
+                break;
+            }
+        }
+        let newer = |f: &Finding| match f.kind {
+            Kind::Newer => true,
+            Kind::Unknown => suspects[&f.key].iter().any(|blob| blob.time >= self.newest),
+            _ => false,
+        };
+        self.ahead.store(confirmed.iter().any(newer), Ordering::Relaxed);
+        Ok(confirmed)
     }
 
     fn look(&self, key: &[u8], listed: &[Blob]) -> Result<Vec<Finding>> {
@@ -295,53 +354,110 @@ impl Verify {
         for finding in findings {
             keys.entry(&finding.key).or_default().push(finding);
         }
+        let ahead = self.ahead.load(Ordering::Relaxed);
+        if ahead {
+            eprintln!(
+                "the volumes hold what is newer than this index: check -db. Nothing is removed"
+            );
+        }
         for (key, findings) in keys {
-            if let Err(error) = self.repair_key(key, &findings) {
+            let repaired = self
+                .restore(key, &findings)
+                .and_then(|()| if ahead { Ok(()) } else { self.remove(key, &findings) });
+            if let Err(error) = repaired {
                 eprintln!("{} is not repaired: {error}", name(key));
             }
         }
-        if self.store.options.strays {
+        if self.store.options.strays && !ahead {
             self.remove_strays(findings)?;
         }
         Ok(())
     }
 
-    fn repair_key(&self, key: &[u8], findings: &[&Finding]) -> Result<()> {
+    /// Copies what is missing or wrong of a record's replicas, from one that is right or from a
+    /// surplus one whose bytes are.
+    fn restore(&self, key: &[u8], findings: &[&Finding]) -> Result<()> {
         let (store, auth) = (&self.store, self.store.own_auth());
-        let of = |kinds: &[Kind]| {
-            findings.iter().filter(|f| kinds.contains(&f.kind)).copied().collect::<Vec<_>>()
+        let Some(record) = store.index.get(key)? else { return Ok(()) };
+        let of = |kinds: &[Kind]| -> Vec<String> {
+            findings.iter().filter(|f| kinds.contains(&f.kind)).map(|f| f.replica.clone()).collect()
         };
-        if let Some(record) = store.index.get(key)? {
-            let bad: Vec<String> = of(&[Kind::Missing, Kind::WrongSize, Kind::WrongHash])
-                .iter()
-                .map(|f| f.replica.clone())
-                .collect();
-            let blob = path(key, record.version);
-            let mut sound = Vec::new();
-            for replica in record.replicas.iter().filter(|replica| !bad.contains(replica)) {
-                if let Some(length) = store.volumes.head(replica, &blob, auth)? {
-                    sound.push((replica.clone(), length));
-                }
+        let mut bad = of(&[Kind::Missing, Kind::WrongSize, Kind::WrongHash]);
+        let sound =
+            self.there(key, &record, record.replicas.iter().filter(|r| !bad.contains(r)))?;
+        // Before something is removed the bytes count, not the length alone.
+        if !of(&[Kind::Surplus, Kind::Stale]).is_empty() && !self.store.options.deep {
+            bad.extend(self.wrong_bytes(key, &record, &sound.iter().collect::<Vec<_>>())?);
+        }
+        if bad.is_empty() {
+            return Ok(());
+        }
+        let mut sources: Vec<Blob> =
+            sound.into_iter().filter(|blob| !bad.contains(&blob.replica)).collect();
+        if record.hash.is_some() {
+            sources.extend(self.there(key, &record, of(&[Kind::Surplus]).iter())?);
+        }
+        let Some(length) = record.size.or(sources.first().map(|blob| blob.size)) else {
+            return Err(Error::Gone);
+        };
+        if sources.is_empty() {
+            return Err(Error::Gone);
+        }
+        if record.size.is_none() && sources.iter().any(|blob| blob.size != length) {
+            return Err(Error::Failed(
+                "its replicas differ in length, and the index does not know which is right".into(),
+            ));
+        }
+        let sources: Vec<String> = sources.into_iter().map(|blob| blob.replica).collect();
+        store.restore(key, &record, &sources, length, &bad, auth)?;
+        store.forget(key, record.version, &[])
+    }
+
+    /// Those of the replicas that have the record's blob, in any length.
+    fn there<'a>(
+        &self,
+        key: &[u8],
+        record: &Record,
+        replicas: impl Iterator<Item = &'a String>,
+    ) -> Result<Vec<Blob>> {
+        let blob = path(key, record.version);
+        let mut there = Vec::new();
+        for replica in replicas {
+            if let Some(size) = self.store.volumes.head(replica, &blob, self.store.own_auth())? {
+                there.push(Blob {
+                    replica: replica.clone(),
+                    version: record.version,
+                    size,
+                    time: 0,
+                });
             }
-            let Some(&(_, length)) = sound.first() else { return Err(Error::Gone) };
-            if sound.iter().any(|(_, other)| *other != length) {
+        }
+        Ok(there)
+    }
+
+    /// Removes what is too much of a key, once all replicas of its record were seen whole.
+    fn remove(&self, key: &[u8], findings: &[&Finding]) -> Result<()> {
+        let (store, auth) = (&self.store, self.store.own_auth());
+        let surplus: Vec<_> =
+            findings.iter().filter(|f| matches!(f.kind, Kind::Surplus | Kind::Stale)).collect();
+        if let Some(record) = store.index.get(key)?.filter(|_| !surplus.is_empty()) {
+            let known = |replica: &&String| {
+                let volume = replica.split('/').next();
+                store.options.volumes.iter().any(|v| Some(v.as_str()) == volume)
+            };
+            if let Some(stranger) = record.replicas.iter().find(|replica| !known(replica)) {
+                return Err(Error::Failed(format!(
+                    "its record names {stranger}, which is not in -volumes: check -db"
+                )));
+            }
+            let there = self.there(key, &record, record.replicas.iter())?;
+            let wrong = self.wrong_bytes(key, &record, &there.iter().collect::<Vec<_>>())?;
+            if there.len() < record.replicas.len() || !wrong.is_empty() {
                 return Err(Error::Failed(
-                    "its replicas differ in length, and the index does not know which is right"
-                        .into(),
+                    "its replicas are still not whole, so nothing of it is removed".into(),
                 ));
             }
-            if !bad.is_empty() {
-                let sources: Vec<String> = sound.into_iter().map(|(replica, _)| replica).collect();
-                store.restore(key, &record, &sources, length, &bad, auth)?;
-                store.forget(key, record.version, &[])?;
-            }
-            // Nothing is removed of a key whose own replicas were not all seen just now.
-            for replica in &record.replicas {
-                if store.volumes.head(replica, &blob, auth)? != Some(length) {
-                    return Err(Error::Failed(format!("{replica} is still not whole")));
-                }
-            }
-            for finding in of(&[Kind::Surplus, Kind::Stale]) {
+            for finding in surplus {
                 store.volumes.delete(&finding.replica, &path(key, finding.version), auth)?;
             }
         }
