@@ -22,6 +22,7 @@
 //! - `rebalance`: replicas to where placement wants them
 //! - `verify`: index against volumes, and repair
 //! - `import`: an index of the Go minikeyvalue into ours
+//! - `leveldb`: reads the files that it is in
 //! - `dump`: the index as text
 //! - `progress`: a bar or a line for those that take long
 
@@ -29,7 +30,9 @@ mod auth;
 mod dump;
 mod error;
 mod http;
+mod import;
 mod index;
+mod leveldb;
 mod list;
 mod listing;
 mod metrics;
@@ -85,8 +88,8 @@ fn run(options: Options) -> Result<()> {
             rebalance::run(&store::Store::new(options, index))?;
         }
         Mode::Verify => verify::run(options)?,
+        Mode::Import => import::run(&options)?,
         Mode::Dump => dump::run(&options)?,
-        _ => {}
     }
     Ok(())
 }

@@ -182,6 +182,9 @@ impl Options {
         if self.db.as_os_str().is_empty() {
             return usage("-db: give the folder of the index");
         }
+        if self.mode == Mode::Import && self.leveldb.is_none() {
+            return usage("-leveldb: give the folder of the Go master's index");
+        }
         if matches!(self.mode, Mode::Dump | Mode::Import) {
             return Ok(());
         }
@@ -208,9 +211,6 @@ impl Options {
         }
         if self.userpass.as_ref().is_some_and(|text| !text.contains(':')) {
             return usage("-userpass: expected user:pass");
-        }
-        if self.mode == Mode::Import && self.leveldb.is_none() {
-            return usage("-leveldb: give the folder of the Go master's index");
         }
         if self.strays && !self.repair {
             return usage("-strays: only together with -repair");
