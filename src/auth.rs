@@ -33,8 +33,11 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// `user:pass`, which may hold any bytes; `None`: there is no colon.
+    /// `user:pass`, which may hold any bytes but control characters; `None`: there is no colon.
     pub fn new(userpass: &[u8]) -> Option<Credentials> {
+        if userpass.iter().any(u8::is_ascii_control) {
+            return None;
+        }
         let colon = userpass.iter().position(|byte| *byte == b':')?;
         let encoded = |part| percent_encode(part, USER_SET).to_string();
         Some(Credentials {
@@ -89,6 +92,12 @@ impl Gate {
         let mut failed = Error::Unavailable("no volume says who may come in".into());
         for name in self.volumes.shuffled(&self.names) {
             match self.volumes.admits(&name, Some(&credentials.header)) {
+                // A yes counts only from a volume that does not say yes to nobody.
+                Ok(true) if matches!(self.volumes.admits(&name, None), Ok(true)) => {
+                    log::error!(
+                        "volume {name} lets everybody in: start it with AUTH=/path/.htpasswd"
+                    );
+                }
                 Ok(right) => {
                     let mut known = self.known.lock().unwrap_or_else(|e| e.into_inner());
                     if known.len() >= MOST {
@@ -101,6 +110,11 @@ impl Gate {
             }
         }
         Err(failed)
+    }
+
+    /// A volume has just said no to these credentials.
+    pub fn forget(&self, credentials: &Credentials) {
+        self.known.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.digest(credentials));
     }
 
     fn digest(&self, credentials: &Credentials) -> Hash {
@@ -137,6 +151,7 @@ mod tests {
             "Basic bWU=",
             "Bearer bWU6c2VjcmV0",
             "bWU6c2VjcmV0",
+            "Basic bWU6c2VjcmV0AA==",
         ] {
             assert!(Credentials::parse(header).is_none(), "{header}");
         }

@@ -436,7 +436,9 @@ fn split_version(name: &[u8]) -> Result<(&[u8], u64)> {
 }
 
 fn index_error(e: rocksdb::Error) -> Error {
-    Error::Index(format!("the index failed ({e}): check its disk and restart the master"))
+    Error::Index(format!(
+        "the index failed ({e}): check its disk and restart the master; if it is damaged, move index/ away and run mkv rebuild"
+    ))
 }
 
 #[cfg(test)]

@@ -265,9 +265,8 @@ mod tests {
             let text: String =
                 (0..random.usize(..8)).map(|_| parts[random.usize(..parts.len())]).collect();
             if let Some(record) = Record::decode(text.as_bytes()) {
-                let canonical =
-                    text.replace("VERS0000000000000000", "").replace("INITDELETED", "INIT");
-                assert_eq!(record.encode(), canonical);
+                // A version of zero is none, and what is half-written is not unlinked too.
+                assert_eq!(Record::decode(record.encode().as_bytes()), Some(record));
             }
             if let Some(debris) = Debris::decode(text.as_bytes()) {
                 assert_eq!(Debris::decode(debris.encode().as_bytes()), Some(debris));

@@ -190,7 +190,7 @@ impl Store {
         client: Option<&Credentials>,
     ) -> Result<Reply> {
         let auth = client.map(|client| client.header.as_str()).or(self.own_auth());
-        let reply = match command {
+        let mut reply = match command {
             Command::Get { key, path } => self.get(&key, &path, client, auth),
             Command::Put { key, replace } => self.put(&key, replace, upload, auth),
             Command::Delete(key) => self.delete(&key, auth),
@@ -203,6 +203,13 @@ impl Store {
             }
             Command::Health => Ok(self.health(auth)),
         };
+        // A volume did not take the caller's credentials: they are wrong since a moment ago.
+        if let (Err(Error::Refused { status: 401 | 403, .. }), Some(gate), Some(client)) =
+            (&reply, &self.gate, client)
+        {
+            gate.forget(client);
+            reply = Err(Error::Unauthorized);
+        }
         // The key's lock is free again: the cleaner may have it.
         if self.dirty.swap(false, Ordering::Relaxed) {
             let _ = self.wake.try_send(());
@@ -300,7 +307,7 @@ impl Store {
         }
         Err(match silent {
             None => Error::Gone,
-            Some(Error::Refused { volume, status }) => {
+            Some(Error::Refused { volume, status }) if status != 401 && status != 403 => {
                 Error::Unreachable { volume, why: format!("it answered {status}") }
             }
             Some(error) => error,
