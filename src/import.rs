@@ -242,7 +242,10 @@ mod tests {
             .unwrap();
         index
             .view()
-            .debris(b"", |key, version, entry| Ok(debris.push((key.to_vec(), version, entry))))
+            .debris(b"", |key, version, entry| {
+                debris.push((key.to_vec(), version, entry));
+                Ok(())
+            })
             .unwrap();
         let (half, whole): (Vec<_>, Vec<_>) =
             expected("killed").into_iter().partition(|(_, text)| text.starts_with("INIT"));

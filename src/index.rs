@@ -472,7 +472,10 @@ mod tests {
         let mut keys = Vec::new();
         index
             .view()
-            .debris(b"/a/", |key, version, _| Ok(keys.push((key.to_vec(), version))))
+            .debris(b"/a/", |key, version, _| {
+                keys.push((key.to_vec(), version));
+                Ok(())
+            })
             .unwrap();
         assert_eq!(keys, [(b"/a/bcdefgh".to_vec(), 0)]);
         drop(index);
