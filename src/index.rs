@@ -26,7 +26,7 @@ const VERSION_BYTES: usize = 8;
 
 /// How long a client waits where the cleaner holds its key, and the cleaner where a client does.
 const CLIENT_WAITS: Duration = Duration::from_secs(2);
-const CLEANER_WAITS: Duration = Duration::from_millis(50);
+const CLEANER_WAITS: Duration = Duration::from_millis(200);
 
 pub struct Index {
     db: DB,
@@ -162,8 +162,11 @@ impl Index {
         Ok(index)
     }
 
-    /// Shows a follower what the running master has written since.
+    /// Shows a follower what the running master has written since; the index's owner knows it.
     pub fn catch_up(&self) -> Result<()> {
+        if self.scratch.is_none() {
+            return Ok(());
+        }
         self.db.try_catch_up_with_primary().map_err(index_error)
     }
 
@@ -213,9 +216,10 @@ impl Index {
         self.take_lock(key, false, |by_cleaner| by_cleaner)
     }
 
-    /// Takes a key's lock for the cleaner, which gives way to writers but waits a little for them.
+    /// Takes a key's lock for the cleaner, which gives way to writers, and to its own other threads,
+    /// but waits a little for them.
     pub fn lock_to_clean(&self, key: &[u8]) -> Option<KeyLock<'_>> {
-        self.take_lock(key, true, |by_cleaner| !by_cleaner)
+        self.take_lock(key, true, |_| true)
     }
 
     fn take_lock(

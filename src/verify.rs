@@ -25,8 +25,10 @@ use crate::store::{Store, now};
 /// Keys of the index that are asked for at the same time.
 const BATCH: usize = 4096;
 
-/// How often a key is looked at that changes while it is looked at.
-const ROUNDS: u64 = 20;
+/// How often a key is looked at that changes while it is looked at, and how often running a finding
+/// has to be the same where a master runs: the same key may be written again and again.
+const ROUNDS: u64 = 50;
+const STEADY: u64 = 5;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
@@ -65,6 +67,8 @@ struct Finding {
 
 struct Verify {
     store: Arc<Store>,
+    /// A master holds the index.
+    running: bool,
     /// When the index was last written, in seconds since 1970.
     newest: u64,
     /// A listing shows what is newer than the index: it is an old copy, or another store's.
@@ -90,6 +94,7 @@ pub fn run(options: Options) -> Result<()> {
     }
     let verify = Verify {
         store: Store::new(options, index),
+        running,
         newest,
         ahead: AtomicBool::new(false),
         seen: AtomicU64::new(0),
@@ -104,7 +109,7 @@ pub fn run(options: Options) -> Result<()> {
         verify.repair(&findings)?;
         findings = verify.look_again()?;
     }
-    verify.report(&findings, records, running)
+    verify.report(&findings, records)
 }
 
 /// The number of records, and the latest time in them or in debris, in seconds since 1970.
@@ -200,25 +205,32 @@ impl Verify {
         let mut keys: Vec<&Vec<u8>> = suspects.keys().collect();
         let mut confirmed = BTreeSet::new();
         let state = |key: &[u8]| Ok((self.store.index.get(key)?, self.store.index.debris(key)?));
+        let mut last: HashMap<&Vec<u8>, (_, _, u64)> = HashMap::new();
+        let needed = if self.running { STEADY } else { 1 };
         for round in 0..ROUNDS {
-            if !self.store.options.repair {
-                std::thread::sleep(Duration::from_millis(100 * round.min(1)));
-                self.store.index.catch_up()?;
+            if self.running && round > 0 {
+                std::thread::sleep(Duration::from_millis(100));
             }
+            self.store.index.catch_up()?;
             let looked = keys
                 .par_iter()
-                .map(|key| Ok((*key, state(key)?, self.look(key, &suspects[*key])?)));
+                .map(|key| Ok((*key, (state(key)?, self.look(key, &suspects[*key])?))));
             let looked: Vec<_> = looked.collect::<Result<_>>()?;
-            if !self.store.options.repair {
-                self.store.index.catch_up()?;
-            }
+            self.store.index.catch_up()?;
             keys.clear();
-            for (key, before, findings) in looked {
-                if findings.is_empty() {
-                } else if state(key)? == before {
+            for (key, (before, findings)) in
+                looked.into_iter().filter(|(_, (_, findings))| !findings.is_empty())
+            {
+                let same = last
+                    .remove(key)
+                    .filter(|(state, found, _)| *state == before && *found == findings);
+                let times =
+                    same.map_or(0, |(_, _, times)| times) + u64::from(state(key)? == before);
+                if times >= needed {
                     confirmed.extend(findings);
                 } else {
                     keys.push(key);
+                    last.insert(key, (before, findings, times));
                 }
             }
             if keys.is_empty() {
@@ -499,7 +511,7 @@ impl Verify {
         Ok(())
     }
 
-    fn report(&self, findings: &BTreeSet<Finding>, records: u64, running: bool) -> Result<()> {
+    fn report(&self, findings: &BTreeSet<Finding>, records: u64) -> Result<()> {
         let all = self.store.options.verbose;
         let kinds: BTreeSet<Kind> = findings.iter().map(|finding| finding.kind).collect();
         for kind in &kinds {
@@ -516,7 +528,7 @@ impl Verify {
         show("names that are no blob", &strays, all);
         let wrong: HashSet<&[u8]> = findings
             .iter()
-            .filter(|f| !(running && f.kind == Kind::Debris))
+            .filter(|f| !(self.running && f.kind == Kind::Debris))
             .map(|f| f.key.as_slice())
             .collect();
         println!(
@@ -524,7 +536,7 @@ impl Verify {
             wrong.len(),
             strays.len()
         );
-        if running && kinds.contains(&Kind::Debris) {
+        if self.running && kinds.contains(&Kind::Debris) {
             println!("debris is the running master's to clear, and no fault");
         }
         if wrong.is_empty() && strays.is_empty() {
