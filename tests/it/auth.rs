@@ -1,0 +1,764 @@
+//! A store with a lock on its door: basic authorization, which the volumes decide.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
+use rustix::process::Signal;
+
+use crate::client::{self, Answer, Conn, find, head, target, until, within};
+use crate::cluster::{bound_to_us, first_line, own_address, signal, wait};
+use crate::golden;
+
+const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+const ME: &str = "me:secret";
+
+/// Users and passwords that break what is careless.
+const STRANGE: [&str; 12] = [
+    "colon:a:b::c:",
+    "at:p@ss@word",
+    "slash:/a//b/",
+    "percent:100%25%zz%",
+    "space: a  b ",
+    "utf8:pässwörd☃日本",
+    "empty:",
+    "quotes:'\"`\\$(x)!",
+    "url:?#[]&=+;,<>|^{}~",
+    "ü@b/c%d e:pass",
+    "long:0123456789012345678901234567890123456789012345678901234567890123456789",
+    "-dash:-dash",
+];
+
+/// Volumes with basic authorization, and a master.
+struct Store {
+    folder: PathBuf,
+    host: String,
+    names: Vec<String>,
+    volumes: Vec<Option<Child>>,
+    master: Option<Child>,
+    port: u16,
+    flags: Vec<String>,
+    /// What is loaded into the master before its own code.
+    preload: Option<PathBuf>,
+    _reserved: TcpListener,
+}
+
+impl Store {
+    /// Three volumes with these users, `user:password`; the master is not started.
+    fn volumes(users: &[&str]) -> Store {
+        let (reserved, host) = own_address();
+        let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).expect("the temporary folder can be made");
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        let names = (1..=3).map(|n| format!("{host}:{}", 3000 + n)).collect();
+        let mut store = Store {
+            names,
+            volumes: vec![None, None, None],
+            master: None,
+            port: 0,
+            flags: Vec::new(),
+            preload: None,
+            _reserved: reserved,
+            folder,
+            host,
+        };
+        store.allow(users);
+        (0..3).for_each(|n| store.start_volume(n, true));
+        store
+    }
+
+    /// A master that shows its volumes what its callers show it.
+    fn start(users: &[&str], flags: &[&str]) -> Store {
+        let mut store = Store::volumes(users);
+        store.start_master(&[&["-basicauth"], flags].concat());
+        store
+    }
+
+    /// Makes these the users, half of them with bcrypt and half with apr1.
+    fn allow(&self, users: &[&str]) {
+        let mut text = String::new();
+        for (n, user) in users.iter().enumerate() {
+            let (name, password) = user.split_once(':').expect("user:password");
+            let how: &[&str] = if n % 2 == 0 { &["-nbB", "-C", "4"] } else { &["-nbm"] };
+            let line = Command::new("htpasswd").args(how).args(["--", name, password]).output();
+            let line = line.expect("htpasswd starts");
+            assert!(line.status.success(), "{line:?}");
+            text.push_str(String::from_utf8_lossy(&line.stdout).trim());
+            text.push('\n');
+        }
+        // In one step: nginx reads the file for each request.
+        let file = self.folder.join(".htpasswd");
+        fs::write(file.with_extension("new"), text).expect("it can be written");
+        fs::rename(file.with_extension("new"), file).expect("it can be renamed");
+    }
+
+    fn start_volume(&mut self, n: usize, locked: bool) {
+        let log = fs::File::options()
+            .append(true)
+            .create(true)
+            .open(self.folder.join("volumes.log"))
+            .expect("the log can be written");
+        let (host, port) = self.names[n].split_once(':').expect("host:port");
+        let mut command = bound_to_us("TERM");
+        command
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("volume.sh"))
+            .arg(self.folder.join(format!("v{n}")))
+            .env("BIND", host)
+            .env("PORT", port)
+            .env_remove("AUTH");
+        if locked {
+            command.env("AUTH", self.folder.join(".htpasswd"));
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        let mut script = command.spawn().expect("volume.sh starts");
+        let line = first_line(&mut script);
+        assert!(line.contains(" serves "), "{line}");
+        self.volumes[n] = Some(script);
+    }
+
+    fn stop_volume(&mut self, n: usize) {
+        if let Some(mut script) = self.volumes[n].take() {
+            signal(script.id(), Signal::TERM);
+            wait(&mut script, "volume.sh");
+        }
+    }
+
+    fn mkv(&self, args: &[&str]) -> Command {
+        let mut command = bound_to_us("KILL");
+        command
+            .arg(env!("CARGO_BIN_EXE_mkv"))
+            .arg("-db")
+            .arg(self.folder.join("db"))
+            .args(["-volumes", &self.names.join(","), "-replicas", "2", "-v"])
+            .args(args)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.mkv(args).output().expect("mkv starts")
+    }
+
+    fn start_master(&mut self, flags: &[&str]) {
+        self.flags = flags.iter().map(|flag| flag.to_string()).collect();
+        let log = fs::File::options()
+            .append(true)
+            .create(true)
+            .open(self.folder.join("master.log"))
+            .expect("the log can be written");
+        let mut command = self.mkv(flags);
+        command.args(["-host", &self.host, "-port", &self.port.to_string(), "server"]);
+        if let Some(library) = &self.preload {
+            command.env("LD_PRELOAD", library).env("LATER", self.folder.join("later"));
+        }
+        let mut master = command.stdout(Stdio::piped()).stderr(log).spawn().expect("mkv starts");
+        let line = first_line(&mut master);
+        self.master = Some(master);
+        let address = line.strip_prefix("mkv listens on ");
+        self.port = address
+            .and_then(|address| address.trim().rsplit(':').next()?.parse().ok())
+            .unwrap_or_else(|| panic!("the master does not listen: {line:?}\n{}", self.log()));
+    }
+
+    fn stop_master(&mut self) {
+        let mut master = self.master.take().expect("the master runs");
+        signal(master.id(), Signal::TERM);
+        wait(&mut master, "the master after SIGTERM");
+        assert_eq!(master.wait().unwrap().code(), Some(0), "{}", self.log());
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("master.log")).unwrap_or_default()
+    }
+
+    fn address(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+
+    /// A request with `user:password`, or without.
+    #[track_caller]
+    fn ask(&self, who: Option<&str>, method: &str, target: &str, body: Option<&[u8]>) -> Answer {
+        let header = who.map(basic);
+        let headers: Vec<_> = header.iter().map(|value| ("Authorization", &**value)).collect();
+        client::ask(&self.address(), method, target, &headers, body)
+    }
+
+    #[track_caller]
+    fn put(&self, who: &str, key: &str, value: &str) -> Answer {
+        self.ask(Some(who), "PUT", &target(key), Some(value.as_bytes()))
+    }
+
+    /// The blobs on the disks, by their paths.
+    fn blobs(&self) -> Vec<String> {
+        let mut blobs = Vec::new();
+        (0..3).for_each(|n| walk(&self.folder.join(format!("v{n}")), &mut blobs));
+        blobs.sort();
+        blobs
+    }
+
+    fn curl(&self, args: &[&str]) -> Output {
+        let mut curl = Command::new("curl");
+        curl.args(["-q", "-sS", "-f", "--max-time", "20"]).args(args);
+        curl.output().expect("curl starts")
+    }
+
+    fn url(&self, key: &str) -> String {
+        format!("http://{}{}", self.address(), target(key))
+    }
+
+    /// Nothing has panicked.
+    fn check(&self) {
+        let panics: Vec<String> =
+            self.log().lines().filter(|l| l.contains("panicked")).map(String::from).collect();
+        assert!(panics.is_empty(), "{panics:?}");
+    }
+}
+
+fn walk(folder: &Path, blobs: &mut Vec<String>) {
+    for entry in fs::read_dir(folder).expect("a folder can be read").flatten() {
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
+        match entry.file_type().expect("its type is known").is_dir() {
+            true => walk(&entry.path(), blobs),
+            false => blobs.push(entry.path().display().to_string()),
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("the master's log:\n{}", self.log());
+        } else {
+            self.check();
+        }
+        for script in self.volumes.iter().flatten() {
+            signal(script.id(), Signal::TERM);
+        }
+        if let Some(mut master) = self.master.take() {
+            signal(master.id(), Signal::KILL);
+            wait(&mut master, "the killed master");
+        }
+        (0..3).for_each(|n| self.stop_volume(n));
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+fn basic(userpass: &str) -> String {
+    format!("Basic {}", STANDARD.encode(userpass))
+}
+
+/// `user:pass@`, as it stands in a redirect.
+fn in_url(userpass: &str) -> String {
+    let (user, password) = userpass.split_once(':').expect("user:password");
+    let encode = |text: &str| percent_encode(text.as_bytes(), UNRESERVED).to_string();
+    format!("{}:{}@", encode(user), encode(password))
+}
+
+/// What the redirect leads to, asked for with the credentials that it carries.
+#[track_caller]
+fn follow(redirect: &Answer) -> Answer {
+    let location = redirect.header("Location").expect("a redirect has a Location");
+    let rest = location.strip_prefix("http://").expect("it is a URL");
+    let (who, rest) = rest.split_once('@').expect("it carries credentials");
+    let (host, path) = rest.split_at(rest.find('/').expect("it has a path"));
+    let who: Vec<u8> = percent_decode_str(who).collect();
+    let header = format!("Basic {}", STANDARD.encode(who));
+    client::ask(host, "GET", path, &[("Authorization", &header)], None)
+}
+
+#[track_caller]
+fn is_401(answer: &Answer) {
+    assert_eq!(answer.status, 401, "{answer:?}");
+    let scheme = answer.header("WWW-Authenticate").expect("it says how to come in");
+    assert!(scheme.starts_with("Basic realm="), "{scheme}");
+    for name in ["Location", "Key-Volumes", "Key-Balance", "Content-Md5", "Allow"] {
+        assert_eq!(answer.header(name), None);
+    }
+}
+
+/// What an answer tells, apart from the time.
+fn told(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>) {
+    let headers = answer.headers.into_iter().filter(|(name, _)| !name.eq_ignore_ascii_case("date"));
+    (answer.status, headers.collect(), answer.body)
+}
+
+/// How curl is told to follow a redirect. Before 8.2.0 it forgets -u at a redirect to another port and
+/// does not see the credentials in the Location either (curl/curl#11410).
+fn follows() -> Vec<&'static str> {
+    let said = Command::new("curl").args(["-q", "--version"]).output().expect("curl starts").stdout;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let version: Vec<u32> = said
+        .split_whitespace()
+        .nth(1)
+        .map_or(Vec::new(), |version| version.split('.').flat_map(str::parse).collect());
+    let new = version.as_slice() >= [8, 2].as_slice();
+    if new { vec!["--location-trusted", "-L"] } else { vec!["--location-trusted"] }
+}
+
+const METHODS: [&str; 12] = [
+    "GET",
+    "HEAD",
+    "PUT",
+    "REPLACE",
+    "DELETE",
+    "UNLINK",
+    "RELINK",
+    "REBALANCE",
+    "POST",
+    "PATCH",
+    "OPTIONS",
+    "FROBNICATE",
+];
+
+#[test]
+fn without_the_right_credentials_everything_is_401_and_nothing_is_told() {
+    let s = Store::start(&[ME, "you:other"], &["-userpass", ME]);
+    s.put(ME, "/live", "value").expect(201);
+    s.put(ME, "/unlinked", "value").expect(201);
+    s.ask(Some(ME), "UNLINK", "/unlinked", None).expect(204);
+    let before = s.blobs();
+    let wrong =
+        ["me:Secret", "me:", "me:secret ", "me:secre", "Me:secret", "you:secret", ":", "nobody:x"];
+    for who in std::iter::once(None).chain(wrong.map(Some)) {
+        let mut answers = Vec::new();
+        let methods =
+            if who.is_none() || who == Some("me:") { &METHODS[..] } else { &METHODS[..3] };
+        for method in methods {
+            let body = ["PUT", "REPLACE"].contains(method).then_some(b"new".as_slice());
+            for key in ["/live", "/unlinked", "/absent", "/", "/%zz"] {
+                let answer = s.ask(who, method, key, body);
+                is_401(&answer);
+                if *method != "HEAD" {
+                    answers.push(told(answer));
+                }
+            }
+        }
+        for query in [
+            "/?list",
+            "/?unlinked",
+            "/?writing",
+            "/?metrics",
+            "/?health",
+            "/live?x",
+            "/?list&limit=x",
+        ] {
+            let answer = s.ask(who, "GET", query, None);
+            is_401(&answer);
+            answers.push(told(answer));
+        }
+        answers.dedup();
+        assert_eq!(answers.len(), 1, "{who:?}: {answers:?}");
+    }
+    // An upload is refused before it is sent, and its sender told so.
+    for (who, headers) in [(None, vec![]), (Some("me:wrong"), vec![("Expect", "100-continue")])] {
+        let header = who.map(basic);
+        let mut headers: Vec<(&str, &str)> = headers;
+        headers.extend(header.iter().map(|value| ("Authorization", value.as_str())));
+        headers.push(("Content-Length", "100000000"));
+        let mut conn = Conn::open(&s.address());
+        conn.send(head("PUT", "/new", &headers));
+        let first = conn.any_answer("PUT").unwrap().unwrap();
+        is_401(&first);
+    }
+    assert_eq!(s.blobs(), before);
+    for who in [ME, "you:other"] {
+        let list = s.ask(Some(who), "GET", "/?list", None).expect(200);
+        assert_eq!(list.text(), r#"{"next":"","keys":["/live"]}"#);
+        assert_eq!(follow(&s.ask(Some(who), "GET", "/live", None).expect(302)).text(), "value");
+        s.ask(Some(who), "GET", "/?metrics", None).expect(200);
+        s.ask(Some(who), "FROBNICATE", "/live", None).expect(405);
+        s.ask(Some(who), "GET", "/absent", None).expect(404);
+    }
+}
+
+#[test]
+fn a_malformed_header_is_401_and_no_crash() {
+    let s = Store::start(&[ME, "empty:"], &[]);
+    s.put(ME, "/live", "value").expect(201);
+    let token = STANDARD.encode(ME);
+    let long = format!("Basic {}", "QUFB".repeat(1500));
+    let headers = [
+        "",
+        " ",
+        "Basic",
+        "Basic ",
+        "Basic  ",
+        "Basic :",
+        "Basic !!!",
+        "Basic =",
+        "Basic bWU=",
+        "Basic bWU6c2VjcmV0IQ",
+        "Basic me:secret",
+        "Basic\tbWU6c2VjcmV0IA==",
+        "Bearer bWU6c2VjcmV0",
+        "Digest username=\"me\"",
+        "Negotiate",
+        &token,
+        &format!("Basic {token} {token}"),
+        &format!("Basic,{token}"),
+        &format!("Basic {}", STANDARD.encode("me\0:secret")),
+        &format!("Basic {}", STANDARD.encode("me:secret\0")),
+        &format!("Basic {}", STANDARD.encode("me:secret\r\nX: y")),
+        &format!("Basic {}", STANDARD.encode([b'm', b'e', b':', 0xff, 0xfe])),
+        &long,
+    ];
+    for header in headers {
+        for (method, target) in [("GET", "/live"), ("GET", "/?list"), ("PUT", "/new")] {
+            let body = (method == "PUT").then_some(b"new".as_slice());
+            let sent = [("Authorization", header)];
+            let answer = client::ask(&s.address(), method, target, &sent, body);
+            assert_eq!(answer.status, 401, "{header:?}: {answer:?}");
+            is_401(&answer);
+        }
+    }
+    // What is unusual and right.
+    for header in [format!("basic {token}"), format!("BASIC {token}"), format!("Basic   {token}  ")]
+    {
+        client::ask(&s.address(), "GET", "/live", &[("Authorization", &header)], None).expect(302);
+    }
+    s.ask(Some("empty:"), "GET", "/live", None).expect(302);
+}
+
+#[test]
+fn strange_users_and_passwords_work_end_to_end() {
+    let s = Store::start(&STRANGE, &[]);
+    for (n, who) in STRANGE.iter().enumerate() {
+        let (key, value) = (format!("/{n}/été"), format!("the value of {who}"));
+        s.put(who, &key, &value).expect(201);
+        let answer = s.ask(Some(who), "GET", &target(&key), None).expect(302);
+        let volumes = answer.header("Key-Volumes").unwrap();
+        let places = volumes.split(',').map(|replica| {
+            format!("http://{}{replica}{}", in_url(who), golden::path(key.as_bytes(), 0))
+        });
+        let location = answer.header("Location").unwrap();
+        assert!(places.into_iter().any(|place| place == location), "{who}: {location}");
+        assert_eq!(answer.header("Cache-Control"), Some("no-store"));
+        assert_eq!(follow(&answer).expect(200).text(), value);
+        for follow in follows() {
+            let read = s.curl(&[follow, "-u", who, &s.url(&key)]);
+            assert!(read.status.success() && read.stdout == value.as_bytes(), "{who}: {read:?}");
+        }
+        for method in ["UNLINK", "RELINK", "REBALANCE", "DELETE"] {
+            s.ask(Some(who), method, &target(&key), None).expect(204);
+        }
+        s.ask(Some(&format!("{who}x")), "GET", &target(&key), None).expect(401);
+    }
+    assert!(s.blobs().is_empty());
+}
+
+#[test]
+fn the_servers_own_password_may_be_strange_too() {
+    for who in [STRANGE[0], STRANGE[3], STRANGE[5], STRANGE[9]] {
+        let mut s = Store::start(&[who], &["-userpass", who]);
+        s.put(who, "/a", "old").expect(201);
+        s.ask(Some(who), "REPLACE", "/a", Some(b"new")).expect(201);
+        until("the cleaner has deleted the old value", || s.blobs().len() == 2);
+        s.stop_master();
+        let ran = s.run(&["rebuild", "-rehash", "-userpass", who]);
+        assert!(ran.status.success(), "{ran:?}");
+    }
+}
+
+#[test]
+fn curl_puts_reads_lists_and_deletes() {
+    let s = Store::start(&[ME], &["-userpass", ME]);
+    let file = s.folder.join("value");
+    let value = "v".repeat(300_000);
+    fs::write(&file, &value).unwrap();
+    let file = file.to_str().unwrap();
+    for follow in follows() {
+        let ok = |args: &[&str]| {
+            let ran = s.curl(&[&[follow], args].concat());
+            assert!(ran.status.success(), "{args:?}: {ran:?}");
+            String::from_utf8_lossy(&ran.stdout).into_owned()
+        };
+        ok(&["-u", ME, "-T", file, &s.url("/file")]);
+        assert_eq!(ok(&["-u", ME, &s.url("/file")]), value);
+        ok(&["-u", ME, "-X", "PUT", "-d", "bigswag", &s.url("/wehave")]);
+        assert_eq!(ok(&["-u", ME, &s.url("/wehave")]), "bigswag");
+        assert!(ok(&["-u", ME, &format!("{}?list", s.url("/"))]).contains("/wehave"));
+        for args in [vec![], vec!["-u", "me:wrong"]] {
+            let ran = s.curl(&[&[follow], &args[..], &[&s.url("/wehave")]].concat());
+            assert!(!ran.status.success() && String::from_utf8_lossy(&ran.stderr).contains("401"));
+        }
+        ok(&["-u", ME, "-X", "DELETE", &s.url("/wehave")]);
+        ok(&["-u", ME, "-X", "DELETE", &s.url("/file")]);
+        assert!(s.blobs().is_empty());
+    }
+}
+
+#[test]
+fn where_a_volume_is_down_the_others_decide_and_where_all_are_nobody_comes_in() {
+    let users: Vec<String> = (0..12).map(|n| format!("user{n}:pass{n}")).collect();
+    let users: Vec<&str> = users.iter().map(String::as_str).collect();
+    let mut s = Store::start(&users, &[]);
+    s.put(users[0], "/live", "value").expect(201);
+    // Of users that were not asked for before nothing is remembered.
+    s.stop_volume(1);
+    for who in &users[1..6] {
+        s.ask(Some(who), "GET", "/?list", None).expect(200);
+        is_401(&s.ask(Some(&format!("{who}x")), "GET", "/?list", None));
+    }
+    s.stop_volume(0);
+    for who in &users[6..9] {
+        s.ask(Some(who), "GET", "/absent", None).expect(404);
+        is_401(&s.ask(Some(&format!("{who}x")), "GET", "/absent", None));
+    }
+    s.stop_volume(2);
+    for (method, target) in [("GET", "/live"), ("GET", "/absent"), ("GET", "/?list"), ("PUT", "/x")]
+    {
+        let body = (method == "PUT").then_some(b"new".as_slice());
+        for who in [users[10], users[11], "user10:wrong", "nobody:x"] {
+            let answer = s.ask(Some(who), method, target, body).expect(503);
+            assert!(answer.header("Retry-After").is_some());
+        }
+        is_401(&s.ask(None, method, target, body));
+    }
+    (0..3).for_each(|n| s.start_volume(n, true));
+    within(Duration::from_secs(10), "the volumes decide again", || {
+        s.ask(Some(users[10]), "GET", "/?list", None).status == 200
+    });
+    is_401(&s.ask(Some("user10:wrong"), "GET", "/?list", None));
+}
+
+#[test]
+fn a_changed_password_counts_at_once_for_values_and_a_no_is_forgotten_within_a_second() {
+    let s = Store::start(&["me:old", "you:other"], &[]);
+    s.put("me:old", "/live", "value").expect(201);
+    is_401(&s.ask(Some("me:new"), "GET", "/?list", None));
+    let asked = Instant::now();
+    s.allow(&["me:new", "you:other"]);
+    // Whatever is remembered, no value is given away and none is written.
+    let before = s.blobs();
+    is_401(&s.ask(Some("me:old"), "GET", "/live", None));
+    let put = s.put("me:old", "/other", "value");
+    assert!(put.status >= 400, "{put:?}");
+    assert_eq!(s.blobs(), before);
+    within(Duration::from_secs(2), "the new password is right", || {
+        s.ask(Some("me:new"), "GET", "/?list", None).status == 200
+    });
+    println!("{:?} after it was wrong", asked.elapsed());
+    assert_eq!(follow(&s.ask(Some("me:new"), "GET", "/live", None).expect(302)).text(), "value");
+    s.ask(Some("you:other"), "DELETE", "/live", None).expect(204);
+}
+
+/// A clock that can be put forward: what the file in LATER says, in seconds.
+const CLOCK: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+int clock_gettime(clockid_t id, struct timespec *at) {
+  static int (*real)(clockid_t, struct timespec *);
+  if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+  int result = real(id, at);
+  FILE *file = id == CLOCK_MONOTONIC ? fopen(getenv("LATER"), "r") : NULL;
+  int seconds;
+  if (file && fscanf(file, "%d", &seconds) == 1) at->tv_sec += seconds;
+  if (file) fclose(file);
+  return result;
+}
+"#;
+
+#[test]
+fn a_yes_is_remembered_for_thirty_seconds_and_then_asked_for_again() {
+    let mut s = Store::volumes(&["me:old"]);
+    let (source, library) = (s.folder.join("clock.c"), s.folder.join("clock.so"));
+    fs::write(&source, CLOCK).unwrap();
+    let cc = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).output();
+    assert!(cc.as_ref().is_ok_and(|cc| cc.status.success()), "{cc:?}");
+    s.preload = Some(library);
+    s.start_master(&["-basicauth"]);
+    let list = |who: &str| s.ask(Some(who), "GET", "/?list", None).status;
+    let later = |seconds: &str| fs::write(s.folder.join("later"), seconds).unwrap();
+    assert_eq!(list("me:old"), 200);
+    s.allow(&["me:new"]);
+    later("25");
+    assert_eq!(list("me:old"), 200);
+    // It was asked once: being asked for does not make it last.
+    later("31");
+    assert_eq!((list("me:old"), list("me:new")), (401, 200));
+    later("63");
+    assert_eq!((list("me:old"), list("me:new")), (401, 200));
+}
+
+#[test]
+fn a_volume_that_lets_everybody_in_keeps_the_master_from_starting() {
+    let mut s = Store::volumes(&[ME]);
+    s.stop_volume(1);
+    s.start_volume(1, false);
+    for flags in [vec!["-basicauth"], vec!["-basicauth", "-userpass", ME]] {
+        let ran = s.run(&[&flags[..], &["-host", &s.host, "-port", "0", "server"]].concat());
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert_eq!(ran.status.code(), Some(1), "{ran:?}");
+        assert!(
+            said.contains(&s.names[1]) && said.contains("AUTH") && ran.stdout.is_empty(),
+            "{said}"
+        );
+    }
+    s.stop_volume(1);
+    // One that is down is no error.
+    s.start_master(&["-basicauth"]);
+    s.ask(Some(ME), "GET", "/?list", None).expect(200);
+    is_401(&s.ask(Some("me:wrong"), "GET", "/?list", None));
+}
+
+#[test]
+fn a_volume_that_comes_up_without_a_lock_opens_no_door() {
+    let mut s = Store::volumes(&[ME]);
+    s.stop_volume(1);
+    s.start_master(&["-basicauth"]);
+    s.start_volume(1, false);
+    // It is the only one that could say yes.
+    s.stop_volume(0);
+    s.stop_volume(2);
+    for n in 0..5 {
+        let answer = s.ask(Some(&format!("me:guess{n}")), "GET", "/?list", None);
+        assert!(matches!(answer.status, 401 | 503), "{answer:?}");
+    }
+    s.stop_volume(1);
+    (0..3).for_each(|n| s.start_volume(n, true));
+    within(Duration::from_secs(10), "the volumes decide again", || {
+        s.ask(Some(ME), "GET", "/?list", None).status == 200
+    });
+    is_401(&s.ask(Some("me:guess6"), "GET", "/?list", None));
+}
+
+#[test]
+fn rebuild_rebalance_and_verify_show_the_volumes_their_userpass() {
+    let mut s = Store::start(&[ME], &[]);
+    for n in 0..10 {
+        s.put(ME, &format!("/{n}"), "value").expect(201);
+    }
+    s.stop_master();
+    let dump = s.run(&["dump"]).stdout;
+    for command in ["rebuild", "rebalance", "verify"] {
+        for flags in [vec![], vec!["-userpass", "me:wrong"]] {
+            let ran = s.run(&[&flags[..], &[command, "-settle", "0s"]].concat());
+            let said = String::from_utf8_lossy(&ran.stderr);
+            assert!(ran.status.code() == Some(1) && said.contains("401"), "{command}: {ran:?}");
+            assert!(said.contains(&format!("{}:300", s.host)) && !said.contains("wrong"), "{said}");
+            assert_eq!(s.run(&["dump"]).stdout, dump);
+        }
+        let ran = s.run(&["-userpass", ME, command, "-settle", "0s"]);
+        assert!(ran.status.success(), "{command}: {ran:?}");
+    }
+    let ran = s.run(&["-userpass", ME, "verify", "-deep", "-repair"]);
+    assert!(ran.status.success() && String::from_utf8_lossy(&ran.stdout).contains("whole"));
+    let ran = s.run(&["-userpass", ME, "rebuild", "-rehash", "-replicas", "3"]);
+    assert!(ran.status.success(), "{ran:?}");
+    let ran = s.run(&["-userpass", ME, "rebalance", "-replicas", "3", "-settle", "0s"]);
+    assert!(ran.status.success() && s.blobs().len() == 30, "{ran:?}");
+    // Without a colon it is a mistake that is named before anything is done.
+    let ran = s.run(&["-userpass", "secret", "verify"]);
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.code() == Some(2) && said.contains("-userpass") && !said.contains("secret"));
+}
+
+#[test]
+fn the_cleaner_deletes_with_the_servers_own_userpass_and_waits_without_one() {
+    let mut s = Store::start(&[ME], &[]);
+    s.put(ME, "/a", "old").expect(201);
+    s.ask(Some(ME), "REPLACE", "/a", Some(b"new")).expect(201);
+    let writing = |s: &Store| s.ask(Some(ME), "GET", "/?writing", None).expect(200).text();
+    // A caller's own deletion needs no cleaner.
+    s.put(ME, "/b", "value").expect(201);
+    s.ask(Some(ME), "DELETE", "/b", None).expect(204);
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(writing(&s), r#"{"next":"","keys":["/a"]}"#);
+    assert_eq!(s.blobs().len(), 4);
+    let log = s.log();
+    let said: Vec<&str> = log.lines().filter(|line| line.contains("-userpass")).collect();
+    assert_eq!(said.len(), 1, "{log}");
+    s.stop_master();
+    s.start_master(&["-basicauth", "-userpass", ME]);
+    until("the cleaner has done its work", || s.blobs().len() == 2);
+    until("and noted it", || writing(&s) == r#"{"next":"","keys":[]}"#);
+    assert_eq!(follow(&s.ask(Some(ME), "GET", "/a", None).expect(302)).text(), "new");
+}
+
+#[test]
+fn a_cleaner_with_a_wrong_userpass_deletes_nothing_and_forgets_nothing() {
+    let mut s = Store::start(&[ME], &["-userpass", "me:wrong"]);
+    s.put(ME, "/a", "old").expect(201);
+    s.ask(Some(ME), "REPLACE", "/a", Some(b"new")).expect(201);
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(s.blobs().len(), 4);
+    s.stop_master();
+    s.start_master(&["-basicauth", "-userpass", ME]);
+    until("the cleaner has done its work", || s.blobs().len() == 2);
+}
+
+#[test]
+fn a_server_that_asks_for_no_credentials_does_not_give_away_its_own() {
+    let mut s = Store::volumes(&[ME]);
+    s.start_master(&["-userpass", ME]);
+    s.ask(None, "PUT", "/a", Some(b"value")).expect(201);
+    let answer = s.ask(None, "GET", "/a", None).expect(302);
+    let location = answer.header("Location").unwrap().to_string();
+    assert!(location.starts_with(&format!("http://{}:300", s.host)), "{location}");
+    assert_eq!(answer.header("Cache-Control"), None);
+    assert!(!format!("{answer:?}").contains("secret"));
+    s.ask(None, "REPLACE", "/a", Some(b"new")).expect(201);
+    until("the cleaner has done its work", || s.blobs().len() == 2);
+    s.ask(None, "DELETE", "/a", None).expect(204);
+    assert!(s.blobs().is_empty());
+}
+
+#[test]
+fn neither_the_log_nor_a_command_tells_a_password() {
+    let users = ["me:S3cr3t-Of-The-Server", "caller:An0ther/One"];
+    let mut s = Store::start(&users, &["-userpass", users[0]]);
+    for who in users {
+        s.put(who, "/a", "value").expect(201);
+        s.ask(Some(who), "REPLACE", "/a", Some(b"new")).expect(201);
+        s.ask(Some(who), "GET", "/a", None).expect(302);
+        s.ask(Some(who), "HEAD", "/a", None).expect(302);
+        s.ask(Some(&format!("{who}-Wr0ng")), "GET", "/a", None).expect(401);
+        s.ask(Some(who), "GET", "/?metrics", None).expect(200);
+        s.ask(Some(who), "DELETE", "/a", None).expect(204);
+    }
+    s.put(users[1], "/a", "value").expect(201);
+    // Errors of all kinds.
+    (0..3).for_each(|n| s.stop_volume(n));
+    for method in ["GET", "HEAD", "PUT", "REPLACE", "DELETE", "REBALANCE"] {
+        let body = ["PUT", "REPLACE"].contains(&method).then_some(b"x".as_slice());
+        s.ask(Some(users[1]), method, "/a", body);
+        s.ask(Some(&format!("{}-Wr0ng", users[1])), method, "/a", body);
+    }
+    s.stop_master();
+    let mut said = String::new();
+    for command in ["rebuild", "rebalance", "verify"] {
+        for who in [users[0], "me:S3cr3t-Wr0ng"] {
+            let ran = s.run(&["-v", "-userpass", who, command, "-settle", "0s"]);
+            said.push_str(&String::from_utf8_lossy(&[ran.stdout, ran.stderr].concat()));
+        }
+    }
+    (0..3).for_each(|n| s.start_volume(n, true));
+    for who in [users[0], "me:S3cr3t-Wr0ng"] {
+        for command in ["verify", "rebuild", "rebalance"] {
+            let ran = s.run(&["-v", "-userpass", who, command, "-settle", "0s"]);
+            said.push_str(&String::from_utf8_lossy(&[ran.stdout, ran.stderr].concat()));
+        }
+    }
+    said.push_str(&s.log());
+    said.push_str(&fs::read_to_string(s.folder.join("volumes.log")).unwrap_or_default());
+    assert!(said.contains("PUT /a 201") && said.contains("verify"), "{said}");
+    let tokens = users.map(|who| STANDARD.encode(who)[..12].to_string());
+    for word in ["S3cr3t", "An0ther", "Wr0ng", "Authorization", "Basic ", &tokens[0], &tokens[1]] {
+        let at = find(said.as_bytes(), word.as_bytes());
+        assert_eq!(at, None, "{word} is said: {}", &said[at.unwrap_or(0)..][..100]);
+    }
+}

@@ -1,0 +1,721 @@
+//! A store for one test: volumes, a master, and what has to hold when the test is over.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use percent_encoding::percent_decode_str;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::client::{self, Answer, Conn, PATIENCE, follow, target, until};
+use crate::faulty::Faulty;
+use crate::golden;
+
+/// A loopback address that is this test's alone, so that every port of it is free and stays so
+/// while a server is down. It is another's as soon as the listener is dropped.
+pub fn own_address() -> (TcpListener, String) {
+    loop {
+        let [a, b, c, _] = fastrand::u32(..).to_be_bytes();
+        let host = format!("127.{}.{b}.{c}", a.clamp(1, 254));
+        if let Ok(reserved) = TcpListener::bind((host.as_str(), 2999)) {
+            return (reserved, host);
+        }
+    }
+}
+
+/// What a test asks for: three volumes, three replicas and ten subvolumes unless it says otherwise.
+#[derive(Clone)]
+pub struct Setup {
+    volumes: usize,
+    replicas: usize,
+    subvolumes: u32,
+    proxied: bool,
+    flags: Vec<String>,
+}
+
+impl Setup {
+    pub fn new() -> Setup {
+        Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied: false, flags: Vec::new() }
+    }
+
+    pub fn volumes(self, volumes: usize) -> Setup {
+        Setup { volumes, replicas: self.replicas.min(volumes), ..self }
+    }
+
+    pub fn replicas(self, replicas: usize) -> Setup {
+        Setup { replicas, ..self }
+    }
+
+    pub fn replica_count(&self) -> usize {
+        self.replicas
+    }
+
+    pub fn subvolume_count(&self) -> u32 {
+        self.subvolumes
+    }
+
+    pub fn subvolumes(self, subvolumes: u32) -> Setup {
+        Setup { subvolumes, ..self }
+    }
+
+    /// A proxy stands before each volume, and the master knows only the proxies.
+    pub fn proxied(self) -> Setup {
+        Setup { proxied: true, ..self }
+    }
+
+    pub fn flags(self, flags: &[&str]) -> Setup {
+        Setup { flags: flags.iter().map(|flag| flag.to_string()).collect(), ..self }
+    }
+
+    pub fn start(self) -> Cluster {
+        Cluster::start(self)
+    }
+}
+
+/// A volume of nginx, run by volume.sh.
+pub struct Volume {
+    pub folder: PathBuf,
+    pub address: String,
+    script: Option<Child>,
+}
+
+impl Volume {
+    fn launch(&mut self) {
+        assert!(self.script.is_none(), "{} runs already", self.address);
+        let (host, port) = self.address.split_once(':').expect("host:port");
+        let log = fs::File::options()
+            .append(true)
+            .create(true)
+            .open(self.folder.with_extension("log"))
+            .expect("the log can be written");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("volume.sh");
+        let mut command = bound_to_us("TERM");
+        command
+            .arg(script)
+            .arg(&self.folder)
+            .env("BIND", host)
+            .env("PORT", port)
+            .env_remove("AUTH");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        self.script = Some(command.spawn().expect("volume.sh starts"));
+    }
+
+    fn await_ready(&mut self) {
+        let line = first_line(self.script.as_mut().expect("it was launched"));
+        let log = fs::read_to_string(self.folder.with_extension("log")).unwrap_or_default();
+        assert!(line.contains(" serves "), "volume.sh does not serve: {line}{log}");
+    }
+
+    pub fn start(&mut self) {
+        self.launch();
+        self.await_ready();
+    }
+
+    /// Stops it as its operator would.
+    pub fn stop(&mut self) {
+        if let Some(mut script) = self.script.take() {
+            signal(script.id(), Signal::TERM);
+            wait(&mut script, "volume.sh");
+        }
+    }
+
+    /// kill -9 for nginx and its workers.
+    pub fn kill(&mut self) {
+        let Some(mut script) = self.script.take() else { return };
+        for pid in self.nginx().expect("nginx runs") {
+            signal(pid, Signal::KILL);
+        }
+        wait(&mut script, "volume.sh");
+    }
+
+    /// Its workers stand still: they take connections and give no answer.
+    pub fn freeze(&self) {
+        for pid in &self.nginx().expect("nginx runs")[1..] {
+            signal(*pid, Signal::STOP);
+        }
+    }
+
+    pub fn thaw(&self) {
+        for pid in self.nginx().iter().flatten() {
+            signal(*pid, Signal::CONT);
+        }
+    }
+
+    /// nginx and its workers, if it runs.
+    fn nginx(&self) -> Option<Vec<u32>> {
+        let text = fs::read_to_string(self.folder.join(".nginx/nginx.pid")).ok()?;
+        let nginx: u32 = text.trim().parse().ok()?;
+        let parent = format!("PPid:\t{nginx}");
+        let mut pids = vec![nginx];
+        for entry in fs::read_dir("/proc").expect("/proc is there").flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+            if status.lines().any(|line| line == parent) {
+                pids.push(pid);
+            }
+        }
+        (pids.len() > 1).then_some(pids)
+    }
+
+    /// The blobs on its disk, without what begins with a dot: path below the volume and file.
+    pub fn files(&self) -> BTreeMap<String, PathBuf> {
+        let mut files = BTreeMap::new();
+        walk(&self.folder, "", &mut files);
+        files
+    }
+
+    /// What lies in nginx's temporary folders: uploads under way, or left behind.
+    pub fn uploads(&self) -> usize {
+        fs::read_dir(self.folder.join(".nginx/temp")).map_or(0, Iterator::count)
+    }
+}
+
+fn walk(folder: &Path, below: &str, files: &mut BTreeMap<String, PathBuf>) {
+    // A folder may vanish while it is read, as a blob may.
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with('.') {
+            continue;
+        }
+        let path = format!("{below}/{name}");
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => walk(&entry.path(), &path, files),
+            Ok(_) => drop(files.insert(path, entry.path())),
+            Err(_) => {}
+        }
+    }
+}
+
+/// What a redirect tells of a key.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    pub replicas: Vec<String>,
+    /// The blob's path below each replica.
+    pub path: String,
+    pub version: u64,
+    pub md5: Option<String>,
+    pub balanced: bool,
+}
+
+pub struct Cluster {
+    pub folder: PathBuf,
+    pub host: String,
+    pub volumes: Vec<Volume>,
+    pub proxies: Vec<Faulty>,
+    pub setup: Setup,
+    /// The volumes that the master is told of.
+    pub names: Vec<String>,
+    master: Option<Child>,
+    /// The port that the master was given.
+    port: u16,
+    /// Keys whose debris may stay longer than a test lasts.
+    lasting: BTreeSet<Vec<u8>>,
+    mounted: bool,
+    _reserved: TcpListener,
+}
+
+impl Cluster {
+    pub fn new() -> Cluster {
+        Setup::new().start()
+    }
+
+    fn start(setup: Setup) -> Cluster {
+        Cluster::start_with(setup, |_| {})
+    }
+
+    /// Calls `prepare` with the folders of the volumes, before they are started.
+    pub fn start_with(setup: Setup, prepare: impl FnOnce(&mut Cluster)) -> Cluster {
+        let (reserved, host) = own_address();
+        let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).expect("the temporary folder can be made");
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        let mut cluster = Cluster {
+            volumes: Vec::new(),
+            proxies: Vec::new(),
+            names: Vec::new(),
+            master: None,
+            port: 0,
+            lasting: BTreeSet::new(),
+            mounted: false,
+            _reserved: reserved,
+            folder,
+            host,
+            setup,
+        };
+        for n in 1..=cluster.setup.volumes {
+            let folder = cluster.folder.join(format!("v{n}"));
+            fs::create_dir(&folder).expect("a volume's folder can be made");
+            let address = format!("{}:{}", cluster.host, 3000 + n);
+            cluster.volumes.push(Volume { folder, address, script: None });
+        }
+        prepare(&mut cluster);
+        cluster.volumes.iter_mut().for_each(Volume::launch);
+        for (n, volume) in cluster.volumes.iter_mut().enumerate() {
+            volume.await_ready();
+            if cluster.setup.proxied {
+                let address = format!("{}:{}", cluster.host, 4001 + n);
+                cluster.proxies.push(Faulty::start(&address, &volume.address));
+                cluster.names.push(address);
+            } else {
+                cluster.names.push(volume.address.clone());
+            }
+        }
+        cluster.start_master();
+        cluster
+    }
+
+    /// Puts a small disk of its own below the volume; `false`: this user may not mount.
+    pub fn mount_small_disk(&mut self, volume: usize, size: &str) -> bool {
+        let options = format!("size={size},mode=755");
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", &options, "mkv-test"]);
+        let mounted = command.arg(&self.volumes[volume].folder).output();
+        self.mounted = mounted.is_ok_and(|output| output.status.success());
+        self.mounted
+    }
+
+    /// Restarts every volume, all at the same time.
+    pub fn restart_volumes(&mut self, kill: bool) {
+        for volume in &mut self.volumes {
+            if kill { volume.kill() } else { volume.stop() }
+        }
+        self.start_volumes();
+    }
+
+    /// Starts the volumes that do not run.
+    pub fn start_volumes(&mut self) {
+        let mut down: Vec<_> = self.volumes.iter_mut().filter(|v| v.script.is_none()).collect();
+        down.iter_mut().for_each(|volume| volume.launch());
+        down.iter_mut().for_each(|volume| volume.await_ready());
+    }
+
+    // The master.
+
+    /// The command line that starts the master, with a port that is chosen freely the first time.
+    pub fn master_command(&self) -> Command {
+        let mut command = bound_to_us("KILL");
+        command
+            .arg(env!("CARGO_BIN_EXE_mkv"))
+            .arg("-db")
+            .arg(self.folder.join("db"))
+            .args(["-volumes", &self.names.join(",")])
+            .args(["-replicas", &self.setup.replicas.to_string()])
+            .args(["-subvolumes", &self.setup.subvolumes.to_string()])
+            .args(["-host", &self.host, "-port", &self.port.to_string(), "-v"])
+            .args(&self.setup.flags)
+            .arg("server")
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub fn start_master(&mut self) {
+        assert!(self.master.is_none(), "the master runs already");
+        let log =
+            fs::File::options().append(true).create(true).open(self.folder.join("master.log"));
+        let mut command = self.master_command();
+        command.stdout(Stdio::piped()).stderr(log.expect("the log can be written"));
+        let mut master = command.spawn().expect("the master starts");
+        let line = first_line(&mut master);
+        self.master = Some(master);
+        self.port = line
+            .strip_prefix("mkv listens on ")
+            .and_then(|address| address.trim().rsplit(':').next()?.parse().ok())
+            .unwrap_or_else(|| panic!("the master does not listen: {line:?}\n{}", self.log()));
+    }
+
+    pub fn master_pid(&self) -> u32 {
+        self.master.as_ref().expect("the master runs").id()
+    }
+
+    /// kill -9.
+    pub fn kill_master(&mut self) {
+        let mut master = self.master.take().expect("the master runs");
+        signal(master.id(), Signal::KILL);
+        wait(&mut master, "the killed master");
+    }
+
+    /// Tells the master to stop; it may still be busy.
+    pub fn terminate_master(&self) {
+        signal(self.master_pid(), Signal::TERM);
+    }
+
+    /// Waits for the end of a master that was told to stop.
+    pub fn await_master(&mut self) -> ExitStatus {
+        wait(self.master.as_mut().expect("the master runs"), "the master after SIGTERM");
+        self.master.take().expect("it was there").wait().expect("its status is known")
+    }
+
+    pub fn stop_master(&mut self) {
+        self.terminate_master();
+        let status = self.await_master();
+        assert_eq!(status.code(), Some(0), "the master's end:\n{}", self.log());
+    }
+
+    pub fn restart_master(&mut self) {
+        self.stop_master();
+        self.start_master();
+    }
+
+    /// Restarts it with other flags.
+    pub fn restart_with(&mut self, flags: &[&str]) {
+        self.setup.flags = flags.iter().map(|flag| flag.to_string()).collect();
+        self.restart_master();
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("master.log")).unwrap_or_default()
+    }
+
+    // Requests.
+
+    pub fn address(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+
+    pub fn conn(&self) -> Conn {
+        Conn::open(&self.address())
+    }
+
+    #[track_caller]
+    pub fn ask(&self, method: &str, key: impl AsRef<[u8]>) -> Answer {
+        self.ask_target(method, &target(key))
+    }
+
+    #[track_caller]
+    pub fn ask_target(&self, method: &str, target: &str) -> Answer {
+        client::ask(&self.address(), method, target, &[], None)
+    }
+
+    /// A request with headers, and a body that gets a length.
+    #[track_caller]
+    pub fn send(
+        &self,
+        method: &str,
+        key: impl AsRef<[u8]>,
+        headers: &[(&str, &str)],
+        body: impl AsRef<[u8]>,
+    ) -> Answer {
+        client::ask(&self.address(), method, &target(key), headers, Some(body.as_ref()))
+    }
+
+    #[track_caller]
+    pub fn put(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Answer {
+        self.send("PUT", key, &[], value)
+    }
+
+    #[track_caller]
+    pub fn replace(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Answer {
+        self.send("REPLACE", key, &[], value)
+    }
+
+    #[track_caller]
+    pub fn get(&self, key: impl AsRef<[u8]>) -> Answer {
+        self.ask("GET", key)
+    }
+
+    /// The keys of a list, page by page where it has several.
+    #[track_caller]
+    pub fn keys(&self, prefix: &str, list: &str) -> Vec<Vec<u8>> {
+        let mut keys: Vec<Vec<u8>> = Vec::new();
+        let mut start = String::new();
+        loop {
+            let query = format!("{prefix}?{list}&encoding=url&limit=1000&start={start}");
+            let answer = self.ask_target("GET", &query).expect(200);
+            let page: serde_json::Value = serde_json::from_slice(&answer.body).expect("JSON");
+            for key in page["keys"].as_array().expect("a list of keys") {
+                keys.push(percent_decode_str(key.as_str().expect("a key is a string")).collect());
+            }
+            start = page["next"].as_str().expect("next is a string").to_string();
+            if start.is_empty() {
+                return keys;
+            }
+        }
+    }
+
+    pub fn live(&self) -> Vec<Vec<u8>> {
+        self.keys("/", "list")
+    }
+
+    pub fn unlinked(&self) -> Vec<Vec<u8>> {
+        self.keys("/", "unlinked")
+    }
+
+    /// The keys with debris.
+    pub fn writing(&self) -> Vec<Vec<u8>> {
+        self.keys("/", "writing")
+    }
+
+    /// What the master says of a live key; everything that must fit together does.
+    #[track_caller]
+    pub fn found(&self, key: impl AsRef<[u8]>) -> Found {
+        let key = key.as_ref();
+        let answer = self.get(key).expect(302);
+        assert_eq!(answer.header("Content-Length"), Some("0"));
+        let header = |name| answer.header(name).unwrap_or_else(|| panic!("{name} is missing"));
+        let replicas: Vec<String> = header("Key-Volumes").split(',').map(String::from).collect();
+        let balanced = match header("Key-Balance") {
+            "balanced" => true,
+            "unbalanced" => false,
+            other => panic!("Key-Balance: {other}"),
+        };
+        let location = header("Location").strip_prefix("http://").expect("a URL");
+        let path = replicas
+            .iter()
+            .find_map(|replica| location.strip_prefix(replica.as_str()))
+            .unwrap_or_else(|| panic!("{location} is on none of {replicas:?}"))
+            .to_string();
+        let version = golden::version_of(&path);
+        assert_eq!(path, golden::path(key, version), "the path of {}", key.escape_ascii());
+        assert_eq!(balanced, replicas == self.placed(key), "the balance of {replicas:?}");
+        let md5 = answer.header("Content-Md5").map(String::from);
+        Found { replicas, path, version, md5, balanced }
+    }
+
+    /// Where the golden rule wants the key.
+    pub fn placed(&self, key: impl AsRef<[u8]>) -> Vec<String> {
+        golden::place(key.as_ref(), &self.names, self.setup.replicas, self.setup.subvolumes)
+    }
+
+    /// The number of the volume that holds this replica.
+    pub fn number(&self, replica: &str) -> usize {
+        let name = replica.split('/').next();
+        let found = self.names.iter().position(|n| Some(n.as_str()) == name);
+        found.unwrap_or_else(|| panic!("{replica} is on none of {:?}", self.names))
+    }
+
+    /// The number of the volume that holds the key's first, second, … replica.
+    pub fn holder(&self, key: impl AsRef<[u8]>, replica: usize) -> usize {
+        self.number(&self.placed(key)[replica])
+    }
+
+    /// The file of a blob.
+    pub fn file(&self, replica: &str, path: &str) -> PathBuf {
+        let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
+        let folder = &self.volumes[self.number(replica)].folder;
+        folder.join(below).join(path.trim_start_matches('/'))
+    }
+
+    /// The files of a live key's replicas.
+    #[track_caller]
+    pub fn files(&self, key: impl AsRef<[u8]>) -> Vec<PathBuf> {
+        let found = self.found(key);
+        found.replicas.iter().map(|replica| self.file(replica, &found.path)).collect()
+    }
+
+    /// Every blob on every volume: `host:port/svXX/…`, as the replicas are named, and its file.
+    pub fn blobs(&self) -> BTreeMap<String, PathBuf> {
+        self.volumes
+            .iter()
+            .zip(&self.names)
+            .flat_map(|(volume, name)| {
+                volume.files().into_iter().map(move |(path, file)| (format!("{name}{path}"), file))
+            })
+            .collect()
+    }
+
+    /// The value as a client reads it, and as it lies on each replica's disk.
+    #[track_caller]
+    pub fn holds(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Found {
+        let (key, value) = (key.as_ref(), value.as_ref());
+        let read = follow(&self.get(key).expect(302)).expect(200);
+        same(&read.body, value, "what a client reads");
+        let found = self.found(key);
+        for replica in &found.replicas {
+            let file = self.file(replica, &found.path);
+            let there = fs::read(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            same(&there, value, replica);
+        }
+        if let Some(md5) = &found.md5 {
+            assert_eq!(*md5, golden::md5(value), "Content-Md5 of {}", key.escape_ascii());
+        }
+        found
+    }
+
+    /// The key is not there: neither for a reader, nor in a list, nor, when the cleaner has done
+    /// its work, on a disk. Its lock is free.
+    #[track_caller]
+    pub fn lacks(&self, key: impl AsRef<[u8]>) {
+        let key = key.as_ref();
+        self.get(key).expect(404);
+        assert!(!self.live().contains(&key.to_vec()), "{} is listed", key.escape_ascii());
+        self.cleaned();
+        let paths = self.blobs();
+        let plain = golden::path(key, 0);
+        let left: Vec<_> = paths.keys().filter(|blob| blob.contains(&plain)).collect();
+        assert!(left.is_empty(), "blobs of {}: {left:?}", key.escape_ascii());
+        self.ask("RELINK", key).expect(404);
+    }
+
+    /// Waits until the cleaner has nothing more to do.
+    #[track_caller]
+    pub fn cleaned(&self) {
+        let mut left = Vec::new();
+        let begun = Instant::now();
+        loop {
+            left.clear();
+            left.extend(self.writing().into_iter().filter(|key| !self.lasting.contains(key)));
+            if left.is_empty() {
+                return;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "after {PATIENCE:?} there is debris of {:?}\n{}",
+                left.iter().map(|key| key.escape_ascii().to_string()).collect::<Vec<_>>(),
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// This key's debris may stay: a 404 does not prove yet that its blob is gone.
+    pub fn debris_may_last(&mut self, key: impl AsRef<[u8]>) {
+        self.lasting.insert(key.as_ref().to_vec());
+    }
+
+    /// The store is whole: what the index names lies where it should, as it should, and nothing
+    /// else lies anywhere. Debris is cleared first.
+    #[track_caller]
+    pub fn check_whole(&mut self) {
+        self.proxies.iter().for_each(Faulty::behave);
+        self.start_volumes();
+        if self.master.is_none() {
+            self.start_master();
+        }
+        self.cleaned();
+        let mut expected = BTreeMap::new();
+        let mut expect = |key: &[u8]| {
+            let found = self.found(key);
+            for replica in &found.replicas {
+                expected.insert(format!("{replica}{}", found.path), found.md5.clone());
+            }
+        };
+        let unlinked = self.unlinked();
+        for key in self.live() {
+            assert!(!unlinked.contains(&key), "{} is in two lists", key.escape_ascii());
+            expect(&key);
+        }
+        for key in unlinked {
+            // Only of a live key the master tells anything.
+            self.ask("RELINK", &key).expect(204);
+            expect(&key);
+            self.ask("UNLINK", &key).expect(204);
+        }
+        let there = self.blobs();
+        let missing: Vec<_> = expected.keys().filter(|blob| !there.contains_key(*blob)).collect();
+        let surplus: Vec<_> = there.keys().filter(|blob| !expected.contains_key(*blob)).collect();
+        assert!(missing.is_empty(), "the index names what is not there: {missing:?}");
+        assert!(surplus.is_empty(), "the index does not name what is there: {surplus:?}");
+        for (blob, file) in there {
+            let bytes = fs::read(&file).expect("a blob can be read");
+            match &expected[&blob] {
+                Some(md5) => assert_eq!(golden::md5(&bytes), *md5, "the md5 of {blob}"),
+                None => assert!(!bytes.is_empty(), "{blob} is empty"),
+            }
+        }
+        until("no upload is left in a temporary folder", || {
+            self.volumes.iter().all(|volume| volume.uploads() == 0)
+        });
+        let log = self.log();
+        let panics = log.lines().filter(|line| line.contains("panicked at"));
+        // tiny_http asks a connection that was reset before it was accepted for its peer.
+        let own: Vec<_> =
+            panics.filter(|line| !line.contains("tiny_http-0.12.0/src/client.rs:153")).collect();
+        assert!(own.is_empty(), "{own:?}:\n{log}");
+    }
+
+    /// Ends everything that was started, and leaves nothing behind.
+    fn tear_down(&mut self) {
+        self.proxies.clear();
+        for volume in &self.volumes {
+            if let Some(script) = &volume.script {
+                volume.thaw();
+                signal(script.id(), Signal::TERM);
+            }
+        }
+        if let Some(mut master) = self.master.take() {
+            signal(master.id(), Signal::KILL);
+            wait(&mut master, "the killed master");
+        }
+        self.volumes.iter_mut().for_each(Volume::stop);
+        if self.mounted {
+            for volume in &self.volumes {
+                let _ = Command::new("umount").arg(&volume.folder).output();
+            }
+        }
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+impl Drop for Cluster {
+    /// A test that has come this far without a panic has the store checked.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("the master's log:");
+            tail.iter().rev().for_each(|line| eprintln!("  {line}"));
+            return self.tear_down();
+        }
+        let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            self.check_whole();
+            self.stop_master();
+        }));
+        self.tear_down();
+        if let Err(panic) = checked {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+#[track_caller]
+pub fn same(there: &[u8], value: &[u8], where_: &str) {
+    let differ = there.iter().zip(value).position(|(a, b)| a != b);
+    assert!(
+        there.len() == value.len() && differ.is_none(),
+        "{where_}: {} bytes of {}, the first that differs is {differ:?}",
+        there.len(),
+        value.len()
+    );
+}
+
+/// A command whose process does not outlive this one.
+pub fn bound_to_us(signal: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", signal, "--"]);
+    command
+}
+
+pub fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32).expect("a process has a number");
+    // It may have ended by itself.
+    let _ = kill_process(pid, signal);
+}
+
+/// Waits for a process to end.
+#[track_caller]
+pub fn wait(process: &mut Child, what: &str) {
+    until(&format!("{what} has ended"), || {
+        process.try_wait().expect("it is our process").is_some()
+    });
+}
+
+/// The first line that a process prints; what follows is read and forgotten.
+pub fn first_line(process: &mut Child) -> String {
+    let out = process.stdout.take().expect("its output is a pipe");
+    let (send, line) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(out).lines().map_while(Result::ok) {
+            let _ = send.send(line);
+        }
+    });
+    line.recv_timeout(PATIENCE).unwrap_or_else(|e| format!("no first line ({e})\n"))
+}

@@ -1,0 +1,282 @@
+//! HTTP's edges: what a client may do, and what it may not.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use crate::client::{Conn, LAST_CHUNK, chunks, follow, head};
+use crate::cluster::{Cluster, Setup};
+
+fn threads(c: &Cluster) -> usize {
+    fs::read_dir(format!("/proc/{}/task", c.master_pid())).unwrap().count()
+}
+
+fn descriptors(c: &Cluster) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", c.master_pid())).unwrap().count()
+}
+
+#[test]
+fn an_idle_master_stays_as_it_is() {
+    let c = Setup::new().volumes(1).start();
+    c.put("/k", "value").expect(201);
+    let before = (threads(&c), descriptors(&c));
+    // It asks itself whether it answers; longer than it takes to despair of the answer.
+    std::thread::sleep(Duration::from_secs(7));
+    let after = (threads(&c), descriptors(&c));
+    assert!(!c.log().contains("does not answer itself"), "{}", c.log());
+    assert!(after.0 <= before.0 + 2 && after.1 <= before.1 + 4, "{before:?}, then {after:?}");
+}
+
+#[test]
+fn bursts_of_connections_that_are_kept_are_all_answered() {
+    for count in [16, 50, 100] {
+        let c = Setup::new().volumes(1).start();
+        let begun = Instant::now();
+        let mut conns: Vec<Conn> = (0..count).map(|_| c.conn()).collect();
+        for round in 0..3 {
+            for conn in &mut conns {
+                conn.head("GET", "/none", &[]);
+            }
+            for (n, conn) in conns.iter_mut().enumerate() {
+                let left = Duration::from_secs(5).saturating_sub(begun.elapsed());
+                assert!(conn.readable(left), "{n} of {count} waits in round {round}");
+                conn.answer().expect(404);
+            }
+        }
+        // One after the other, while all stay open.
+        for conn in &mut conns {
+            conn.ask("PUT", "/k", &[], Some(b"v"));
+            conn.ask("GET", "/k", &[], None).expect(302);
+        }
+        println!("{count}: {:?}", begun.elapsed());
+        c.holds("/k", "v");
+    }
+}
+
+/// Sends a request that is no good, with a body that must not be taken for a request; the server
+/// refuses it or closes, says nothing more, stores nothing and lives.
+#[track_caller]
+fn is_refused(c: &Cluster, request: &[u8]) {
+    let shown = request.escape_ascii().to_string();
+    let mut conn = c.conn();
+    conn.send(request);
+    let _ = conn.try_send(b"PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nbad");
+    let _ = conn.socket.shutdown(std::net::Shutdown::Write);
+    match conn.any_answer("PUT") {
+        Ok(Some(answer)) => assert!((400..500).contains(&answer.status), "{shown}: {answer:?}"),
+        Ok(None) => {}
+        Err(why) => panic!("{shown}: {why}"),
+    }
+    let more = conn.end();
+    assert!(more.is_empty(), "{shown}: a second answer: {}", more.escape_ascii());
+    assert!(c.live().is_empty(), "{shown} has stored {:?}", c.live());
+    c.get("/smuggled").expect(404);
+}
+
+#[test]
+fn a_length_that_is_none_or_too_large_is_refused() {
+    let c = Setup::new().volumes(1).start();
+    for length in [
+        "1000000000000",
+        "9223372036854775807",
+        "18446744073709551615",
+        "18446744073709551616",
+        "100000000000000000000000",
+        "-1",
+        "+3",
+        "abc",
+        "0x10",
+        "1,2",
+        "3, 3",
+        "3;3",
+        "",
+        " ",
+        "3.0",
+        "1e3",
+        "٣",
+    ] {
+        for method in ["PUT", "REPLACE"] {
+            // Some of these are right lengths of a body that then is cut short.
+            is_refused(&c, &head(method, "/k", &[("Content-Length", length)]));
+        }
+    }
+    c.cleaned();
+    assert!(c.blobs().is_empty());
+}
+
+#[test]
+fn a_body_whose_end_is_said_twice_is_refused() {
+    let c = Setup::new().volumes(1).start();
+    for headers in [
+        [("Content-Length", "3"), ("Content-Length", "3")],
+        [("Content-Length", "3"), ("Content-Length", "300")],
+        [("Content-Length", "300"), ("content-length", "3")],
+        [("Content-Length", "3"), ("Transfer-Encoding", "chunked")],
+        [("Transfer-Encoding", "chunked"), ("Content-Length", "300")],
+        [("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "chunked")],
+        [("Transfer-Encoding", "gzip, chunked"), ("X", "y")],
+        [("Transfer-Encoding", "chunked, identity"), ("X", "y")],
+        [("Transfer-Encoding", "identity"), ("X", "y")],
+        [("Transfer-Encoding", "xchunked"), ("Content-Length", "300")],
+        [("Transfer-Encoding ", "chunked"), ("Content-Length", "300")],
+        [("Content-Length ", "300"), ("X", "y")],
+    ] {
+        is_refused(&c, &head("PUT", "/k", &headers));
+    }
+    c.cleaned();
+    assert!(c.blobs().is_empty());
+}
+
+#[test]
+fn chunks_that_are_none_are_refused() {
+    let c = Setup::new().volumes(1).start();
+    for body in [
+        "zz\r\nvalue\r\n0\r\n\r\n",
+        "-5\r\nvalue\r\n0\r\n\r\n",
+        "\r\nvalue\r\n0\r\n\r\n",
+        "ffffffffffffffff\r\nvalue\r\n0\r\n\r\n",
+        "fffffffffffffffff\r\nvalue\r\n0\r\n\r\n",
+        "10000000000\r\nvalue\r\n",
+        "5\r\nvalueX\r\n0\r\n\r\n",
+        "5\r\nvalue0\r\n\r\n",
+        "5 5\r\nvalue\r\n0\r\n\r\n",
+    ] {
+        let head = head("PUT", "/k", &[("Transfer-Encoding", "chunked")]);
+        is_refused(&c, &[&head, body.as_bytes()].concat());
+    }
+    c.cleaned();
+    assert!(c.blobs().is_empty());
+}
+
+#[test]
+fn a_request_that_is_no_http_is_refused() {
+    let c = Setup::new().volumes(1).start();
+    for request in [
+        b"\r\n\r\n".as_slice(),
+        b"GET\r\n\r\n",
+        b"GET /k\r\n\r\n",
+        b"GET /k HTTP/9.9\r\n\r\n",
+        b"PUT /k HTTP/1.1\r\nno colon\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PUT /\xff HTTP/1.1\r\nContent-Length: 300\r\n\r\n",
+        b"PUT /k HTTP/1.1\r\nX: \xff\r\nContent-Length: 300\r\n\r\n",
+    ] {
+        is_refused(&c, request);
+    }
+    c.put("/k", "value").expect(201);
+    c.holds("/k", "value");
+}
+
+#[test]
+fn a_body_where_none_belongs_is_not_taken_for_a_request() {
+    let c = Setup::new().volumes(1).start();
+    let smuggled = "PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nbad";
+    let length = smuggled.len().to_string();
+    for (method, target) in [
+        ("GET", "/k"),
+        ("HEAD", "/k"),
+        ("GET", "/?list"),
+        ("DELETE", "/k"),
+        ("UNLINK", "/k"),
+        ("RELINK", "/k"),
+        ("POST", "/k"),
+        ("PUT", "/k?list"),
+    ] {
+        for chunked in [false, true] {
+            let mut conn = c.conn();
+            if chunked {
+                conn.head(method, target, &[("Transfer-Encoding", "chunked")]);
+                conn.send(chunks(smuggled.as_bytes(), &[999])).send(LAST_CHUNK);
+            } else {
+                conn.head(method, target, &[("Content-Length", &length)]).send(smuggled);
+            }
+            conn.answer_to(method);
+            conn.end_sending();
+            let more = conn.end();
+            assert!(more.is_empty(), "{method} {target}: {}", more.escape_ascii());
+            assert!(c.live().is_empty(), "{method} {target} has stored {:?}", c.live());
+        }
+    }
+}
+
+#[test]
+fn a_refused_upload_is_answered_before_its_body_is_sent() {
+    let c = Setup::new().volumes(1).start();
+    c.put("/k", "value").expect(201);
+    let begun = Instant::now();
+    let long = format!("/{}", "k".repeat(1024));
+    for (target, status) in [("/k", 403), ("/k?x", 403), (long.as_str(), 414), ("/%zz", 400)] {
+        for header in [("Content-Length", "10000000"), ("Transfer-Encoding", "chunked")] {
+            let mut conn = c.conn();
+            conn.head("PUT", target, &[header]);
+            conn.answer().expect(status);
+        }
+    }
+    let mut conn = c.conn();
+    conn.head("PUT", "/k", &[("Content-Length", "10000000"), ("Expect", "100-continue")]);
+    assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 403);
+    // Also where the client sends on: it is not cut off before it has read the answer.
+    for _ in 0..5 {
+        let mut conn = c.conn();
+        conn.head("PUT", "/k", &[("Content-Length", "4000000")]);
+        let _ = conn.try_send(&vec![b'v'; 4_000_000]);
+        conn.answer().expect(403);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    c.holds("/k", "value");
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_their_order() {
+    let c = Setup::new().volumes(1).start();
+    c.put("/there", "value").expect(201);
+    let mut conn = c.conn();
+    let mut requests = Vec::new();
+    for n in 0..10 {
+        requests.extend(head("GET", "/there", &[]));
+        requests.extend(head("GET", "/none", &[]));
+        requests.extend(head("HEAD", "/there", &[]));
+        let length = if n % 2 == 0 { 5 } else { 3000 };
+        requests.extend(head("PUT", &format!("/{n}"), &[("Content-Length", &length.to_string())]));
+        requests.extend(vec![b'v'; length]);
+        requests.extend(head("GET", &format!("/{n}"), &[]));
+        requests.extend(head("PUT", &format!("/{n}/c"), &[("Transfer-Encoding", "chunked")]));
+        requests.extend(chunks(b"chunked", &[3]));
+        requests.extend(LAST_CHUNK);
+        requests.extend(head("DELETE", &format!("/{n}/c"), &[]));
+        requests.extend(head("PATCH", "/there", &[]));
+    }
+    conn.send(&requests);
+    for n in 0..10 {
+        conn.answer().expect(302);
+        conn.answer().expect(404);
+        conn.answer_to("HEAD").expect(302);
+        conn.answer().expect(201);
+        let answer = conn.answer().expect(302);
+        let length = if n % 2 == 0 { 5 } else { 3000 };
+        assert_eq!(follow(&answer).body, vec![b'v'; length]);
+        conn.answer().expect(201);
+        conn.answer().expect(204);
+        conn.answer().expect(405);
+    }
+    conn.ask("GET", "/9", &[], None).expect(302);
+}
+
+#[test]
+fn a_client_that_sends_a_request_and_leaves_harms_nobody() {
+    let c = Setup::new().volumes(1).start();
+    c.put("/k", "value").expect(201);
+    for n in 0..200 {
+        let mut conn = c.conn();
+        let mut requests = vec![
+            head("GET", "/k", &[]),
+            head("GET", "/?list", &[]),
+            b"GET /k HT".to_vec(),
+            Vec::new(),
+            head("DELETE", "/none", &[]),
+        ];
+        conn.send(requests.swap_remove(n % 5));
+        if n % 2 == 0 { drop(conn) } else { conn.reset() }
+    }
+    c.holds("/k", "value");
+    crate::client::until("their connections are closed", || descriptors(&c) < 100);
+}

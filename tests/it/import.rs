@@ -1,0 +1,257 @@
+//! `import`: an index that goleveldb wrote, as a Go master leaves it, into ours.
+//!
+//! The indexes lie in `tests/goleveldb`, each with a text of what goleveldb reads in it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use rustix::fs::{FlockOperation, flock};
+
+/// A folder for one test, with a copy of a fixture as `old`; `new` is for the test to make.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(fixture: &str) -> Place {
+        let name = format!("mkv-it-import-{}-{:x}", std::process::id(), fastrand::u32(..));
+        let place = Place(std::env::temp_dir().join(name));
+        fs::create_dir_all(place.old()).unwrap();
+        for file in fs::read_dir(fixtures().join(fixture)).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), place.old().join(file.file_name())).unwrap();
+        }
+        place
+    }
+
+    fn old(&self) -> PathBuf {
+        self.0.join("old")
+    }
+
+    fn new_db(&self) -> PathBuf {
+        self.0.join("new")
+    }
+
+    fn import(&self) -> Output {
+        import(&self.old(), &self.new_db())
+    }
+
+    fn dump(&self) -> Output {
+        mkv(&["-db", self.new_db().to_str().unwrap(), "dump"])
+    }
+
+    /// Fails to import, says `what` in one line that names -leveldb or -db, and leaves no index.
+    fn refused(&self, what: &str) {
+        let output = self.import();
+        let text = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.starts_with("mkv: ") && text.contains("-leveldb"), "{text}");
+        assert!(text.contains(what), "{text}");
+        assert!(!self.new_db().join("index").exists() && !self.new_db().join("index.new").exists());
+        assert_ne!(self.dump().status.code(), Some(0));
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goleveldb")
+}
+
+fn mkv(words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mkv")).args(words).output().unwrap()
+}
+
+fn import(old: &Path, new: &Path) -> Output {
+    mkv(&["-db", new.to_str().unwrap(), "import", "-leveldb", old.to_str().unwrap()])
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// What `dump` should say: the lines of whole records that decode.
+fn expected(fixture: &str, keep: impl Fn(&str) -> bool) -> String {
+    let all = fs::read_to_string(fixtures().join(fixture).with_extension("txt")).unwrap();
+    all.split_inclusive('\n').filter(|line| keep(line.split_once('\t').unwrap().1)).collect()
+}
+
+/// Size, times and content of a file.
+type Entry = (u64, i64, i64, i64, i64, Vec<u8>);
+
+/// Everything that could change about a folder: names, sizes, times, places on the disk, content.
+fn fingerprint(folder: &Path) -> BTreeMap<PathBuf, Entry> {
+    let files = fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
+    files
+        .chain([folder.to_path_buf()])
+        .map(|path| {
+            let meta = fs::metadata(&path).unwrap();
+            let content = if meta.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
+            let times = (meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec());
+            (path, (meta.ino(), times.0, times.1, times.2, times.3, content))
+        })
+        .collect()
+}
+
+#[test]
+fn imports_the_index_of_a_killed_go_master_and_leaves_it_as_it_was() {
+    let place = Place::new("killed");
+    let before = fingerprint(&place.old());
+    let output = place.import();
+    assert_eq!(text(&output.stderr), "");
+    assert_eq!(
+        text(&output.stdout),
+        "imported 372 live and 149 unlinked keys, 148 half-written, 0 that do not decode\n"
+    );
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(fingerprint(&place.old()), before);
+    let dump = text(&place.dump().stdout);
+    assert_eq!(dump, expected("killed", |record| !record.starts_with("INIT")));
+}
+
+#[test]
+fn imports_an_index_that_may_only_be_read() {
+    let place = Place::new("killed");
+    for file in fs::read_dir(place.old()).unwrap() {
+        let path = file.unwrap().path();
+        let mut permissions = fs::metadata(&path).unwrap().permissions();
+        permissions.set_readonly(true);
+        fs::set_permissions(&path, permissions).unwrap();
+    }
+    let before = fingerprint(&place.old());
+    assert_eq!(place.import().status.code(), Some(0));
+    assert_eq!(fingerprint(&place.old()), before);
+}
+
+#[test]
+fn lists_records_that_do_not_decode_and_imports_the_others() {
+    let place = Place::new("odd");
+    let output = place.import();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        text(&output.stdout),
+        "imported 1 live and 1 unlinked keys, 0 half-written, 121 that do not decode\n"
+    );
+    let errors = text(&output.stderr);
+    let listed: Vec<_> = errors.lines().collect();
+    assert_eq!(listed.len(), 102, "{errors}");
+    assert!(listed[..100].iter().all(|line| line.contains("key \"/")), "{errors}");
+    let binary =
+        r#"key "/\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e/\xe3\x82\xad\xe3\x83\xbc/2", record "HASH2""#;
+    assert!(errors.contains(binary), "{errors}");
+    assert!(listed[100].contains("21 more"), "{errors}");
+    let dump = text(&place.dump().stdout);
+    assert_eq!(dump, expected("odd", |record| record.contains("localhost")));
+}
+
+#[test]
+fn refuses_while_a_go_master_holds_the_old_index() {
+    let place = Place::new("killed");
+    let lock = File::open(place.old().join("LOCK")).unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    place.refused("stop that one first");
+    drop(lock);
+    assert_eq!(place.import().status.code(), Some(0));
+}
+
+#[test]
+fn refuses_an_index_that_is_not_empty() {
+    let place = Place::new("killed");
+    assert_eq!(place.import().status.code(), Some(0));
+    let dump = place.dump().stdout;
+    let output = place.import();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("is not empty: give another -db"));
+    assert_eq!(place.dump().stdout, dump);
+}
+
+#[test]
+fn an_index_that_is_empty_may_be_imported_into() {
+    let place = Place::new("killed");
+    let output = import(&fixtures().join("empty"), &place.new_db());
+    let none = "imported 0 live and 0 unlinked keys, 0 half-written, 0 that do not decode\n";
+    assert_eq!(text(&output.stdout), none);
+    assert_eq!(place.import().status.code(), Some(0));
+    assert!(!place.dump().stdout.is_empty());
+}
+
+#[test]
+fn a_damaged_index_leaves_none_behind() {
+    for (name, change) in [
+        ("000038.ldb", (|data| data.truncate(3000)) as fn(&mut Vec<u8>)),
+        ("000038.ldb", |data| data.clear()),
+        ("000037.ldb", |data| data[500] ^= 1),
+        ("000044.ldb", |data| *data.last_mut().unwrap() ^= 1),
+        ("000045.log", |data| data[500] ^= 1),
+        ("MANIFEST-000043", |data| data[100] ^= 1),
+        ("CURRENT", |data| data.clear()),
+    ] {
+        let place = Place::new("killed");
+        let path = place.old().join(name);
+        let mut data = fs::read(&path).unwrap();
+        change(&mut data);
+        fs::write(&path, data).unwrap();
+        place.refused(&format!("{name}: it is damaged"));
+    }
+}
+
+#[test]
+fn an_index_that_was_copied_in_part_leaves_none_behind() {
+    let place = Place::new("killed");
+    fs::remove_file(place.old().join("000038.ldb")).unwrap();
+    place.refused("000038.ldb");
+    let place = Place::new("killed");
+    fs::remove_file(place.old().join("000045.log")).unwrap();
+    fs::remove_file(place.old().join("000047.log")).unwrap();
+    place.refused("its log is missing");
+}
+
+#[test]
+fn refuses_what_is_no_leveldb_before_it_makes_anything() {
+    let place = Place::new("empty");
+    fs::remove_file(place.old().join("CURRENT")).unwrap();
+    place.refused("there is no LevelDB here");
+    fs::remove_dir_all(place.old()).unwrap();
+    place.refused("there is no LevelDB here");
+    fs::write(place.old(), "a file").unwrap();
+    place.refused("there is no LevelDB here");
+    assert!(!place.new_db().exists());
+}
+
+#[test]
+fn the_new_index_may_not_lie_in_the_old_one_nor_the_old_one_where_the_new_one_goes() {
+    let place = Place::new("killed");
+    let before = fingerprint(&place.old());
+    for new in [place.old(), place.old().join("new"), place.old().join("a/../new")] {
+        let output = import(&place.old(), &new);
+        assert_eq!(output.status.code(), Some(1), "{}", new.display());
+        assert!(text(&output.stderr).contains("-leveldb"));
+        assert_eq!(fingerprint(&place.old()), before);
+    }
+    for name in ["index", "index.new"] {
+        let old = place.new_db().join(name);
+        fs::create_dir_all(place.new_db()).unwrap();
+        fs::rename(place.old(), &old).unwrap();
+        let before = fingerprint(&old);
+        assert_eq!(import(&old, &place.new_db()).status.code(), Some(1), "{name}");
+        assert_eq!(fingerprint(&old), before);
+        fs::rename(&old, place.old()).unwrap();
+    }
+}
+
+#[test]
+fn an_import_that_was_stopped_is_begun_anew() {
+    let place = Place::new("killed");
+    assert_eq!(import(&fixtures().join("odd"), &place.new_db()).status.code(), Some(1));
+    fs::rename(place.new_db().join("index"), place.new_db().join("index.new")).unwrap();
+    assert_eq!(place.import().status.code(), Some(0));
+    assert!(!place.new_db().join("index.new").exists());
+    let dump = text(&place.dump().stdout);
+    assert_eq!(dump, expected("killed", |record| !record.starts_with("INIT")));
+}

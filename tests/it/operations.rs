@@ -1,0 +1,201 @@
+//! A store over the years: everything that is done to it, one after the other; and dump.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use percent_encoding::percent_decode_str;
+use rocksdb::{DB, Options, WriteBatch};
+
+use crate::cluster::{Cluster, Setup};
+use crate::golden;
+use crate::keys::strange_keys;
+use crate::operator::{flip_a_bit, numbered, record, value_of};
+
+/// All is as it was: the records, the values for a reader and on every disk, and what is unlinked.
+struct Expected {
+    live: Vec<Vec<u8>>,
+    unlinked: Vec<Vec<u8>>,
+    dump: String,
+}
+
+impl Expected {
+    #[track_caller]
+    fn holds(&self, c: &mut Cluster) {
+        c.verified();
+        c.start_master();
+        assert_eq!(c.live(), self.live);
+        assert_eq!(c.unlinked(), self.unlinked);
+        c.reads_back(&self.live);
+        c.stop_master();
+    }
+
+    #[track_caller]
+    fn is_same(&self, c: &Cluster, step: &str) {
+        let dump = c.dump();
+        let differ = dump.lines().zip(self.dump.lines()).find(|(now, then)| now != then);
+        assert_eq!(differ, None, "{step}");
+        assert_eq!(dump.lines().count(), self.dump.lines().count(), "{step}");
+    }
+}
+
+#[test]
+fn a_store_with_strange_names_survives_all_that_is_done_to_it() {
+    let mut c = Setup::new().volumes(5).replicas(2).subvolumes(3).start();
+    let five = c.names.clone();
+    c.names.truncate(3);
+    c.restart_master();
+    let mut keys = strange_keys();
+    keys.extend(numbered("/1000/", 1000));
+    keys.extend((0..60).map(|n| format!("/été/日本語/{n}?").into_bytes()));
+    keys.sort();
+    c.fill(&keys);
+    // Some have a history.
+    for key in keys.iter().step_by(20) {
+        c.replace(key, "another value").expect(201);
+        c.replace(key, value_of(key)).expect(201);
+    }
+    let unlinked: BTreeSet<&Vec<u8>> = keys.iter().skip(7).step_by(25).collect();
+    unlinked.iter().for_each(|key| drop(c.ask("UNLINK", key).expect(204)));
+    c.cleaned();
+    c.stop_master();
+    let expected = Expected {
+        live: keys.iter().filter(|key| !unlinked.contains(key)).cloned().collect(),
+        unlinked: unlinked.into_iter().cloned().collect(),
+        dump: c.dump(),
+    };
+    expected.holds(&mut c);
+
+    c.mkv(&["rebuild"]).expect(0).says(" 0 under-replicated, 0 skipped");
+    expected.is_same(&c, "a rebuild");
+    let other = c.folder.join("another");
+    c.mkv(&["rebuild", "-rehash", "-db", other.to_str().unwrap()]).expect(0);
+    let rehashed = c.mkv(&["dump", "-db", other.to_str().unwrap()]).expect(0).out;
+    assert!(rehashed == expected.dump.replace("\tDELETED", "\t"), "a rebuild into another index");
+
+    c.names = five.clone();
+    c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
+    assert!((3..5).all(|n| c.volumes[n].files().len() > keys.len() / 5));
+    expected.holds(&mut c);
+    c.mkv(&["rebuild"]).expect(0);
+    c.names.truncate(3);
+    c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
+    assert!((3..5).all(|n| c.volumes[n].files().is_empty()));
+    expected.is_same(&c, "three volumes to five and back");
+    expected.holds(&mut c);
+
+    c.empty(&c.volumes[1].folder.clone());
+    c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
+    expected.is_same(&c, "an emptied disk");
+    let (replica, path) = a_blob_with_a_history(&expected.dump);
+    flip_a_bit(&c.file(&replica, &path));
+    c.mkv(&["verify"]).expect(0);
+    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).says("with the wrong bytes: 1").says(&path);
+    c.mkv(&["verify", "-deep", "-repair"]).expect(0);
+    expected.is_same(&c, "a flipped bit");
+    expected.holds(&mut c);
+}
+
+/// The second replica of a key that was replaced, and the path of its blob.
+fn a_blob_with_a_history(dump: &str) -> (String, String) {
+    let line = dump.lines().find(|line| line.contains("VERS")).expect("a key was replaced");
+    let (key, record) = line.split_once('\t').expect("a tab");
+    let key: Vec<u8> = percent_decode_str(key).collect();
+    let (_, version) = record.split_once("VERS").expect("it has a version");
+    let version = u64::from_str_radix(&version[..16], 16).expect("hex digits");
+    let (_, replica) = record.rsplit_once(',').expect("it has two replicas");
+    (replica.into(), golden::path(&key, version))
+}
+
+#[test]
+fn a_dump_is_sorted_and_one_line_a_key_beside_a_running_master_too() {
+    let mut c = Setup::new().volumes(1).start();
+    let mut keys = strange_keys();
+    c.fill(&keys);
+    c.ask("UNLINK", "/a").expect(204);
+    keys.sort();
+    let dump = c.dump();
+    let lines: Vec<(Vec<u8>, &str)> = dump
+        .lines()
+        .map(|line| line.split_once('\t').expect("a tab"))
+        .map(|(key, record)| (percent_decode_str(key).collect(), record))
+        .collect();
+    assert_eq!(lines.iter().map(|(key, _)| key.clone()).collect::<Vec<_>>(), keys);
+    assert!(dump.is_ascii() && dump.ends_with('\n'));
+    for (key, record) in lines {
+        let value = value_of(&key);
+        let state = if key == b"/a" { "DELETED" } else { "" };
+        let fields = format!("{state}HASH{}SIZE{:016x}TIME", golden::md5(&value), value.len());
+        assert!(record.starts_with(&fields), "{}: {record}", key.escape_ascii());
+        assert!(record.ends_with(&c.placed(&key).join(",")), "{record}");
+    }
+    c.stop_master();
+    let before = c.index_files();
+    assert!(c.dump() == dump);
+    c.index_is(&before);
+    // What was written since is in the next one.
+    c.start_master();
+    c.put("/zzz", "value").expect(201);
+    let after = c.dump();
+    let added: Vec<&str> = after.lines().filter(|line| !dump.contains(line)).collect();
+    assert!(added.len() == 1 && added[0].starts_with("/zzz\tHASH"), "{added:?}");
+    c.ask("DELETE", "/zzz").expect(204);
+    assert!(c.dump() == dump);
+    c.kill_master();
+    assert!(c.dump() == dump);
+}
+
+#[test]
+fn a_dump_needs_no_volumes_and_no_index_is_an_error() {
+    let mut c = Setup::new().volumes(1).start();
+    c.put("/a", "value").expect(201);
+    c.volumes[0].stop();
+    let mut dump = std::process::Command::new(env!("CARGO_BIN_EXE_mkv"));
+    let dump = dump.arg("dump").arg("-db").arg(c.db()).output().unwrap();
+    assert!(dump.status.success() && dump.stdout.starts_with(b"/a\tHASH"), "{dump:?}");
+    let nowhere = c.folder.join("nowhere");
+    c.mkv(&["dump", "-db", nowhere.to_str().unwrap()]).fails(&["nowhere"]);
+    assert!(!nowhere.exists());
+    c.start_volumes();
+}
+
+#[test]
+fn a_record_that_does_not_decode_is_dumped_as_it_is_and_stops_what_would_act_on_it() {
+    let mut c = Setup::new().volumes(1).start();
+    c.put("/good", "value").expect(201);
+    c.stop_master();
+    let open = || {
+        let index = c.db().join("index");
+        DB::open_cf(&Options::default(), index, ["default", "debris"]).expect("the index opens")
+    };
+    open().put("/broken", "HASHxyz").unwrap();
+    assert_eq!(record(&c.dump(), "/broken"), Some("HASHxyz"));
+    let dump = c.dump();
+    for command in [&["rebalance"][..], &["verify"], &["verify", "-repair"], &["rebuild"]] {
+        c.mkv(command).fails(&["/broken"]);
+        assert_eq!(c.dump(), dump, "{command:?}");
+    }
+    open().delete("/broken").unwrap();
+    c.verified();
+}
+
+#[test]
+fn a_million_keys_are_dumped_in_a_few_seconds() {
+    let mut c = Setup::new().volumes(1).start();
+    c.stop_master();
+    let text = format!("HASH{}SIZE{:016x}TIME{:016x}{}", golden::md5(b"v"), 1, 1, c.names[0]);
+    {
+        let index = c.db().join("index");
+        let index = DB::open_cf(&Options::default(), index, ["default", "debris"]).unwrap();
+        let mut batch = WriteBatch::default();
+        (0..1_000_000).for_each(|n| batch.put(format!("/{n:06}"), &text));
+        index.write(batch).unwrap();
+    }
+    let begun = Instant::now();
+    let dump = c.dump();
+    println!("{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(8));
+    assert_eq!(dump.lines().count(), 1_000_000);
+    assert!(dump.ends_with(&format!("/999999\t{text}\n")));
+    fs::remove_dir_all(c.db()).unwrap();
+}

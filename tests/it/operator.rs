@@ -1,0 +1,386 @@
+//! The commands beside the server, as a store's operator runs them, and what they must not change.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rocksdb::{DB, IteratorMode, Options};
+use rustix::process::Signal;
+
+use crate::client::{self, Conn, target, until};
+use crate::cluster::{Cluster, bound_to_us, signal, wait};
+use crate::golden;
+
+/// What a command did.
+#[derive(Debug)]
+pub struct Ran {
+    /// `None`: it was killed.
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
+}
+
+impl Ran {
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Ran {
+        assert_eq!(self.code, Some(code), "stdout:\n{}stderr:\n{}", self.out, self.err);
+        self
+    }
+
+    /// It prints a line that holds this.
+    #[track_caller]
+    pub fn says(self, text: &str) -> Ran {
+        assert!(self.lines().any(|line| line.contains(text)), "{text:?} is missing: {self:#?}");
+        self
+    }
+
+    #[track_caller]
+    pub fn never_says(self, text: &str) -> Ran {
+        assert!(!self.lines().any(|line| line.contains(text)), "{text:?} is said: {self:#?}");
+        self
+    }
+
+    /// Exit status 1, and an error whose one line holds all these words.
+    #[track_caller]
+    pub fn fails(self, words: &[&str]) -> Ran {
+        let ran = self.expect(1);
+        let errors: Vec<&str> = ran.err.lines().filter(|line| line.starts_with("mkv: ")).collect();
+        assert_eq!(errors.len(), 1, "not one error: {ran:#?}");
+        for word in words {
+            assert!(errors[0].contains(word), "{word:?} is missing: {ran:#?}");
+        }
+        ran
+    }
+
+    fn lines(&self) -> impl Iterator<Item = &str> {
+        self.out.lines().chain(self.err.lines())
+    }
+
+    /// The number that stands before this text in what it prints.
+    #[track_caller]
+    pub fn number(&self, before: &str) -> u64 {
+        let end = self.out.find(before).unwrap_or_else(|| panic!("no {before:?}: {self:#?}"));
+        let digits = self.out[..end].rsplit(|c: char| !c.is_ascii_digit()).next();
+        let number = digits.and_then(|digits| digits.parse().ok());
+        number.unwrap_or_else(|| panic!("no number before {before:?}: {self:#?}"))
+    }
+}
+
+/// Every file on the disks, and what is in it.
+pub type Disks = BTreeMap<PathBuf, String>;
+
+/// A command that runs.
+pub struct Running {
+    child: Child,
+    out: PathBuf,
+    err: PathBuf,
+}
+
+impl Running {
+    fn start(c: &Cluster, command: &mut Command) -> Running {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = c.folder.join(format!("command-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
+        let (out, err) = (name.with_extension("out"), name.with_extension("err"));
+        let file = |path| fs::File::create(path).expect("its output can be kept");
+        let child = command.stdin(Stdio::null()).stdout(file(&out)).stderr(file(&err)).spawn();
+        Running { child: child.expect("the command starts"), out, err }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("it is our process").is_none()
+    }
+
+    #[track_caller]
+    pub fn until_says(&mut self, text: &str) {
+        until(&format!("{:?} says {text:?}", self.out), || {
+            fs::read_to_string(&self.out).is_ok_and(|out| out.contains(text))
+        });
+    }
+
+    #[track_caller]
+    pub fn ends(mut self) -> Ran {
+        wait(&mut self.child, "the command");
+        self.ran()
+    }
+
+    /// kill -9.
+    #[track_caller]
+    pub fn kill(mut self) -> Ran {
+        signal(self.pid(), Signal::KILL);
+        wait(&mut self.child, "the killed command");
+        self.ran()
+    }
+
+    fn ran(&mut self) -> Ran {
+        let read = |path: &Path| {
+            String::from_utf8_lossy(&fs::read(path).expect("its output was kept")).into_owned()
+        };
+        let code = self.child.wait().expect("its status is known").code();
+        Ran { code, out: read(&self.out), err: read(&self.err) }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.is_running() {
+            signal(self.pid(), Signal::KILL);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+impl Cluster {
+    pub fn db(&self) -> PathBuf {
+        self.folder.join("db")
+    }
+
+    /// `mkv` with the store's flags; those in `args` count where both have one.
+    pub fn mkv_command(&self, args: &[&str]) -> Command {
+        let mut command = bound_to_us("KILL");
+        command
+            .arg(env!("CARGO_BIN_EXE_mkv"))
+            .arg("-db")
+            .arg(self.db())
+            .args(["-volumes", &self.names.join(",")])
+            .args(["-replicas", &self.setup.replica_count().to_string()])
+            .args(["-subvolumes", &self.setup.subvolume_count().to_string()])
+            .args(args);
+        command
+    }
+
+    pub fn begin(&self, args: &[&str]) -> Running {
+        Running::start(self, &mut self.mkv_command(args))
+    }
+
+    #[track_caller]
+    pub fn mkv(&self, args: &[&str]) -> Ran {
+        self.begin(args).ends()
+    }
+
+    pub fn dump(&self) -> String {
+        self.mkv(&["dump"]).expect(0).out
+    }
+
+    /// Every blob is where the index says, with the bytes that it says, and nothing else is.
+    #[track_caller]
+    pub fn verified(&self) {
+        self.mkv(&["verify", "-deep"]).expect(0).says("the store is whole");
+    }
+
+    /// Puts these keys with the values of `value_of`.
+    #[track_caller]
+    pub fn fill(&self, keys: &[Vec<u8>]) {
+        self.each(keys, |conn, key| {
+            conn.ask("PUT", &target(key), &[], Some(&value_of(key))).expect(201);
+        });
+    }
+
+    /// A reader gets the values that `fill` has put, and every replica has them.
+    #[track_caller]
+    pub fn reads_back(&self, keys: &[Vec<u8>]) {
+        self.each(keys, |_, key| drop(self.holds(key, value_of(key))));
+    }
+
+    fn each(&self, keys: &[Vec<u8>], f: impl Fn(&mut Conn, &[u8]) + Sync) {
+        let (address, f) = (self.address(), &f);
+        thread::scope(|scope| {
+            for part in keys.chunks(keys.len().div_ceil(4).max(1)) {
+                let address = &address;
+                scope.spawn(move || {
+                    let mut conn = Conn::open(address);
+                    part.iter().for_each(|key| f(&mut conn, key));
+                });
+            }
+        });
+    }
+
+    /// What lies on all disks.
+    pub fn disks(&self) -> Disks {
+        let files = self.volumes.iter().flat_map(|volume| volume.files().into_values());
+        files
+            .map(|file| {
+                let (bytes, seconds) = (fs::read(&file).expect("a blob can be read"), mtime(&file));
+                let text = format!("{} bytes {} of {seconds}", bytes.len(), golden::md5(&bytes));
+                (file, text)
+            })
+            .collect()
+    }
+
+    /// Nothing was written to a disk since, and nothing removed.
+    #[track_caller]
+    pub fn disks_are(&self, before: &Disks) {
+        let after = self.disks();
+        let differ: Vec<_> = before
+            .iter()
+            .filter(|(file, text)| after.get(*file) != Some(text))
+            .chain(after.iter().filter(|(file, _)| !before.contains_key(*file)))
+            .map(|(file, _)| (file, before.get(file), after.get(file)))
+            .collect();
+        assert!(differ.is_empty(), "before and after: {differ:#?}");
+    }
+
+    /// The index on disk, file by file.
+    pub fn index_files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        tree(&self.db().join("index"))
+    }
+
+    #[track_caller]
+    pub fn index_is(&self, before: &BTreeMap<PathBuf, Vec<u8>>) {
+        let after = self.index_files();
+        assert!(after.keys().eq(before.keys()), "{:?}, now {:?}", before.keys(), after.keys());
+        let differ: Vec<_> = before.keys().filter(|file| after[*file] != before[*file]).collect();
+        assert!(differ.is_empty(), "no more byte for byte: {differ:?}");
+    }
+
+    /// The debris of a master that is stopped: key, version, the text of the entry.
+    pub fn debris(&self) -> Vec<(String, u64, String)> {
+        let families = ["default", "debris"];
+        let index = self.db().join("index");
+        let index = DB::open_cf_for_read_only(&Options::default(), index, families, false)
+            .expect("the index opens");
+        let family = index.cf_handle("debris").expect("the family is there");
+        let rows = index.iterator_cf(family, IteratorMode::Start);
+        rows.map(|row| {
+            let (name, entry) = row.expect("an entry can be read");
+            let (key, version) = name.split_last_chunk::<8>().expect("it ends with a version");
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            (text(key), u64::from_be_bytes(*version), text(&entry))
+        })
+        .collect()
+    }
+
+    /// Stores a blob without the master's knowledge, as if it was written at this time.
+    #[track_caller]
+    pub fn plant(&self, replica: &str, path: &str, value: impl AsRef<[u8]>, time: u64) {
+        let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
+        let date = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(time));
+        let encoded = target(format!("{below}{path}"));
+        let headers = [("Date", date.as_str())];
+        let put = client::ask(host, "PUT", &encoded, &headers, Some(value.as_ref()));
+        // nginx says 204 where it takes the place of another.
+        assert!(matches!(put.status, 201 | 204), "{put:?}");
+    }
+
+    /// The folder of a replica's disk.
+    pub fn disk(&self, replica: &str) -> PathBuf {
+        let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
+        self.volumes[self.number(replica)].folder.join(below)
+    }
+
+    /// What a disk looks like when it is not mounted, until `mount` is called.
+    pub fn unmount(&self, disk: &Path) {
+        fs::create_dir(disk.join(".away")).expect("it can be made");
+        for name in names(disk) {
+            fs::rename(disk.join(&name), disk.join(".away").join(&name)).expect("it can be moved");
+        }
+    }
+
+    pub fn mount(&self, disk: &Path) {
+        for name in names(&disk.join(".away")) {
+            let _ = fs::remove_dir_all(disk.join(&name));
+            fs::rename(disk.join(".away").join(&name), disk.join(&name)).expect("it can be moved");
+        }
+        fs::remove_dir(disk.join(".away")).expect("it is empty");
+    }
+
+    /// An empty disk in the place of this one.
+    pub fn empty(&self, disk: &Path) {
+        for name in names(disk) {
+            fs::remove_dir_all(disk.join(name)).expect("it can be removed");
+        }
+    }
+}
+
+/// The names in a folder that do not begin with a dot.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("the folder can be read").flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| !name.starts_with('.')).collect()
+}
+
+/// Every file below a folder, with its bytes.
+pub fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder).expect("the folder can be read").flatten() {
+        match entry.file_type().expect("its type is known").is_dir() {
+            true => files.extend(tree(&entry.path())),
+            false => _ = files.insert(entry.path(), fs::read(entry.path()).expect("it is a file")),
+        }
+    }
+    files
+}
+
+/// A folder as a copy, as `cp -a` makes it.
+pub fn copy_folder(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
+    assert!(copied.expect("cp starts").success(), "{} is not copied", from.display());
+}
+
+/// When a file was written, in seconds since 1970.
+pub fn mtime(file: &Path) -> i64 {
+    fs::metadata(file).expect("the file is there").mtime()
+}
+
+/// Turns one bit of a file, as a bad disk does: neither its length nor its mtime tells.
+pub fn flip_a_bit(file: &Path) {
+    let time = fs::metadata(file).and_then(|data| data.modified()).expect("it has an mtime");
+    let mut bytes = fs::read(file).expect("a blob can be read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(file, bytes).expect("a blob can be written");
+    fs::File::options().write(true).open(file).unwrap().set_modified(time).unwrap();
+}
+
+/// The value that a test gives a key: of a length of its own, and no other key's.
+pub fn value_of(key: &[u8]) -> Vec<u8> {
+    let seed = golden::md5(key);
+    let length = 1 + usize::from_str_radix(&seed[..3], 16).expect("hex digits") / 2;
+    [key, seed.repeat(length / 32 + 1).as_bytes()].concat()[..key.len() + length].to_vec()
+}
+
+/// `count` keys, numbered, below `prefix`.
+pub fn numbered(prefix: &str, count: usize) -> Vec<Vec<u8>> {
+    (0..count).map(|n| format!("{prefix}{n:04}").into_bytes()).collect()
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("it is past 1970").as_secs()
+}
+
+/// The record that a dump has for a key.
+pub fn record<'a>(dump: &'a str, key: &str) -> Option<&'a str> {
+    let key = target(key);
+    dump.lines().find_map(|line| line.strip_prefix(&key)?.strip_prefix('\t'))
+}
+
+/// The replicas that a dump has for a key.
+#[track_caller]
+pub fn replicas(dump: &str, key: &str) -> Vec<String> {
+    let record = record(dump, key).unwrap_or_else(|| panic!("{key} is missing:\n{dump}"));
+    let start = record.find("127.").expect("every volume of a test has such an address");
+    record[start..].split(',').map(String::from).collect()
+}
+
+/// The most memory that a command had, in MiB.
+pub fn peak(c: &Cluster, args: &[&str]) -> (u64, Ran) {
+    let mut command = c.begin(args);
+    let (status, mut most) = (format!("/proc/{}/status", command.pid()), 0);
+    while command.is_running() {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        most = most.max(kib.unwrap_or(0) >> 10);
+        thread::sleep(Duration::from_millis(2));
+    }
+    (most, command.ends())
+}

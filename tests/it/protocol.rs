@@ -1,0 +1,560 @@
+//! The write protocols: the master is killed after each step, and what the design says is found.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::client::{Conn, follow, until, within};
+use crate::cluster::{Cluster, Setup};
+use crate::faulty::{Fault, Faulty};
+use crate::golden;
+
+const KEY: &str = "/foo/été";
+
+/// A store of three volumes behind proxies, each with a replica of every key.
+fn store() -> Cluster {
+    Setup::new().proxied().start()
+}
+
+fn on_all(c: &Cluster, act: impl Fn(&Faulty)) {
+    c.proxies.iter().for_each(act);
+}
+
+/// Begins a write whose answer the test does not wait for.
+fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
+    let mut conn = c.conn();
+    let length = value.len().to_string();
+    conn.head(method, &crate::client::target(KEY), &[("Content-Length", &length)]).send(value);
+    conn
+}
+
+/// kill -9, a start, and the cleaner is held before its first deletion.
+fn crash(c: &mut Cluster) {
+    c.kill_master();
+    on_all(c, |proxy| {
+        proxy.lose_held("PUT");
+        proxy.release("PUT");
+        proxy.lose_held("DELETE");
+        proxy.set("DELETE", Fault::HoldRequest);
+    });
+    c.start_master();
+}
+
+/// The debris of one write is found by the cleaner on all volumes that the write went to, under
+/// this version (`None`: one that is not the plain name), and then its blobs are gone and `left`
+/// others are there. The entry may stay for some seconds more: a 404 is no proof that soon.
+fn is_cleaned(c: &mut Cluster, version: Option<u64>, left: usize) {
+    on_all(c, |proxy| proxy.wait_held("DELETE", 1));
+    assert_eq!(c.writing(), [KEY.as_bytes()]);
+    for replica in c.placed(KEY) {
+        let asked = c.proxies[c.number(&replica)].seen("DELETE").pop().expect("one is held");
+        let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
+        let path = asked.strip_prefix(&format!("/{below}")).expect("the replica's folder");
+        let found = golden::version_of(path);
+        assert_eq!(path, golden::path(KEY.as_bytes(), found));
+        match version {
+            Some(version) => assert_eq!(found, version, "{asked}"),
+            None => assert!(found > 0, "{asked} has no version"),
+        }
+    }
+    on_all(c, |proxy| proxy.release("DELETE"));
+    wait_for_blobs(c, left);
+    c.debris_may_last(KEY);
+}
+
+fn wait_for_blobs(c: &Cluster, count: usize) {
+    until(&format!("{count} blobs are published"), || c.blobs().len() == count);
+}
+
+// PUT.
+
+#[test]
+fn a_put_killed_before_its_first_byte_is_debris_and_nothing_else() {
+    let mut c = store();
+    on_all(&c, |proxy| proxy.set("PUT", Fault::HoldRequest));
+    let _writer = begin(&c, "PUT", "value");
+    on_all(&c, |proxy| proxy.wait_held("PUT", 1));
+    // The entry stands before a volume hears anything.
+    assert_eq!(c.writing(), [KEY.as_bytes()]);
+    assert!(c.live().is_empty());
+    c.get(KEY).expect(404);
+    crash(&mut c);
+    c.get(KEY).expect(404);
+    assert!(c.live().is_empty() && c.blobs().is_empty());
+    is_cleaned(&mut c, Some(0), 0);
+    c.put(KEY, "next").expect(201);
+    c.holds(KEY, "next");
+    // Nothing has appeared: the entry goes.
+    until("there is no debris", || c.writing().is_empty());
+}
+
+#[test]
+fn a_put_killed_when_some_replicas_are_stored_leaves_debris_that_is_deleted() {
+    for stored in [1, 2] {
+        let mut c = store();
+        for replica in stored..3 {
+            c.proxies[c.holder(KEY, replica)].set("PUT", Fault::HoldRequest);
+        }
+        let _writer = begin(&c, "PUT", "value");
+        wait_for_blobs(&c, stored);
+        for replica in stored..3 {
+            c.proxies[c.holder(KEY, replica)].wait_held("PUT", 1);
+        }
+        crash(&mut c);
+        c.get(KEY).expect(404);
+        assert!(c.live().is_empty());
+        assert_eq!(c.blobs().len(), stored);
+        is_cleaned(&mut c, Some(0), 0);
+        c.put(KEY, "next").expect(201);
+        c.holds(KEY, "next");
+    }
+}
+
+#[test]
+fn a_put_killed_in_the_middle_of_its_body_publishes_nothing() {
+    let mut c = store();
+    let mut writer = c.conn();
+    let target = crate::client::target(KEY);
+    writer.head("PUT", &target, &[("Content-Length", "2000000")]).send(vec![b'v'; 1_500_000]);
+    until("every volume has begun", || c.volumes.iter().all(|volume| volume.uploads() > 0));
+    crash(&mut c);
+    c.get(KEY).expect(404);
+    is_cleaned(&mut c, Some(0), 0);
+    let mut writer = c.conn();
+    writer.head("PUT", &target, &[("Transfer-Encoding", "chunked")]);
+    writer.send(crate::client::chunks(&vec![b'v'; 1_500_000], &[100_000]));
+    until("every volume has begun", || c.volumes.iter().all(|volume| volume.uploads() > 0));
+    crash(&mut c);
+    c.get(KEY).expect(404);
+    on_all(&c, |proxy| proxy.release("DELETE"));
+    c.lacks(KEY);
+}
+
+#[test]
+fn a_put_killed_when_all_is_stored_but_the_index_does_not_know_is_undone() {
+    let mut c = store();
+    c.proxies[c.holder(KEY, 1)].set("PUT", Fault::HoldAnswer);
+    let _writer = begin(&c, "PUT", "value");
+    c.proxies[c.holder(KEY, 1)].wait_held("PUT", 1);
+    wait_for_blobs(&c, 3);
+    c.get(KEY).expect(404);
+    crash(&mut c);
+    c.get(KEY).expect(404);
+    assert!(c.live().is_empty());
+    assert_eq!(c.blobs().len(), 3);
+    is_cleaned(&mut c, Some(0), 0);
+}
+
+#[test]
+fn a_put_killed_right_after_its_201_is_there() {
+    let mut c = store();
+    for round in 0..5 {
+        let key = format!("{KEY}/{round}");
+        c.put(&key, format!("value {round}")).expect(201);
+        c.kill_master();
+        c.start_master();
+        assert_eq!(c.holds(&key, format!("value {round}")).version, 0);
+        assert!(c.writing().is_empty());
+        assert_eq!(c.blobs().len(), 3 * (round + 1));
+    }
+}
+
+#[test]
+fn a_failed_put_killed_before_it_was_cleared_is_cleared_later() {
+    let mut c = store();
+    let refuses = c.holder(KEY, 2);
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.proxies[refuses].set("PUT", Fault::Answer(500));
+    let _writer = begin(&c, "PUT", "value");
+    c.proxies[c.holder(KEY, 0)].wait_held("DELETE", 1);
+    c.proxies[c.holder(KEY, 1)].wait_held("DELETE", 1);
+    crash(&mut c);
+    c.get(KEY).expect(404);
+    is_cleaned(&mut c, Some(0), 0);
+    c.lacks(KEY);
+}
+
+#[test]
+fn acknowledged_writes_survive_any_number_of_kills() {
+    let mut random = crate::random();
+    let mut c = Cluster::new();
+    let mut written: BTreeMap<String, String> = BTreeMap::new();
+    for round in 0..4 {
+        let address = c.address();
+        let stop = AtomicBool::new(false);
+        let results: Vec<Vec<(String, String, bool)>> = thread::scope(|scope| {
+            let writers: Vec<_> = (0..4)
+                .map(|writer| {
+                    let (address, stop) = (&address, &stop);
+                    scope.spawn(move || {
+                        let mut done = Vec::new();
+                        for n in 0.. {
+                            if stop.load(Ordering::Relaxed) {
+                                break;
+                            }
+                            let (key, value) = (format!("/{round}/{writer}/{n}"), n.to_string());
+                            let Ok(mut conn) = Conn::try_open(address) else { continue };
+                            let length = [("Content-Length", &*value.len().to_string())];
+                            let head = crate::client::head("PUT", &key, &length);
+                            let sent = conn.try_send(&[&head, value.as_bytes()].concat()).is_ok();
+                            let answer = conn.any_answer("PUT").ok().flatten();
+                            let known = answer.is_some_and(|answer| answer.status == 201);
+                            if sent {
+                                done.push((key, value, known));
+                            }
+                        }
+                        done
+                    })
+                })
+                .collect();
+            thread::sleep(Duration::from_millis(random.u64(100..400)));
+            c.kill_master();
+            stop.store(true, Ordering::Relaxed);
+            writers.into_iter().map(|writer| writer.join().expect("it does not panic")).collect()
+        });
+        c.start_master();
+        for (key, value, known) in results.into_iter().flatten() {
+            // Not acknowledged is whole or not there.
+            if known || c.get(&key).status == 302 {
+                written.insert(key, value);
+            } else {
+                c.get(&key).expect(404);
+            }
+        }
+    }
+    assert!(written.len() > 20, "{} writes were acknowledged", written.len());
+    c.cleaned();
+    for (key, value) in &written {
+        c.holds(key, value);
+    }
+    assert_eq!(c.live().len(), written.len());
+    assert_eq!(c.blobs().len(), written.len() * 3);
+}
+
+// REPLACE.
+
+/// Until the flip a reader has the old value, whatever lies on the volumes.
+#[test]
+fn a_replace_killed_before_the_flip_leaves_the_old_value() {
+    for fault in [Fault::HoldRequest, Fault::HoldAnswer] {
+        for held in [1, 3] {
+            let mut c = store();
+            c.put(KEY, "the old value").expect(201);
+            for replica in 0..held {
+                c.proxies[c.holder(KEY, replica)].set("PUT", fault);
+            }
+            let _writer = begin(&c, "REPLACE", "the new one");
+            for replica in 0..held {
+                c.proxies[c.holder(KEY, replica)].wait_held("PUT", 1);
+            }
+            let stored = if fault == Fault::HoldAnswer { 3 } else { 3 - held };
+            wait_for_blobs(&c, 3 + stored);
+            assert_eq!(c.holds(KEY, "the old value").version, 0);
+            assert_eq!(c.writing(), [KEY.as_bytes()]);
+            crash(&mut c);
+            assert_eq!(c.holds(KEY, "the old value").version, 0);
+            is_cleaned(&mut c, None, 3);
+            assert_eq!(c.holds(KEY, "the old value").version, 0);
+        }
+    }
+}
+
+#[test]
+fn a_replace_killed_after_the_flip_has_the_new_value_and_the_old_blobs_go() {
+    let mut c = store();
+    c.put(KEY, "the old value").expect(201);
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.replace(KEY, "the new one").expect(201);
+    assert_eq!(c.blobs().len(), 6);
+    assert_eq!(c.writing(), [KEY.as_bytes()]);
+    let version = c.holds(KEY, "the new one").version;
+    assert!(version > 0);
+    crash(&mut c);
+    assert_eq!(c.holds(KEY, "the new one").version, version);
+    assert_eq!(c.blobs().len(), 6);
+    is_cleaned(&mut c, Some(0), 3);
+    assert_eq!(c.holds(KEY, "the new one").version, version);
+}
+
+// DELETE.
+
+#[test]
+fn a_delete_killed_before_its_blobs_are_gone_is_finished_by_the_cleaner() {
+    for gone in [0, 2] {
+        let mut c = store();
+        c.put(KEY, "value").expect(201);
+        for replica in gone..3 {
+            c.proxies[c.holder(KEY, replica)].set("DELETE", Fault::HoldRequest);
+        }
+        let _deleter = begin(&c, "DELETE", "");
+        for replica in gone..3 {
+            c.proxies[c.holder(KEY, replica)].wait_held("DELETE", 1);
+        }
+        wait_for_blobs(&c, 3 - gone);
+        // The batch is written before a blob goes.
+        c.get(KEY).expect(404);
+        assert!(c.live().is_empty());
+        assert_eq!(c.writing(), [KEY.as_bytes()]);
+        crash(&mut c);
+        c.get(KEY).expect(404);
+        assert!(c.live().is_empty());
+        assert_eq!(c.blobs().len(), 3 - gone);
+        is_cleaned(&mut c, Some(0), 0);
+        c.lacks(KEY);
+    }
+}
+
+#[test]
+fn a_delete_of_an_unlinked_key_killed_halfway_is_finished_too() {
+    let mut c = store();
+    c.put(KEY, "value").expect(201);
+    c.ask("UNLINK", KEY).expect(204);
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    let _deleter = begin(&c, "DELETE", "");
+    on_all(&c, |proxy| proxy.wait_held("DELETE", 1));
+    crash(&mut c);
+    assert!(c.unlinked().is_empty());
+    c.ask("RELINK", KEY).expect(404);
+    is_cleaned(&mut c, Some(0), 0);
+    c.lacks(KEY);
+}
+
+#[test]
+fn a_cleaner_killed_halfway_goes_on_where_it_was() {
+    let mut c = store();
+    c.put(KEY, "value").expect(201);
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::Answer(500)));
+    c.ask("DELETE", KEY).refused(503, "deleted");
+    let last = c.holder(KEY, 0);
+    for n in 0..3 {
+        c.proxies[n].release("DELETE");
+        if n == last {
+            c.proxies[n].set("DELETE", Fault::HoldRequest);
+        }
+    }
+    c.proxies[last].wait_held("DELETE", 1);
+    wait_for_blobs(&c, 1);
+    crash(&mut c);
+    assert_eq!(c.writing(), [KEY.as_bytes()]);
+    c.proxies[last].wait_held("DELETE", 1);
+    on_all(&c, |proxy| proxy.release("DELETE"));
+    wait_for_blobs(&c, 0);
+    c.debris_may_last(KEY);
+    c.lacks(KEY);
+}
+
+#[test]
+fn a_delete_that_was_not_finished_can_be_asked_for_again() {
+    let c = store();
+    c.put(KEY, "value").expect(201);
+    let refuses = c.holder(KEY, 1);
+    c.proxies[refuses].set("DELETE", Fault::Answer(500));
+    for _ in 0..2 {
+        let answer = c.ask("DELETE", KEY).refused(503, &c.names[refuses]);
+        assert!(answer.header("Retry-After").is_some());
+        c.get(KEY).expect(404);
+        assert_eq!(c.blobs().len(), 1);
+    }
+    c.proxies[refuses].release("DELETE");
+    // The cleaner may have been first.
+    let status = c.ask("DELETE", KEY).status;
+    assert!([204, 404].contains(&status), "{status}");
+    c.lacks(KEY);
+    c.ask("DELETE", KEY).expect(404);
+}
+
+// UNLINK, RELINK.
+
+#[test]
+fn unlink_and_relink_survive_a_kill() {
+    let mut c = store();
+    c.put(KEY, "value").expect(201);
+    for _ in 0..2 {
+        c.ask("UNLINK", KEY).expect(204);
+        c.kill_master();
+        c.start_master();
+        c.get(KEY).expect(404);
+        assert_eq!(c.unlinked(), [KEY.as_bytes()]);
+        assert_eq!(c.blobs().len(), 3);
+        c.ask("RELINK", KEY).expect(204);
+        c.kill_master();
+        c.start_master();
+        assert_eq!(c.holds(KEY, "value").version, 0);
+        assert!(c.unlinked().is_empty() && c.writing().is_empty());
+    }
+}
+
+#[test]
+fn a_put_over_an_unlinked_key_killed_before_the_flip_leaves_the_unlinked_value() {
+    for fault in [Fault::HoldRequest, Fault::HoldAnswer] {
+        let mut c = store();
+        c.put(KEY, "unlinked").expect(201);
+        c.ask("UNLINK", KEY).expect(204);
+        on_all(&c, |proxy| proxy.set("PUT", fault));
+        let _writer = begin(&c, "PUT", "the new one");
+        on_all(&c, |proxy| proxy.wait_held("PUT", 1));
+        crash(&mut c);
+        c.get(KEY).expect(404);
+        assert_eq!(c.unlinked(), [KEY.as_bytes()]);
+        is_cleaned(&mut c, None, 3);
+        c.ask("RELINK", KEY).expect(204);
+        assert_eq!(c.holds(KEY, "unlinked").version, 0);
+    }
+}
+
+#[test]
+fn a_put_over_an_unlinked_key_killed_after_the_flip_has_the_new_value() {
+    let mut c = store();
+    c.put(KEY, "unlinked").expect(201);
+    c.ask("UNLINK", KEY).expect(204);
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.put(KEY, "the new one").expect(201);
+    crash(&mut c);
+    assert!(c.unlinked().is_empty());
+    assert!(c.holds(KEY, "the new one").version > 0);
+    c.ask("RELINK", KEY).expect(404);
+    is_cleaned(&mut c, Some(0), 3);
+    c.holds(KEY, "the new one");
+}
+
+// Versions and debris.
+
+#[test]
+fn a_path_never_holds_two_values() {
+    let c = store();
+    c.put(KEY, "value 0").expect(201);
+    let mut last = 0;
+    // While blobs of the key may lie anywhere, each write gets a version above all of them.
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::Answer(500)));
+    for round in 1..6 {
+        c.ask("DELETE", KEY).refused(503, "deleted");
+        let value = format!("value {round}");
+        c.put(KEY, &value).expect(201);
+        let version = c.holds(KEY, &value).version;
+        assert!(version > last, "{version} after {last}");
+        let micros = std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
+        assert!(version <= micros && micros - version < 600_000_000, "{version} is no time");
+        last = version;
+        assert_eq!(c.blobs().len(), 3 * (round + 1));
+        assert_eq!(c.writing(), [KEY.as_bytes()]);
+    }
+    on_all(&c, |proxy| proxy.release("DELETE"));
+    c.cleaned();
+    assert_eq!(c.holds(KEY, "value 5").version, last);
+    assert_eq!(c.blobs().len(), 3);
+    c.ask("DELETE", KEY).expect(204);
+    // Nothing is left of it anywhere: the plain name is free again.
+    c.put(KEY, "anew").expect(201);
+    assert_eq!(c.holds(KEY, "anew").version, 0);
+}
+
+#[test]
+fn debris_on_volumes_that_hold_no_new_blobs_is_cleaned_there() {
+    let mut c = Setup::new().volumes(3).replicas(1).start();
+    let key = "/moved";
+    let old = c.holder(key, 0);
+    c.put(key, "value").expect(201);
+    c.volumes[old].stop();
+    c.ask("DELETE", key).expect(503);
+    // The master forgets the volume, its debris does not.
+    let all = c.names.clone();
+    c.names.remove(old);
+    c.restart_master();
+    assert_eq!(c.writing(), [key.as_bytes()]);
+    c.put(key, "elsewhere").expect(201);
+    let other = c.found(key).replicas;
+    assert!(!other[0].contains(&all[old]));
+    assert!(c.found(key).version > 0);
+    c.volumes[old].start();
+    c.cleaned();
+    assert!(c.volumes[old].files().is_empty());
+    assert_eq!(follow(&c.get(key).expect(302)).text(), "elsewhere");
+    c.names = all;
+    c.restart_master();
+}
+
+/// The volume has the whole body when the master dies, and publishes it when another value has been
+/// written and the cleaner has already been told that there is no blob.
+#[test]
+fn a_blob_that_appears_after_a_kill_is_cleaned_and_never_served() {
+    let mut c = store();
+    let late = c.holder(KEY, 1);
+    c.proxies[late].set("PUT", Fault::HoldWhole);
+    let _writer = begin(&c, "PUT", "the first value");
+    c.proxies[late].wait_held("PUT", 1);
+    wait_for_blobs(&c, 2);
+    c.kill_master();
+    c.start_master();
+    // The cleaner has asked the volume, and it said 404.
+    c.proxies[late].wait_seen("DELETE", 1);
+    wait_for_blobs(&c, 0);
+    c.get(KEY).expect(404);
+    c.proxies[late].release_later("PUT");
+    c.put(KEY, "the second").expect(201);
+    c.holds(KEY, "the second");
+    c.proxies[late].release("PUT");
+    let lies = |c: &Cluster| c.blobs().into_keys().any(|blob| blob.ends_with(&plain()));
+    until("the late blob is there", || lies(&c));
+    c.holds(KEY, "the second");
+    until("the late blob is deleted", || !lies(&c));
+    c.holds(KEY, "the second");
+}
+
+fn plain() -> String {
+    golden::path(KEY.as_bytes(), 0)
+}
+
+/// The volume has the whole body, its answer never came, and the blob appears when everything else
+/// is over.
+#[test]
+fn a_blob_that_appears_late_is_cleaned_and_never_served() {
+    let mut c = store();
+    let late = c.holder(KEY, 1);
+    c.proxies[late].set("PUT", Fault::Late);
+    c.put(KEY, "value").refused(503, &c.names[late]);
+    c.proxies[late].wait_held("PUT", 1);
+    until("the others are cleared", || c.blobs().is_empty());
+    // A 404 proves nothing yet: the entry stays, through a kill too.
+    let asked = c.proxies[late].seen("DELETE").len();
+    c.proxies[late].wait_seen("DELETE", asked + 1);
+    assert_eq!(c.writing(), [KEY.as_bytes()]);
+    c.kill_master();
+    c.start_master();
+    assert_eq!(c.writing(), [KEY.as_bytes()]);
+    // The next value has a name of its own.
+    c.put(KEY, "next").refused(503, &c.names[late]);
+    c.proxies[late].wait_held("PUT", 2);
+    c.proxies[late].lose_held("PUT");
+    c.proxies[late].release("PUT");
+    c.put(KEY, "third").expect(201);
+    assert!(c.holds(KEY, "third").version > 0);
+    c.debris_may_last(KEY);
+}
+
+#[test]
+fn late_blobs_of_several_versions_are_all_deleted() {
+    const VERSIONS: usize = 12;
+    let c = store();
+    let late = c.holder(KEY, 1);
+    c.proxies[late].set("PUT", Fault::Late);
+    for round in 0..VERSIONS {
+        c.put(KEY, format!("value {round}")).refused(503, &c.names[late]);
+    }
+    c.proxies[late].wait_held("PUT", VERSIONS);
+    until("the others are cleared", || c.blobs().is_empty());
+    // Some came twice: the master tries again where a connection ends without an answer.
+    let come = c.proxies[late].seen("PUT").len();
+    c.proxies[late].set("DELETE", Fault::HoldAnswer);
+    c.proxies[late].release("PUT");
+    until("the late blobs are published", || c.proxies[late].answered("PUT") == come);
+    c.get(KEY).expect(404);
+    assert!(c.live().is_empty());
+    // The cleaner hears of several at the same moment.
+    c.proxies[late].wait_held("DELETE", 2);
+    std::thread::sleep(Duration::from_millis(100));
+    c.proxies[late].release("DELETE");
+    within(Duration::from_secs(15), "the late blobs are deleted", || c.blobs().is_empty());
+    // Each was seen to be deleted: nothing is left to wait for.
+    c.lacks(KEY);
+}

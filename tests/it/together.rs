@@ -1,0 +1,254 @@
+//! What happens at the same time: replicas, readers beside slow uploads, writers of one key.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::client::{Conn, LAST_CHUNK, PATIENCE, chunks, follow, target, until};
+use crate::cluster::{Cluster, Setup};
+use crate::faulty::Fault;
+use crate::values::bytes;
+
+#[test]
+fn the_replicas_of_a_put_are_written_at_the_same_time() {
+    let c = Setup::new().proxied().start();
+    for (n, length) in [(0, 10), (1, 10), (2, 10), (0, 200_000), (1, 3_000_000), (2, 3_000_000)] {
+        let key = format!("/{n}/{length}");
+        let value = vec![b'v'; length];
+        let before: Vec<usize> = c.proxies.iter().map(|proxy| proxy.seen("PUT").len()).collect();
+        let held = &c.proxies[n];
+        held.set("PUT", Fault::HoldRequest);
+        let mut writer = c.conn();
+        let sending = thread::scope(|scope| {
+            writer.head("PUT", &key, &[("Content-Length", &length.to_string())]);
+            let sending = scope.spawn(|| {
+                writer.send(&value);
+                writer.answer()
+            });
+            held.wait_held("PUT", 1);
+            // The others do not wait for the one that is held.
+            for (proxy, before) in c.proxies.iter().zip(&before) {
+                proxy.wait_seen("PUT", before + 1);
+            }
+            held.release("PUT");
+            sending.join().expect("it does not panic")
+        });
+        sending.expect(201);
+        c.holds(&key, &value);
+    }
+}
+
+#[test]
+fn the_blobs_of_a_delete_are_deleted_at_the_same_time() {
+    let c = Setup::new().proxied().start();
+    for n in 0..3 {
+        let key = format!("/{n}");
+        c.put(&key, "value").expect(201);
+        let held = &c.proxies[n];
+        held.set("DELETE", Fault::HoldRequest);
+        let mut conn = c.conn();
+        conn.head("DELETE", &key, &[]);
+        held.wait_held("DELETE", 1);
+        until("the other two are deleted", || c.blobs().len() == 1);
+        assert!(!conn.readable(Duration::from_millis(20)), "answered before the last is deleted");
+        held.release("DELETE");
+        conn.answer().expect(204);
+        assert!(c.blobs().is_empty());
+    }
+}
+
+#[test]
+fn readers_lists_and_deletes_are_quick_beside_64_slow_uploads() {
+    let c = Cluster::new();
+    c.put("/there", "value").expect(201);
+    for n in 0..30 {
+        c.put(format!("/old/{n}"), "value").expect(201);
+    }
+    let value = vec![b'v'; 400_000];
+    let mut uploads: Vec<Conn> = (0..64)
+        .map(|n| {
+            let mut conn = c.conn();
+            let key = format!("/slow/{n}");
+            if n % 2 == 0 {
+                conn.head("PUT", &key, &[("Content-Length", "400000")]).send(&value[..300_000]);
+            } else {
+                conn.head("PUT", &key, &[("Transfer-Encoding", "chunked")]);
+                conn.send(chunks(&value[..300_000], &[50_000]));
+            }
+            conn
+        })
+        .collect();
+    until("all 64 are under way", || c.writing().len() == 64);
+    assert_eq!(c.blobs().len(), 31 * 3, "a part of a value is visible");
+    let drip = AtomicBool::new(true);
+    let mut slowest = [Duration::ZERO; 5];
+    let left = thread::scope(|scope| {
+        let dripping = scope.spawn(|| {
+            let mut sent = 300_000;
+            while drip.load(Ordering::Relaxed) && sent < 390_000 {
+                for (n, conn) in uploads.iter_mut().enumerate() {
+                    let bytes = &value[sent..sent + 10];
+                    conn.send(if n % 2 == 0 { bytes.to_vec() } else { chunks(bytes, &[10]) });
+                }
+                sent += 10;
+                thread::sleep(Duration::from_millis(5));
+            }
+            sent
+        });
+        let mut timed = |kind: usize, act: &dyn Fn()| {
+            let begun = Instant::now();
+            act();
+            slowest[kind] = slowest[kind].max(begun.elapsed());
+        };
+        for n in 0..30 {
+            timed(0, &|| drop(c.get("/there").expect(302)));
+            timed(0, &|| drop(c.get("/slow/1").expect(404)));
+            timed(1, &|| drop(c.ask("HEAD", "/there").expect(302)));
+            timed(2, &|| assert_eq!(c.live().len(), 31 - n));
+            timed(3, &|| drop(c.ask("DELETE", format!("/old/{n}")).expect(204)));
+            timed(4, &|| drop(c.put(format!("/new/{n}"), "value").expect(201)));
+            timed(3, &|| drop(c.ask("DELETE", format!("/new/{n}")).expect(204)));
+        }
+        drip.store(false, Ordering::Relaxed);
+        dripping.join().expect("it does not panic")
+    });
+    println!("slowest GET, HEAD, list, DELETE, PUT: {slowest:?}");
+    assert!(slowest.iter().all(|time| *time < Duration::from_secs(2)), "{slowest:?}");
+    for (n, conn) in uploads.iter_mut().enumerate() {
+        let rest = &value[left..];
+        conn.send(if n % 2 == 0 { rest.to_vec() } else { chunks(rest, &[9999]) });
+        conn.send(if n % 2 == 0 { b"" } else { LAST_CHUNK });
+    }
+    for (n, conn) in uploads.iter_mut().enumerate() {
+        conn.answer().expect(201);
+        c.holds(format!("/slow/{n}"), &value);
+    }
+}
+
+#[test]
+fn of_two_writers_of_a_key_one_wins_and_the_other_is_told() {
+    let c = Setup::new().proxied().start();
+    for (round, method) in ["PUT", "REPLACE"].into_iter().enumerate() {
+        let key = format!("/{round}");
+        let first = bytes(&mut crate::random(), 500_000);
+        c.proxies[0].set("PUT", Fault::HoldRequest);
+        let mut one = c.conn();
+        one.head(method, &key, &[("Content-Length", "500000")]).send(&first[..1000]);
+        // Once debris is written, the lock is held.
+        until("the first has begun", || c.writing().len() == 1);
+        for other in ["PUT", "REPLACE"] {
+            c.send(other, &key, &[], vec![b'2'; 500_000]).refused(409, "writing");
+        }
+        one.send(&first[1000..]);
+        c.proxies[0].release("PUT");
+        one.answer().expect(201);
+        c.holds(&key, &first);
+        assert_eq!(c.found(&key).version, 0);
+        c.put(&key, "third").expect(403);
+    }
+    assert_eq!(c.blobs().len(), 6);
+}
+
+#[test]
+fn many_writers_and_readers_of_one_key_see_only_whole_values() {
+    let c = Cluster::new();
+    let (address, stop) = (c.address(), AtomicBool::new(false));
+    // A value tells who wrote it, and all its bytes are the same.
+    let value = |writer: usize, round: usize| -> Vec<u8> {
+        let length = [3, 700, 5000, 300_000][(writer + round) % 4] + writer;
+        vec![b'a' + (writer * 3 + round % 3) as u8; length]
+    };
+    let whole = |read: &[u8]| {
+        let writer = usize::from(read[0] - b'a') / 3;
+        assert!(read.iter().all(|byte| *byte == read[0]), "a mix of values");
+        assert!(writer < 8 && [3, 700, 5000, 300_000].contains(&(read.len() - writer)), "cut");
+    };
+    let counts = thread::scope(|scope| {
+        let writers: Vec<_> = (0..8)
+            .map(|writer| {
+                let address = &address;
+                scope.spawn(move || {
+                    let mut conn = Conn::open(address);
+                    let (mut stored, mut locked) = (0, 0);
+                    let begun = Instant::now();
+                    for round in 0.. {
+                        let method = if round % 5 == 0 { "PUT" } else { "REPLACE" };
+                        match conn.ask(method, "/k", &[], Some(&value(writer, round))).status {
+                            201 => stored += 1,
+                            409 => {
+                                locked += 1;
+                                conn = Conn::open(address);
+                            }
+                            403 if method == "PUT" => conn = Conn::open(address),
+                            status => panic!("{method}: {status}"),
+                        }
+                        if round % 16 == 7 {
+                            let status = conn.ask("DELETE", "/k", &[], None).status;
+                            assert!([204, 404, 409].contains(&status), "DELETE: {status}");
+                        }
+                        if stored == 5 {
+                            break;
+                        }
+                        assert!(begun.elapsed() < PATIENCE, "{stored} stored, {locked} locked");
+                    }
+                    (stored, locked)
+                })
+            })
+            .collect();
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut read = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        let answer = c.get("/k");
+                        match answer.status {
+                            302 => {
+                                // What was replaced in between is gone, never another value.
+                                let found = follow(&answer);
+                                if found.status == 200 {
+                                    whole(&found.body);
+                                    read += 1;
+                                }
+                            }
+                            404 | 410 => {}
+                            status => panic!("GET: {status}"),
+                        }
+                    }
+                    read
+                })
+            })
+            .collect();
+        let counts: Vec<_> = writers.into_iter().map(|w| w.join().expect("no panic")).collect();
+        stop.store(true, Ordering::Relaxed);
+        let read: usize = readers.into_iter().map(|r| r.join().expect("no panic")).sum();
+        println!("stored and locked: {counts:?}, read {read}");
+        counts
+    });
+    assert!(counts.iter().any(|(_, locked)| *locked > 0), "they never met");
+    c.cleaned();
+    if c.get("/k").status == 302 {
+        let last = follow(&c.get("/k")).body;
+        whole(&last);
+        c.holds("/k", last);
+    }
+}
+
+#[test]
+fn keys_are_written_at_the_same_time_without_waiting_for_each_other() {
+    let c = Setup::new().proxied().start();
+    c.proxies[0].set("PUT", Fault::HoldRequest);
+    let mut held: Vec<Conn> = (0..20)
+        .map(|n| {
+            let mut conn = c.conn();
+            conn.head("PUT", &target(format!("/{n}")), &[("Content-Length", "5")]).send("value");
+            conn
+        })
+        .collect();
+    c.proxies[0].wait_held("PUT", 20);
+    assert_eq!(c.writing().len(), 20);
+    c.proxies[0].release("PUT");
+    for (n, conn) in held.iter_mut().enumerate() {
+        conn.answer().expect(201);
+        c.holds(format!("/{n}"), "value");
+    }
+}

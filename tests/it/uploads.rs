@@ -1,0 +1,447 @@
+//! Uploads that fail: the right answer, and nothing left of them.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use crate::client::{Answer, Conn, LAST_CHUNK, chunks, head, until};
+use crate::cluster::{Cluster, Setup};
+use crate::faulty::Fault;
+use crate::golden::{md5, md5_base64};
+use crate::values::bytes;
+
+/// What a key is before an upload to it fails.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Before {
+    Absent,
+    Live,
+    Unlinked,
+}
+
+const ALL: [Before; 3] = [Before::Absent, Before::Live, Before::Unlinked];
+
+impl Before {
+    fn prepare(self, c: &Cluster, key: &str) {
+        if self != Before::Absent {
+            c.put(key, key).expect(201);
+        }
+        if self == Before::Unlinked {
+            c.ask("UNLINK", key).expect(204);
+        }
+    }
+
+    /// The failed upload has left no trace: the key is what it was, and can be written.
+    #[track_caller]
+    fn is_untouched(self, c: &Cluster, key: &str) {
+        match self {
+            Before::Absent => c.lacks(key),
+            Before::Live => assert_eq!(c.holds(key, key).version, 0),
+            Before::Unlinked => {
+                c.get(key).expect(404);
+                assert!(c.unlinked().contains(&key.into()));
+                c.ask("RELINK", key).expect(204);
+                assert_eq!(c.holds(key, key).version, 0);
+            }
+        }
+        c.cleaned();
+        let copies = if self == Before::Absent { 0 } else { c.setup.replica_count() };
+        let paths = c.blobs().into_keys().filter(|blob| blob.contains(&plain(key))).count();
+        assert_eq!(paths, copies, "blobs of {key}");
+        c.replace(key, "the next").expect(201);
+        c.holds(key, "the next");
+        c.cleaned();
+        c.ask("DELETE", key).expect(204);
+    }
+}
+
+fn plain(key: &str) -> String {
+    crate::golden::path(key.as_bytes(), 0)
+}
+
+/// Requests that end too early: a name, and the bytes that are sent.
+fn cut_short(key: &str) -> Vec<(String, Vec<u8>)> {
+    let value = vec![b'v'; 600_000];
+    let mut all = Vec::new();
+    for (length, sent) in [
+        (1, 0),
+        (1024, 1023),
+        (1025, 1024),
+        (100_000, 0),
+        (100_000, 99_999),
+        (600_000, 256 << 10),
+        (600_000, 300_000),
+        (600_000, 599_999),
+        (1u64 << 40, 300_000),
+    ] {
+        let head = head("REPLACE", key, &[("Content-Length", &length.to_string())]);
+        let bytes = [head, value[..sent].to_vec()].concat();
+        all.push((format!("{sent} of {length} bytes"), bytes));
+    }
+    let coded = chunks(&value, &[100_000]);
+    let line = "186a0\r\n".len();
+    let chunk = line + 100_000 + 2;
+    assert_eq!(coded.len(), 6 * chunk);
+    let ends: [(&str, &[u8], usize); 11] = [
+        ("before the first chunk", b"", 0),
+        ("in the first length", b"", 2),
+        ("after the first length", b"", line),
+        ("inside the first chunk", b"", 50_000),
+        ("after the first chunk's bytes", b"", chunk - 2),
+        ("between chunks", b"", 3 * chunk),
+        ("inside a later chunk", b"", 3 * chunk + 50_000),
+        ("inside the last chunk", b"", 6 * chunk - 100),
+        ("before the closing chunk", b"", 6 * chunk),
+        ("inside the closing chunk", b"0", 6 * chunk),
+        ("before the closing chunk's last line", b"0\r\n", 6 * chunk),
+    ];
+    for (name, tail, at) in ends {
+        let head = head("REPLACE", key, &[("Transfer-Encoding", "chunked")]);
+        all.push((format!("chunked, {name}"), [&head, &coded[..at], tail].concat()));
+    }
+    all
+}
+
+#[test]
+fn a_client_that_goes_away_in_the_middle_leaves_nothing() {
+    let c = Cluster::new();
+    let mut keys = Vec::new();
+    for (before, ways) in [
+        (Before::Absent, ["closes", "resets", "ends sending"].as_slice()),
+        (Before::Unlinked, &["closes", "ends sending"]),
+        (Before::Live, &["resets"]),
+    ] {
+        for (n, (name, _)) in cut_short("").into_iter().enumerate() {
+            for way in ways {
+                let key = format!("/{before:?}/{way}/{n}").replace(' ', "-");
+                before.prepare(&c, &key);
+                let (_, bytes) = cut_short(&key).swap_remove(n);
+                let mut conn = c.conn();
+                conn.send(bytes);
+                match *way {
+                    "closes" => drop(conn),
+                    "resets" => conn.reset(),
+                    _ => {
+                        conn.end_sending();
+                        match conn.any_answer("PUT") {
+                            Ok(Some(answer)) => drop(answer.refused(400, "upload")),
+                            // So short a body is read before the master hears of the request.
+                            Ok(None) if name.ends_with("of 1 bytes") => {}
+                            Ok(None) if name.ends_with("of 1024 bytes") => {}
+                            other => panic!("{name}: {other:?}"),
+                        }
+                    }
+                }
+                keys.push((before, format!("{name}, the client {way}"), key));
+            }
+        }
+    }
+    for (_, name, key) in &keys {
+        until(&format!("the lock of {key} is free: {name}"), || c.ask("RELINK", key).status != 409);
+    }
+    c.cleaned();
+    for (before, name, key) in keys {
+        println!("{name}: {key}");
+        if before == Before::Unlinked {
+            // Relinked just now.
+            assert_eq!(c.holds(&key, &key).version, 0);
+        } else {
+            before.is_untouched(&c, &key);
+        }
+    }
+}
+
+#[test]
+fn a_wrong_digest_leaves_nothing() {
+    let c = Cluster::new();
+    let value = bytes(&mut crate::random(), 700_000);
+    for before in ALL {
+        for (n, length) in [1, 1000, 5000, 256 << 10, 700_000].into_iter().enumerate() {
+            let key = format!("/{before:?}/{n}");
+            before.prepare(&c, &key);
+            let value = &value[..length];
+            let digest = [("Content-MD5", &*md5_base64(b"something else"))];
+            c.send("REPLACE", &key, &digest, value).refused(400, "Content-MD5");
+            let mut conn = c.conn();
+            let digest = md5(b"something else");
+            conn.head(
+                "REPLACE",
+                &key,
+                &[("Transfer-Encoding", "chunked"), ("Content-MD5", &digest)],
+            );
+            conn.send(chunks(value, &[1000])).send(LAST_CHUNK);
+            conn.answer().refused(400, "Content-MD5");
+            before.is_untouched(&c, &key);
+        }
+    }
+}
+
+/// Uploads so slowly that the answer to it comes in the middle; returns it, and how much was sent.
+fn upload_until_answered(conn: &mut Conn, key: &str, chunked: bool) -> (Answer, usize) {
+    const PIECE: usize = 64 << 10;
+    const ALL: usize = 1 << 30;
+    let piece = vec![b'v'; PIECE];
+    let coded = chunks(&piece, &[PIECE]);
+    if chunked {
+        conn.head("REPLACE", key, &[("Transfer-Encoding", "chunked")]);
+    } else {
+        conn.head("REPLACE", key, &[("Content-Length", &ALL.to_string())]);
+    }
+    let mut sent = 0;
+    while sent < ALL && !conn.readable(Duration::from_millis(5)) {
+        sent += PIECE;
+        if conn.try_send(if chunked { &coded } else { &piece }).is_err() {
+            break;
+        }
+    }
+    (conn.answer(), sent)
+}
+
+#[test]
+fn a_volume_that_refuses_at_once_ends_the_upload_soon() {
+    let c = Setup::new().proxied().start();
+    let mut n = 0;
+    for before in ALL {
+        for (status, chunked) in [(500, false), (401, true), (507, true), (403, false)] {
+            n += 1;
+            let key = format!("/{n}");
+            before.prepare(&c, &key);
+            let volume = c.holder(&key, n % 3);
+            c.proxies[volume].set("PUT", Fault::Answer(status));
+            let begun = Instant::now();
+            let (answer, sent) = upload_until_answered(&mut c.conn(), &key, chunked);
+            let text = answer.refused(500, &c.names[volume]).text();
+            assert!(text.contains(&status.to_string()), "{status}: {text}");
+            assert!(sent < 32 << 20, "{sent} bytes were taken");
+            assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+            // A value that is sent at once.
+            c.replace(&key, vec![b'v'; 10_000]).refused(500, &c.names[volume]);
+            c.proxies[volume].release("PUT");
+            before.is_untouched(&c, &key);
+        }
+    }
+}
+
+#[test]
+fn a_volume_that_refuses_in_the_middle_ends_the_upload_soon() {
+    let c = Setup::new().proxied().start();
+    for (before, chunked) in ALL.into_iter().zip([true, false, true]) {
+        let key = format!("/{before:?}");
+        before.prepare(&c, &key);
+        let volume = c.holder(&key, 1);
+        c.proxies[volume].set("PUT", Fault::AnswerAfter(3 << 20, 500));
+        let begun = Instant::now();
+        let (answer, sent) = upload_until_answered(&mut c.conn(), &key, chunked);
+        let text = answer.refused(500, &c.names[volume]).text();
+        assert!(text.contains("500"), "{text}");
+        assert!((3 << 20..64 << 20).contains(&sent), "{sent} bytes were taken");
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+        c.proxies[volume].release("PUT");
+        before.is_untouched(&c, &key);
+    }
+}
+
+/// The volume says no and reads no more, while the master has more to send than fits on the way.
+#[test]
+fn a_refusal_is_heard_while_the_way_to_the_volume_is_full() {
+    let c = Setup::new().proxied().start();
+    let volume = c.holder("/k", 1);
+    let piece = vec![b'v'; 1 << 20];
+    for chunked in [false, true] {
+        c.proxies[volume].set("PUT", Fault::AnswerAfter(3 << 20, 500));
+        let begun = Instant::now();
+        let mut conn = c.conn();
+        if chunked {
+            conn.head("PUT", "/k", &[("Transfer-Encoding", "chunked")]);
+        } else {
+            conn.head("PUT", "/k", &[("Content-Length", &(200usize << 20).to_string())]);
+        }
+        let mut sender = conn.socket.try_clone().unwrap();
+        let coded = if chunked { chunks(&piece, &[1 << 20]) } else { piece.clone() };
+        let sending = std::thread::spawn(move || {
+            let mut sent = 0;
+            while sent < 200 && std::io::Write::write_all(&mut sender, &coded).is_ok() {
+                sent += 1;
+            }
+            sent
+        });
+        conn.answer().refused(500, &c.names[volume]);
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+        drop(conn);
+        let sent = sending.join().expect("it does not panic");
+        println!("{sent} MiB were sent in {:?}", begun.elapsed());
+        c.proxies[volume].release("PUT");
+        Before::Absent.is_untouched(&c, "/k");
+    }
+}
+
+#[test]
+fn a_volume_that_dies_in_the_middle_ends_the_upload() {
+    let c = Setup::new().proxied().start();
+    let value = bytes(&mut crate::random(), 3_000_000);
+    let mut keys = Vec::new();
+    for before in ALL {
+        for (n, cut) in [1, 100_000, 2_999_999].into_iter().enumerate() {
+            let key = format!("/{before:?}/{n}");
+            before.prepare(&c, &key);
+            let volume = c.holder(&key, n);
+            c.proxies[volume].set("PUT", Fault::Cut(cut));
+            c.replace(&key, &value).refused(503, &c.names[volume]);
+            let mut conn = c.conn();
+            conn.head("REPLACE", &key, &[("Transfer-Encoding", "chunked")]);
+            let _ = conn.try_send(&chunks(&value, &[90_000]));
+            let _ = conn.try_send(LAST_CHUNK);
+            conn.answer().refused(503, &c.names[volume]);
+            c.proxies[volume].release("PUT");
+            keys.push((before, key));
+        }
+    }
+    for (before, key) in keys {
+        before.is_untouched(&c, &key);
+    }
+}
+
+#[test]
+fn nginx_killed_in_the_middle_ends_the_upload() {
+    let mut c = Cluster::new();
+    for before in [Before::Absent, Before::Unlinked] {
+        let key = format!("/{before:?}");
+        before.prepare(&c, &key);
+        let volume = c.holder(&key, 2);
+        let mut conn = c.conn();
+        conn.head("PUT", &key, &[("Content-Length", "3000000")]).send(vec![b'v'; 1_000_000]);
+        until("the volume has begun", || c.volumes[volume].uploads() > 0);
+        c.volumes[volume].kill();
+        let _ = conn.try_send(&vec![b'v'; 2_000_000]);
+        let answer = conn.answer().refused(503, &c.names[volume]);
+        assert!(answer.header("Retry-After").is_some());
+        c.get(&key).expect(404);
+        c.volumes[volume].start();
+        before.is_untouched(&c, &key);
+    }
+}
+
+#[test]
+fn a_volume_that_is_down_makes_a_put_fail_at_once() {
+    let mut c = Cluster::new();
+    let volume = c.holder("/k", 0);
+    c.put("/unlinked", "/unlinked").expect(201);
+    c.ask("UNLINK", "/unlinked").expect(204);
+    c.volumes[volume].stop();
+    let begun = Instant::now();
+    for value in [vec![b'v'; 10], vec![b'v'; 3_000_000]] {
+        c.put("/k", &value).refused(503, &c.names[volume]);
+        c.put("/unlinked", &value).refused(503, &c.names[volume]);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(c.live().is_empty());
+    assert_eq!(c.unlinked(), [b"/unlinked"]);
+    c.volumes[volume].start();
+    Before::Absent.is_untouched(&c, "/k");
+    Before::Unlinked.is_untouched(&c, "/unlinked");
+}
+
+#[test]
+fn connections_that_a_restarted_volume_has_closed_cost_nobody_anything() {
+    let mut c = Setup::new().volumes(1).start();
+    let value = bytes(&mut crate::random(), 700_000);
+    let warm = |c: &Cluster, n: u8| {
+        for key in [format!("/{n}/a"), format!("/{n}/b"), format!("/{n}/c")] {
+            c.put(&key, &value).expect(201);
+            c.get(&key).expect(302);
+        }
+    };
+    warm(&c, 0);
+    c.restart_volumes(false);
+    c.put("/small", "small").expect(201);
+    c.restart_volumes(true);
+    c.put("/large", &value).expect(201);
+    c.restart_volumes(false);
+    let mut conn = c.conn();
+    conn.head("PUT", "/chunked", &[("Transfer-Encoding", "chunked")]);
+    conn.send(chunks(&value, &[10_000])).send(LAST_CHUNK).answer().expect(201);
+    c.restart_volumes(true);
+    c.get("/0/a").expect(302);
+    c.restart_volumes(false);
+    c.ask("DELETE", "/0/a").expect(204);
+    c.holds("/small", "small");
+    c.holds("/large", &value);
+    c.holds("/chunked", &value);
+}
+
+#[test]
+fn a_full_disk_on_one_volume_is_an_error_that_names_it() {
+    let mut real = false;
+    // Where no disk can be mounted, a volume answers as nginx does on a full one.
+    let mut c = Cluster::start_with(Setup::new().proxied(), |c| {
+        real = c.mount_small_disk(0, "2m");
+    });
+    println!("a real full disk: {real}");
+    let name = c.names[0].clone();
+    let value = bytes(&mut crate::random(), 3_000_000);
+    for before in ALL {
+        let key = format!("/{before:?}");
+        before.prepare(&c, &key);
+        if !real {
+            c.proxies[0].set("PUT", Fault::AnswerAfter(1 << 20, 500));
+        }
+        let text = c.replace(&key, &value).refused(500, &name).text();
+        assert!(text.contains("500") && text.contains("disk"), "{text}");
+        let mut conn = c.conn();
+        conn.head("REPLACE", &key, &[("Transfer-Encoding", "chunked")]);
+        let _ = conn.try_send(&chunks(&value, &[50_000]));
+        let _ = conn.try_send(LAST_CHUNK);
+        conn.answer().refused(500, &name);
+        until("the volumes have dropped it", || c.volumes.iter().all(|v| v.uploads() == 0));
+        c.proxies[0].release("PUT");
+        before.is_untouched(&c, &key);
+    }
+    // What fits is stored; a disk filled to its last block takes no more, and loses nothing.
+    let mut stored = Vec::new();
+    loop {
+        let key = format!("/{}", stored.len());
+        if !real && stored.len() == 5 {
+            c.proxies[0].set("PUT", Fault::Answer(500));
+        }
+        let answer = c.put(&key, &value[..400_000]);
+        if answer.status != 201 {
+            answer.refused(500, &name);
+            c.get(&key).expect(404);
+            break;
+        }
+        stored.push(key);
+    }
+    assert!((2..6).contains(&stored.len()), "{stored:?}");
+    c.put("/small", &value[..100_000]);
+    c.proxies[0].release("PUT");
+    for key in &stored {
+        c.holds(key, &value[..400_000]);
+        c.ask("DELETE", key).expect(204);
+    }
+    c.put("/room", &value[..400_000]).expect(201);
+    c.holds("/room", &value[..400_000]);
+    c.restart_master();
+}
+
+#[test]
+fn failed_uploads_leave_no_descriptor_and_no_thread_behind() {
+    let c = Cluster::new();
+    let open = || fs::read_dir(format!("/proc/{}/fd", c.master_pid())).unwrap().count();
+    c.put("/k", vec![b'v'; 600_000]).expect(201);
+    let before = open();
+    for round in 0..60 {
+        let mut conn = c.conn();
+        let key = format!("/{round}");
+        if round % 2 == 0 {
+            conn.head("PUT", &key, &[("Content-Length", "900000")]);
+        } else {
+            conn.head("PUT", &key, &[("Transfer-Encoding", "chunked")]).send("f4240\r\n");
+        }
+        conn.send(vec![b'v'; 500_000]);
+        if round % 3 == 0 {
+            conn.end_sending().answer().expect(400);
+        }
+    }
+    c.cleaned();
+    until("the descriptors are closed", || open() < before + 20);
+    c.ask("DELETE", "/k").expect(204);
+    assert!(c.blobs().is_empty());
+}

@@ -1,0 +1,210 @@
+//! Every value: from one byte to more than fits into the master's memory.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::client::{LAST_CHUNK, ask, chunks, target};
+use crate::cluster::{Cluster, Setup};
+
+/// Bytes that no compression and no mixed-up order leaves as they are.
+pub fn bytes(random: &mut fastrand::Rng, length: usize) -> Vec<u8> {
+    let mut value = vec![0; length];
+    random.fill(&mut value);
+    value
+}
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+
+/// Lengths at and around every boundary that the server has.
+const LENGTHS: [usize; 24] = [
+    1,
+    2,
+    16,
+    1023,
+    1024,
+    1025,
+    4 * KIB,
+    16 * KIB - 1,
+    64 * KIB,
+    64 * KIB + 1,
+    255 * KIB,
+    256 * KIB - 1,
+    256 * KIB,
+    256 * KIB + 1,
+    257 * KIB,
+    512 * KIB - 1,
+    512 * KIB,
+    512 * KIB + 1,
+    MIB - 1,
+    MIB,
+    MIB + 1,
+    3 * MIB,
+    5 * MIB + 3,
+    16 * MIB + 1,
+];
+
+/// The value as it lies on the disks and as nginx gives it out, from each replica.
+fn comes_back(c: &Cluster, key: &str, value: &[u8]) {
+    let found = c.holds(key, value);
+    for replica in &found.replicas {
+        let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
+        let read = ask(host, "GET", &format!("{below}{}", found.path), &[], None).expect(200);
+        assert!(read.body == value, "{replica} gives out something else for {key}");
+    }
+}
+
+#[test]
+fn values_of_every_length_come_back_from_each_replica() {
+    let c = Cluster::new();
+    let mut random = crate::random();
+    for length in LENGTHS {
+        let value = bytes(&mut random, length);
+        let key = format!("/{length}");
+        c.put(&key, &value).expect(201);
+        comes_back(&c, &key, &value);
+        c.ask("DELETE", &key).expect(204);
+    }
+    assert!(c.blobs().is_empty());
+}
+
+#[test]
+fn chunked_values_of_every_length_come_back_from_each_replica() {
+    let c = Cluster::new();
+    let mut random = crate::random();
+    for length in LENGTHS {
+        let value = bytes(&mut random, length);
+        let pieces: Vec<usize> = match random.usize(..4) {
+            0 => vec![length],
+            1 => vec![1, 2, 3, 1023, 1024, 1025],
+            2 => vec![64 * KIB, 1],
+            _ => (0..9).map(|_| random.usize(1..100_000)).collect(),
+        };
+        let key = format!("/{length}");
+        let mut conn = c.conn();
+        conn.head("PUT", &key, &[("Transfer-Encoding", "chunked")]);
+        conn.send(chunks(&value, &pieces)).send(LAST_CHUNK);
+        conn.answer().expect(201);
+        comes_back(&c, &key, &value);
+        // The connection is at the next request.
+        conn.ask("DELETE", &key, &[], None).expect(204);
+    }
+    assert!(c.blobs().is_empty());
+}
+
+#[test]
+fn a_value_may_come_in_small_pieces_and_a_request_in_single_bytes() {
+    let c = Setup::new().volumes(1).start();
+    let value = bytes(&mut crate::random(), 3000);
+    let mut conn = c.conn();
+    conn.head("PUT", "/k", &[("Content-Length", "3000")]);
+    for piece in value.chunks(7) {
+        conn.send(piece);
+    }
+    conn.answer().expect(201);
+    comes_back(&c, "/k", &value);
+    for byte in crate::client::head("GET", "/k", &[]) {
+        conn.send([byte]);
+    }
+    conn.answer().expect(302);
+    let request = [
+        crate::client::head("PUT", "/l", &[("Transfer-Encoding", "chunked")]),
+        chunks(&value[..300], &[100]),
+        LAST_CHUNK.to_vec(),
+    ];
+    for byte in request.concat() {
+        conn.send([byte]);
+    }
+    conn.answer().expect(201);
+    comes_back(&c, "/l", &value[..300]);
+}
+
+#[test]
+fn a_client_that_expects_100_continue_is_told_so_only_when_its_body_is_wanted() {
+    let c = Cluster::new();
+    let mut random = crate::random();
+    for length in [10, 1024, 1025, 300_000] {
+        let value = bytes(&mut random, length);
+        let key = format!("/{length}");
+        let headers = [("Content-Length", &*length.to_string()), ("Expect", "100-continue")];
+        let mut conn = c.conn();
+        conn.head("PUT", &key, &headers);
+        assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 100);
+        conn.send(&value);
+        assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 201);
+        comes_back(&c, &key, &value);
+        let mut conn = c.conn();
+        conn.head("PUT", &key, &headers);
+        assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 403);
+    }
+    let mut conn = c.conn();
+    conn.head("PUT", "/chunked", &[("Transfer-Encoding", "chunked"), ("Expect", "100-continue")]);
+    assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 100);
+    conn.send(chunks(b"value", &[2])).send(LAST_CHUNK);
+    assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 201);
+    comes_back(&c, "/chunked", b"value");
+}
+
+fn seconds(time: SystemTime) -> i64 {
+    time.duration_since(UNIX_EPOCH).unwrap().as_secs() as i64
+}
+
+#[test]
+fn a_blobs_mtime_is_the_time_of_the_write_on_every_replica() {
+    let c = Cluster::new();
+    let before = seconds(SystemTime::now());
+    let mut conn = c.conn();
+    conn.head("PUT", "/k", &[("Content-Length", "600000")]).send(vec![b'v'; 500_000]);
+    // The upload takes so long that its end is in another second.
+    std::thread::sleep(Duration::from_millis(2500));
+    conn.send(vec![b'v'; 100_000]).answer().expect(201);
+    let after = seconds(SystemTime::now());
+    assert!(after - before >= 2);
+    let times: Vec<i64> =
+        c.files("/k").iter().map(|file| fs::metadata(file).unwrap().mtime()).collect();
+    assert_eq!(times, [times[0]; 3]);
+    // nginx alone would give each the moment when it was published.
+    assert!((before..after).contains(&times[0]), "{} in {before}..{after}", times[0]);
+}
+
+#[test]
+fn a_value_larger_than_the_masters_memory_passes_through_it() {
+    let c = Cluster::new();
+    let mut random = crate::random();
+    let piece = bytes(&mut random, MIB);
+    let count = 100;
+    for (key, chunked) in [("/length", false), ("/chunked", true)] {
+        let mut conn = c.conn();
+        let length = (count * piece.len()).to_string();
+        if chunked {
+            conn.head("PUT", key, &[("Transfer-Encoding", "chunked")]);
+        } else {
+            conn.head("PUT", key, &[("Content-Length", &length)]);
+        }
+        for _ in 0..count {
+            conn.send(if chunked { chunks(&piece, &[70_000]) } else { piece.clone() });
+        }
+        conn.send(if chunked { LAST_CHUNK } else { b"" }).answer().expect(201);
+        for file in c.files(key) {
+            assert!(fs::read(file).unwrap().chunks(MIB).all(|part| part == piece), "{key}");
+        }
+        c.ask("DELETE", key).expect(204);
+    }
+    let status = fs::read_to_string(format!("/proc/{}/status", c.master_pid())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let peak: usize = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(peak < 64 * KIB, "the master has taken {peak} kB");
+}
+
+#[test]
+fn the_volumes_get_the_keys_of_a_store_with_one_replica_evenly() {
+    let c = Setup::new().replicas(1).start();
+    for n in 0..90 {
+        c.put(format!("/{n}"), target(format!("/{n}"))).expect(201);
+    }
+    for volume in &c.volumes {
+        let count = volume.files().len();
+        assert!((10..60).contains(&count), "{count} of 90");
+    }
+}
