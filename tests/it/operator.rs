@@ -13,7 +13,7 @@ use rocksdb::{DB, IteratorMode, Options};
 use rustix::process::Signal;
 
 use crate::client::{self, Conn, target, until};
-use crate::cluster::{Cluster, bound_to_us, signal, wait};
+use crate::cluster::{Cluster, bound_to_us, same, signal, wait};
 use crate::golden;
 
 /// What a command did.
@@ -184,10 +184,17 @@ impl Cluster {
         });
     }
 
-    /// A reader gets the values that `fill` has put, and every replica has them.
+    /// The values that `fill` has put lie where readers are sent to.
     #[track_caller]
     pub fn reads_back(&self, keys: &[Vec<u8>]) {
-        self.each(keys, |_, key| drop(self.holds(key, value_of(key))));
+        self.each(keys, |conn, key| {
+            let answer = conn.ask("GET", &target(key), &[], None).expect(302);
+            let place = answer.header("Location").and_then(|url| url.strip_prefix("http://"));
+            let place = place.expect("a redirect has a Location");
+            let (name, path) = place.split_once('/').expect("it has a path");
+            let bytes = fs::read(self.file(name, path)).unwrap_or_else(|e| panic!("{place}: {e}"));
+            same(&bytes, &value_of(key), place);
+        });
     }
 
     fn each(&self, keys: &[Vec<u8>], f: impl Fn(&mut Conn, &[u8]) + Sync) {
