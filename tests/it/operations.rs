@@ -1,7 +1,8 @@
 //! A store over the years: everything that is done to it, one after the other; and dump.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use percent_encoding::percent_decode_str;
@@ -10,7 +11,7 @@ use rocksdb::{DB, Options, WriteBatch};
 use crate::cluster::{Cluster, Setup};
 use crate::golden;
 use crate::keys::strange_keys;
-use crate::operator::{flip_a_bit, numbered, record, value_of};
+use crate::operator::{Ran, flip_a_bit, numbered, record, value_of};
 
 /// All is as it was: the records, the values for a reader and on every disk, and what is unlinked.
 struct Expected {
@@ -94,6 +95,132 @@ fn a_store_with_strange_names_survives_all_that_is_done_to_it() {
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
     expected.is_same(&c, "a flipped bit");
     expected.holds(&mut c);
+}
+
+/// A store as it should be: each key's value, and whether it is unlinked.
+type Model = BTreeMap<Vec<u8>, (Vec<u8>, bool)>;
+
+/// A write, and what the model says of it.
+fn write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng) {
+    let value: Vec<u8> = (0..random.usize(1..3000)).map(|_| random.u8(..)).collect();
+    let old = model.get(key).cloned();
+    let live = old.as_ref().is_some_and(|(_, unlinked)| !unlinked);
+    match random.u32(..10) {
+        0..4 => {
+            c.put(key, &value).expect(if live { 403 } else { 201 });
+            if !live {
+                model.insert(key.to_vec(), (value, false));
+            }
+        }
+        4..6 => {
+            c.replace(key, &value).expect(201);
+            model.insert(key.to_vec(), (value, false));
+        }
+        6 => {
+            // Of a key that is gone there may be debris, which DELETE clears.
+            let answer = c.ask("DELETE", key);
+            assert!(answer.status == 204 || old.is_none() && answer.status == 404, "{answer:?}");
+            model.remove(key);
+        }
+        7 => {
+            c.ask("UNLINK", key).expect(if live { 204 } else { 404 });
+            model.entry(key.to_vec()).and_modify(|(_, unlinked)| *unlinked = true);
+        }
+        8 => {
+            c.ask("RELINK", key).expect(if old.is_some() && !live { 204 } else { 404 });
+            model.entry(key.to_vec()).and_modify(|(_, unlinked)| *unlinked = false);
+        }
+        _ => drop(c.ask("REBALANCE", key).expect(if old.is_some() { 204 } else { 404 })),
+    }
+}
+
+/// It did all it could: for some seconds after a crash, debris stays although its blobs are gone.
+#[track_caller]
+fn but_for_debris(ran: Ran) {
+    if ran.code != Some(0) {
+        let ran = ran.expect(1).says("debris").never_says(" 1 failed");
+        ran.never_says("replicas").never_says("versions").never_says("does not know");
+    }
+}
+
+/// What an operator may do to a store whose master is stopped, or was killed.
+fn operate(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> String {
+    match random.u32(..6) {
+        0 => {
+            c.mkv(&["rebuild", "-rehash"]).expect(0);
+            "rebuild".into()
+        }
+        1 | 2 => {
+            let volumes = random.usize(2..=all.len());
+            c.names = all[..volumes].to_vec();
+            let (replicas, subvolumes) = (random.usize(1..=2), random.u32(1..4));
+            c.setup = c.setup.clone().replicas(replicas).subvolumes(subvolumes);
+            let kills = random.u32(..3);
+            for _ in 0..kills {
+                let rebalance = c.begin(&["rebalance", "-settle", "0s"]);
+                thread::sleep(Duration::from_millis(random.u64(5..60)));
+                rebalance.kill();
+            }
+            but_for_debris(c.mkv(&["rebalance", "-settle", "0s"]));
+            format!("rebalance to {replicas} replicas on {volumes} volumes, killed {kills} times")
+        }
+        3 => {
+            but_for_debris(c.mkv(&["verify", "-deep", "-repair"]));
+            "repair".into()
+        }
+        4 => {
+            // Where a key has a replica left.
+            let files: Vec<_> = c.blobs().into_values().collect();
+            if c.setup.replica_count() > 1 && !files.is_empty() {
+                let file = &files[random.usize(..files.len())];
+                if random.bool() { flip_a_bit(file) } else { fs::remove_file(file).unwrap() }
+            }
+            but_for_debris(c.mkv(&["verify", "-deep", "-repair"]));
+            "damage and repair".into()
+        }
+        _ => {
+            let rebuild = c.begin(&["rebuild"]);
+            thread::sleep(Duration::from_millis(random.u64(5..60)));
+            rebuild.kill();
+            "a killed rebuild".into()
+        }
+    }
+}
+
+#[test]
+fn any_history_of_writes_kills_and_commands_ends_well() {
+    let mut random = crate::random();
+    let mut c = Setup::new().volumes(4).replicas(2).flags(&["-settle", "0s"]).start();
+    let (all, mut model) = (c.names.clone(), Model::new());
+    let mut keys = strange_keys();
+    random.shuffle(&mut keys);
+    keys.truncate(30);
+    for round in 0..12 {
+        for _ in 0..25 {
+            let key = &keys[random.usize(..keys.len())];
+            write(&c, &mut model, key, &mut random);
+        }
+        let killed = random.bool();
+        if killed {
+            c.kill_master()
+        } else {
+            c.stop_master()
+        }
+        let done = operate(&mut c, &all, &mut random);
+        println!("{round}: {}, {done}", if killed { "killed" } else { "stopped" });
+        c.start_master();
+        let listed = |wanted: bool| {
+            let keys = model.iter().filter(|(_, (_, unlinked))| *unlinked == wanted);
+            keys.map(|(key, _)| key.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!((c.live(), c.unlinked()), (listed(false), listed(true)));
+        for key in listed(false) {
+            c.holds(&key, &model[&key].0);
+        }
+    }
+    c.cleaned();
+    c.stop_master();
+    c.verified();
 }
 
 /// The second replica of a key that was replaced, and the path of its blob.

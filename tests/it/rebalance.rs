@@ -78,6 +78,8 @@ fn another_number_of_subvolumes_moves_replicas_and_nothing_else() {
         }
         assert_eq!(c.blobs().len(), 2 * KEYS);
         c.verified();
+        c.mkv(&["rebuild"]).expect(0);
+        assert_eq!(c.dump(), after);
     }
     assert_eq!(c.dump(), before);
     is_intact(&mut c);

@@ -162,7 +162,51 @@ fn rehash_reads_what_has_no_hash_and_nothing_else() {
     assert_eq!(c.holds("/without", "value").md5, Some(golden::md5(b"value")));
 }
 
+#[test]
+fn a_blob_that_cannot_be_read_for_its_md5_is_named_unless_another_replica_can() {
+    let (mut c, _) = store(Setup::new().replicas(2));
+    let path = golden::path(KEY.as_bytes(), 0);
+    let files = replicas(&c.dump(), KEY).into_iter().map(|replica| c.file(&replica, &path));
+    let files: Vec<_> = files.collect();
+    fs::remove_dir_all(c.db()).unwrap();
+    let close = |file: &PathBuf, mode| {
+        fs::set_permissions(file, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    files.iter().for_each(|file| close(file, 0o000));
+    c.mkv(&["rebuild", "-rehash"]).fails(&["see what is named above"]).says("md5").says("403");
+    let dump = c.dump();
+    assert_eq!((dump.lines().count(), dump.matches("HASH").count()), (33, 32));
+    assert!(record(&dump, KEY).unwrap().starts_with("SIZE0000000000000005TIME"));
+    close(&files[1], 0o644);
+    c.mkv(&["rebuild", "-rehash"]).expect(0);
+    assert_eq!(c.dump().matches("HASH").count(), 33);
+    close(&files[0], 0o644);
+    c.verified();
+    c.start_master();
+    c.holds(KEY, "value");
+}
+
 // Histories.
+
+#[test]
+fn a_put_killed_before_its_flip_is_no_key_after_a_rebuild() {
+    let mut c = Setup::new().proxied().start();
+    c.put("/other", "other").expect(201);
+    on_all(&c, |proxy| proxy.set("PUT", Fault::HoldAnswer));
+    let _writer = begin(&c, "PUT", "value");
+    on_all(&c, |proxy| proxy.wait_held("PUT", 1));
+    c.kill_master();
+    on_all(&c, |proxy| {
+        proxy.lose_held("PUT");
+        proxy.release("PUT");
+    });
+    assert_eq!((c.blobs().len(), c.debris().len()), (6, 1));
+    c.mkv(&["rebuild"]).expect(0).says("1 keys, 3 replicas");
+    assert_eq!(c.debris().len(), 1);
+    c.start_master();
+    c.lacks(KEY);
+    c.holds("/other", "other");
+}
 
 #[test]
 fn a_replace_killed_before_its_flip_and_then_deleted_stays_deleted() {
