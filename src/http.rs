@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
 use socket2::{Domain, SockRef, Socket, Type};
 use tiny_http::{Request, Server};
@@ -56,6 +57,9 @@ const READ_AHEAD: u64 = 1024;
 /// How many requests of one connection may wait for their turn.
 const PIPELINE: usize = 64;
 
+/// Before every how manyth request it is looked at whether a client reads its answers.
+const LOOK_AT_CLIENT: usize = 8;
+
 /// How often the connections are counted.
 const CENSUS: Duration = Duration::from_millis(100);
 
@@ -85,6 +89,10 @@ struct Conn {
     busy: bool,
     /// Nothing more is taken from it.
     closed: bool,
+    /// One of its descriptors, as of the last census.
+    fd: Option<RawFd>,
+    /// Requests that were answered.
+    answered: usize,
     waiting: VecDeque<Request>,
 }
 
@@ -95,6 +103,8 @@ impl Conn {
             served,
             busy: served,
             closed: false,
+            fd: None,
+            answered: 0,
             waiting: VecDeque::new(),
         }
     }
@@ -300,6 +310,7 @@ impl Http {
         let mut conns = self.conns();
         let Some(conn) = conns.get_mut(&peer) else { return };
         conn.since = Instant::now();
+        conn.answered += 1;
         let next = conn.waiting.pop_front().filter(|_| !conn.closed);
         conn.busy = next.is_some();
         let rest = if conn.closed { std::mem::take(&mut conn.waiting) } else { VecDeque::new() };
@@ -331,7 +342,8 @@ impl Http {
         self.dispatch(request, turn, head, command)
     }
 
-    /// Has a request answered on the thread that fits it.
+    /// Has a request answered on the thread that fits it: at once what needs none that waits, for
+    /// clients (a thread of its own) or for volumes (a worker).
     fn dispatch(
         self: &Arc<Self>,
         request: Request,
@@ -339,24 +351,43 @@ impl Http {
         head: Head,
         command: Result<Command>,
     ) {
-        // What the index alone can answer is answered here; what waits for clients gets a thread of
-        // its own, and what waits for volumes a worker.
         let client = self.store.known_client(head.authorization.as_deref());
-        let now = match (&client, &command) {
-            (Some(Err(error)), _) | (Some(Ok(_)), Err(error)) => Some(Err(error.clone())),
-            (Some(Ok(_)), Ok(command)) => self.store.answer_now(command),
-            (None, _) => None,
-        };
-        if let Some(reply) = now {
-            let reply = reply.unwrap_or_else(Reply::from);
-            return if head.has_body() {
-                self.abort(request, turn, reply)
-            } else {
-                self.answer(request, turn, reply)
-            };
+        // No thread that others need waits for a client that does not read.
+        if !self.takes_answers(turn.peer) {
+            return self.queue(request, turn, head, command, true);
         }
         let long =
             matches!(command, Ok(Command::Put { .. } | Command::List(_) | Command::Rebalance(_)));
+        let error = match (client, &command) {
+            (Some(Err(error)), _) => error,
+            (Some(Ok(_)), Err(error)) => error.clone(),
+            (Some(Ok(client)), Ok(Command::Get { key, path })) => {
+                let (http, key, path) = (self.clone(), key.clone(), path.clone());
+                return self.store.get_at_once(&key, &path, client, move |reply| match reply {
+                    Some(reply) => {
+                        http.answer(request, turn, reply.unwrap_or_else(Reply::from));
+                    }
+                    None => http.queue(request, turn, head, command, false),
+                });
+            }
+            _ => return self.queue(request, turn, head, command, long),
+        };
+        if head.has_body() {
+            self.abort(request, turn, error.into());
+        } else {
+            self.answer(request, turn, error.into());
+        }
+    }
+
+    /// Has a request answered by a thread that may wait; `long`: by one that is not a worker.
+    fn queue(
+        self: &Arc<Self>,
+        request: Request,
+        turn: Turn,
+        head: Head,
+        command: Result<Command>,
+        long: bool,
+    ) {
         let http = self.clone();
         let job: Job = Box::new(move || {
             let work = AssertUnwindSafe(|| http.work(request, turn, head, command));
@@ -395,12 +426,10 @@ impl Http {
         let uploads = u64::from(matches!(command, Ok(Command::Put { .. })));
         metrics.uploads.fetch_add(uploads, Ordering::Relaxed);
         let upload = Upload { length: head.length, content_md5: head.content_md5, body: &mut body };
-        let reply = self.store.client(head.authorization.as_deref()).and_then(|client| {
-            let command = command?;
-            self.store
-                .answer_now(&command)
-                .unwrap_or_else(|| self.store.run(command, upload, client.as_ref()))
-        });
+        let reply = self
+            .store
+            .client(head.authorization.as_deref())
+            .and_then(|client| self.store.run(command?, upload, client.as_ref()));
         metrics.uploads.fetch_sub(uploads, Ordering::Relaxed);
         let unread = !body.ended && (head.has_body() || body.begun);
         let reply = reply.unwrap_or_else(Reply::from);
@@ -560,11 +589,28 @@ impl Http {
 
     /// A descriptor of our own for a client's connection.
     fn find(&self, peer: SocketAddr) -> Option<TcpStream> {
-        let (fd, _) = self.sockets(false).into_iter().find(|(_, other)| *other == peer)?;
-        // SAFETY: a duplicate is made and then asked who it is; see `client_of`.
-        let own = rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 0).ok()?;
-        let socket = TcpStream::from(own);
-        (socket.peer_addr().ok()? == peer).then_some(socket)
+        let duplicate = |fd| {
+            // SAFETY: a duplicate is made and then asked who it is; see `client_of`.
+            let own = unsafe { BorrowedFd::borrow_raw(fd) };
+            let own = TcpStream::from(rustix::io::fcntl_dupfd_cloexec(own, 0).ok()?);
+            (own.peer_addr().ok()? == peer).then_some(own)
+        };
+        let known = self.conns().get(&peer).and_then(|conn| conn.fd);
+        known.and_then(duplicate).or_else(|| {
+            let all = self.sockets(false);
+            duplicate(all.into_iter().find(|(_, other)| *other == peer)?.0)
+        })
+    }
+
+    /// Whether the next answers to this client go out without waiting for it to read the last ones.
+    /// It is looked at now and then: a few answers find room in the socket's buffer.
+    fn takes_answers(&self, peer: SocketAddr) -> bool {
+        let answered = self.conns().get(&peer).map_or(0, |conn| conn.answered);
+        answered % LOOK_AT_CLIENT != LOOK_AT_CLIENT - 1
+            || self.find(peer).is_some_and(|socket| {
+                let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+                poll(&mut fds, Some(&Timespec::default())) == Ok(1)
+            })
     }
 
     /// Frees connections that wait for a thread of tiny_http's, closes those that are too many or
@@ -608,20 +654,21 @@ impl Http {
 
     /// Counts the connections there are, and closes those that are too many or too slow.
     fn census(&self) {
-        let there: HashSet<SocketAddr> =
-            self.sockets(false).into_iter().map(|(_, peer)| peer).collect();
+        let there: HashMap<SocketAddr, RawFd> =
+            self.sockets(false).into_iter().map(|(fd, peer)| (peer, fd)).collect();
         self.store.metrics.connections.store(there.len() as u64, Ordering::Relaxed);
         let mut close = Vec::new();
         let mut conns = self.conns();
-        conns.retain(|peer, conn| conn.busy || there.contains(peer));
+        conns.retain(|peer, conn| conn.busy || there.contains_key(peer));
         let own = self.own_address().ip();
-        for peer in there {
+        for (peer, fd) in there {
             let full = conns.len() >= self.store.options.maxconns && peer.ip() != own;
             match conns.entry(peer) {
                 Entry::Vacant(_) if full => close.push(peer),
                 Entry::Vacant(entry) => _ = entry.insert(Conn::new(false)),
-                Entry::Occupied(entry) => {
-                    let conn = entry.get();
+                Entry::Occupied(mut entry) => {
+                    let conn = entry.get_mut();
+                    conn.fd = Some(fd);
                     if !conn.busy && conn.since.elapsed() > HEAD {
                         close.push(peer);
                     }

@@ -102,6 +102,8 @@ fn options() -> rocksdb::Options {
     options.set_max_log_file_size(1 << 20);
     options.set_log_level(LogLevel::Warn);
     options.set_stats_dump_period_sec(0);
+    // Batches of one or two entries: to share them out costs more wake-ups than it saves.
+    options.set_allow_concurrent_memtable_write(false);
     options
 }
 

@@ -10,6 +10,7 @@
 //! - `record`: what the index holds for a key
 //! - `index`: RocksDB and the locks of keys; the only file that names rocksdb
 //! - `volumes`: requests to nginx; the only file that names ureq
+//! - `fan`: one request to several volumes at the same time
 //! - `listing`: nginx's listings
 //! - `pool`: threads for what is done at the same time
 //! - `metrics`: what the master counts
@@ -29,6 +30,7 @@
 mod auth;
 mod dump;
 mod error;
+mod fan;
 mod http;
 mod import;
 mod index;

@@ -56,8 +56,11 @@ impl Pool {
             }
         }
         state.jobs.push_back(job);
+        let sleeping = state.waiting > 0;
         drop(state);
-        self.0.work.notify_one();
+        if sleeping {
+            self.0.work.notify_one();
+        }
         Ok(())
     }
 

@@ -172,14 +172,32 @@ impl Store {
         if gate.ask(&credentials)? { Ok(Some(credentials)) } else { Err(Error::Unauthorized) }
     }
 
-    /// Answers what the index alone can answer; `None`: the volumes are needed.
-    pub fn answer_now(&self, command: &Command) -> Option<Result<Reply>> {
-        let Command::Get { key, path } = command else { return None };
-        match self.index.get(key) {
-            Ok(Some(record)) if record.live() => None,
-            Ok(_) => Some(self.not_here(path)),
-            Err(error) => Some(Err(error)),
-        }
+    /// Answers a GET from the index and one question to a volume, without a thread that waits; where
+    /// that is not enough, `then` gets nothing.
+    pub fn get_at_once(
+        self: &Arc<Self>,
+        key: &[u8],
+        target: &str,
+        client: Option<Credentials>,
+        then: impl FnOnce(Option<Result<Reply>>) + Send + 'static,
+    ) {
+        let record = match self.index.get(key) {
+            Ok(Some(record)) if record.live() => record,
+            Ok(_) => return then(Some(self.not_here(target))),
+            Err(error) => return then(Some(Err(error))),
+        };
+        let blob = path(key, record.version);
+        let auth = client.as_ref().map(|client| client.header.clone());
+        let (store, key, replicas) = (self.clone(), key.to_vec(), record.replicas.clone());
+        let path = blob.clone();
+        self.volumes.scout(&replicas, &blob, auth.as_deref().or(self.own_auth()), move |found| {
+            then(match found {
+                Some((replica, length)) if record.size.is_none_or(|size| size == length) => {
+                    Some(Ok(store.redirect(&key, &record, &replica, &path, client.as_ref())))
+                }
+                _ => None,
+            })
+        });
     }
 
     /// Carries out a command. `upload` is read by PUT and REPLACE only.
@@ -277,6 +295,18 @@ impl Store {
         };
         let blob = path(key, record.version);
         let replica = self.find(&record, &blob, auth)?;
+        Ok(self.redirect(key, &record, &replica, &blob, client))
+    }
+
+    /// Sends a reader to a replica.
+    fn redirect(
+        &self,
+        key: &[u8],
+        record: &Record,
+        replica: &str,
+        blob: &str,
+        client: Option<&Credentials>,
+    ) -> Reply {
         let placed = self.place(key);
         let balance = if record.replicas == placed { "balanced" } else { "unbalanced" };
         let mut headers = vec![
@@ -290,7 +320,7 @@ impl Store {
         ];
         headers.extend(client.map(|_| ("Cache-Control", "no-store".into())));
         headers.extend(record.hash.map(|hash| ("Content-Md5", hex(&hash))));
-        Ok(Reply { headers, ..Reply::empty(302) })
+        Reply { headers, ..Reply::empty(302) }
     }
 
     /// A replica that has the blob in the record's length.

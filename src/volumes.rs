@@ -1,43 +1,31 @@
-//! The volumes: requests to nginx. The only file that names ureq.
+//! The volumes: requests to nginx. The only file that names ureq, which reads blobs and listings; what
+//! is asked of several volumes at once goes through `fan`.
 //!
 //! What ureq would do if it were let, and what is done about it here:
 //! - it resolves the host before every request, with a timeout on a thread made for that: each
-//!   volume has an agent of its own, whose connector resolves when it connects and remembers;
-//! - it sets socket timeouts for every read and probes a connection with three system calls: `Wire`
-//!   polls instead, and looks once before a connection is used again;
-//! - while a body is sent it does not listen: `Wire` looks for an early answer before each write;
-//! - a body that ends early makes it spin, or end a chunked body as if it were whole: `Feed` ends
-//!   in an error, never in an early end;
+//!   volume has an agent of its own, whose resolver remembers;
 //! - it follows redirects, calls a 404 an error and keeps 3 connections: settings, below.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex, RwLock};
-use std::time::{Duration, Instant};
+use std::fmt::Write;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use md5::{Digest, Md5};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{RecvFlags, recv};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{
-    Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport,
-};
-use ureq::{Agent, Body, SendBody, http};
+use ureq::unversioned::transport::{NextTimeout, TcpConnector};
+use ureq::{Agent, Body, http};
 
 use crate::error::{Error, Result};
+use crate::fan::{self, Answer, Exchange, Line, STALL, Scout, Then};
 use crate::listing::{self, Entry};
 use crate::metrics::{Histogram, head};
-use crate::pool::{Job, Pool};
+use crate::pool::Pool;
 use crate::record::Hash;
 
-/// An upload's unit of work; four of them are under way at most, so an upload takes 1 MiB.
+/// An upload's unit of work, in bytes: what an upload takes of memory.
 pub const CHUNK: usize = 256 << 10;
-
-/// How long a volume may take for the next step of a transfer, and for its answer to a PUT: nginx
-/// can be silent for long while the disk writes back.
-const STALL: Duration = Duration::from_secs(60);
 
 /// How long a volume may take for a DELETE.
 const DELETE: Duration = Duration::from_secs(10);
@@ -45,16 +33,18 @@ const DELETE: Duration = Duration::from_secs(10);
 /// For how long a volume that gave no answer is asked last.
 const DOWN: Duration = Duration::from_secs(3);
 
-/// For how long a resolved address is used.
-const RESOLVED: Duration = Duration::from_secs(60);
+/// For how long the others are waited for when one volume has failed an upload.
+const AFTER_FAILURE: Duration = Duration::from_secs(2);
 
 pub struct Volumes {
     timeout: Duration,
     known: RwLock<HashMap<String, Arc<Volume>>>,
+    scout: OnceLock<Option<Arc<Scout>>>,
     pub pool: Pool,
 }
 
 struct Volume {
+    line: Arc<Line>,
     agent: Agent,
     /// When the volume last gave no answer; `None`: it answers.
     down: Mutex<Option<Instant>>,
@@ -92,7 +82,12 @@ pub struct PutFailed {
 impl Volumes {
     /// `timeout`: how long a HEAD, or a connection, may take.
     pub fn new(timeout: Duration) -> Arc<Volumes> {
-        Arc::new(Volumes { timeout, known: RwLock::default(), pool: Pool::new(usize::MAX) })
+        Arc::new(Volumes {
+            timeout,
+            known: RwLock::default(),
+            scout: OnceLock::new(),
+            pool: Pool::new(usize::MAX),
+        })
     }
 
     fn volume(&self, replica: &str) -> Arc<Volume> {
@@ -100,8 +95,10 @@ impl Volumes {
         if let Some(volume) = self.known.read().unwrap_or_else(|e| e.into_inner()).get(name) {
             return volume.clone();
         }
+        let line = Arc::new(Line::new(name, self.timeout));
         let volume = Arc::new(Volume {
-            agent: agent(name, self.timeout),
+            agent: agent(line.clone(), self.timeout),
+            line,
             down: Mutex::default(),
             latency: Mutex::default(),
         });
@@ -142,30 +139,92 @@ impl Volumes {
         order.into_iter().map(|(_, _, replica)| replica.clone()).collect()
     }
 
+    /// Asks one thing of several replicas at the same time: a request without a body.
+    fn ask(
+        &self,
+        method: &str,
+        replicas: &[&str],
+        path: &str,
+        auth: Option<&str>,
+        limit: Duration,
+    ) -> Vec<Result<Answer>> {
+        let begun = Instant::now();
+        let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
+        let targets = replicas.iter().zip(&volumes);
+        let mut fan: Vec<_> = targets
+            .map(|(replica, volume)| exchange(volume, method, replica, path, auth, ""))
+            .collect();
+        fan::send(&mut fan, &[], true);
+        fan::finish(&mut fan, &[], begun + limit, limit);
+        let outcomes = fan.into_iter().map(|exchange| exchange.outcome);
+        let outcomes = outcomes.map(|o| o.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())));
+        let answer = |((outcome, volume), replica): ((io::Result<Answer>, &Arc<Volume>), &&str)| {
+            volume.note(replica, begun.elapsed(), outcome.as_ref().err());
+            outcome.map_err(|e| unreachable(replica, &e.to_string()))
+        };
+        outcomes.zip(&volumes).zip(replicas).map(answer).collect()
+    }
+
+    fn ask_one(
+        &self,
+        method: &str,
+        replica: &str,
+        path: &str,
+        auth: Option<&str>,
+    ) -> Result<Answer> {
+        let limit = if method == "DELETE" { DELETE } else { self.timeout };
+        self.ask(method, &[replica], path, auth, limit).remove(0)
+    }
+
     /// The length in bytes of the blob on this replica; `None`: it is not there.
     pub fn head(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<Option<u64>> {
-        let answer = self.ask(replica, self.timeout, |agent| {
-            let request = agent.head(url(replica, path));
-            with_auth(request, auth).config().timeout_global(Some(self.timeout)).build().call()
-        })?;
-        match answer.status().as_u16() {
-            200 => match length_of(&answer) {
-                Some(length) => Ok(Some(length)),
-                None => Err(unreachable(replica, "its HEAD has no Content-Length")),
-            },
+        match self.ask_one("HEAD", replica, path, auth)? {
+            Answer { status: 200, length: Some(length) } => Ok(Some(length)),
+            Answer { status: 200, .. } => {
+                Err(unreachable(replica, "its HEAD has no Content-Length"))
+            }
             // 301: a folder.
-            301 | 404 => Ok(None),
-            status => Err(Error::Refused { volume: replica.into(), status }),
+            Answer { status: 301 | 404, .. } => Ok(None),
+            Answer { status, .. } => Err(Error::Refused { volume: replica.into(), status }),
         }
+    }
+
+    /// As `head`, of one of these replicas that answered when last asked, without a thread that
+    /// waits: `then` gets the replica and its blob's length, or nothing where it takes more than one
+    /// question to know.
+    pub fn scout(
+        &self,
+        replicas: &[String],
+        path: &str,
+        auth: Option<&str>,
+        then: impl FnOnce(Option<(String, u64)>) + Send + 'static,
+    ) {
+        let scout = self.scout.get_or_init(|| Scout::new().ok());
+        let first = fastrand::usize(..replicas.len());
+        let mut volumes = replicas.iter().cycle().skip(first).take(replicas.len());
+        let up = volumes.find_map(|replica| {
+            Some((replica, self.volume(replica))).filter(|(_, volume)| !volume.is_down())
+        });
+        let (Some(scout), Some((replica, volume))) = (scout, up) else { return then(None) };
+        let exchange = exchange(&volume, "HEAD", replica, path, auth, "");
+        let (replica, begun) = (replica.clone(), Instant::now());
+        let heard: Then = Box::new(move |outcome| match outcome {
+            Some(Ok(Answer { status: 200, length: Some(length) })) => {
+                volume.note(&replica, begun.elapsed(), None);
+                then(Some((replica, length)))
+            }
+            Some(Err(e)) if e.kind() == io::ErrorKind::TimedOut => {
+                volume.note(&replica, begun.elapsed(), Some(&e));
+                then(None)
+            }
+            _ => then(None),
+        });
+        scout.ask(exchange, begun + self.timeout, heard);
     }
 
     /// Whether the volume lets in who shows this, or nothing.
     pub fn admits(&self, volume: &str, auth: Option<&str>) -> Result<bool> {
-        let answer = self.ask(volume, self.timeout, |agent| {
-            let request = agent.head(url(volume, "/"));
-            with_auth(request, auth).config().timeout_global(Some(self.timeout)).build().call()
-        })?;
-        match answer.status().as_u16() {
+        match self.ask_one("HEAD", volume, "/", auth)?.status {
             200 => Ok(true),
             401 | 403 => Ok(false),
             status => Err(Error::Refused { volume: volume.into(), status }),
@@ -174,34 +233,28 @@ impl Volumes {
 
     /// Deletes a blob. `true`: it was there and is gone; `false`: it was not there.
     pub fn delete(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<bool> {
-        let answer = self.ask(replica, DELETE, |agent| {
-            let request = agent.delete(url(replica, path));
-            with_auth(request, auth).config().timeout_global(Some(DELETE)).build().call()
-        })?;
-        match answer.status().as_u16() {
-            200..=299 => Ok(true),
-            // 409: the path leads below a plain file.
-            404 | 409 => Ok(false),
-            status => Err(Error::Refused { volume: replica.into(), status }),
-        }
+        deleted(replica, self.ask_one("DELETE", replica, path, auth))
     }
 
     /// Deletes a blob from several replicas at the same time. `patient`: asks a volume that gave no
     /// answer just now too.
     pub fn delete_all(
-        self: &Arc<Self>,
+        &self,
         replicas: &[String],
         path: &str,
         patient: bool,
         auth: Option<&str>,
     ) -> Vec<Result<bool>> {
-        let (this, path, auth) = (self.clone(), path.to_string(), auth.map(String::from));
-        self.pool.each(replicas.to_vec(), move |replica| {
-            if !patient && this.volume(&replica).is_down() {
-                return Err(unreachable(&replica, "it gave none just now"));
-            }
-            this.delete(&replica, &path, auth.as_deref())
-        })
+        let asked = |replica: &&String| patient || !self.volume(replica).is_down();
+        let (ask, skip): (Vec<_>, Vec<_>) = replicas.iter().partition(asked);
+        let names: Vec<&str> = ask.iter().map(|replica| replica.as_str()).collect();
+        let mut answers = self.ask("DELETE", &names, path, auth, DELETE).into_iter();
+        let outcome = |replica: &String| {
+            let silent = || Err(unreachable(replica, "it gave none just now"));
+            let answer = if skip.contains(&replica) { None } else { answers.next() };
+            deleted(replica, answer.unwrap_or_else(silent))
+        };
+        replicas.iter().map(outcome).collect()
     }
 
     /// An error if one of these volumes gave no answer when it was last asked, and still gives none:
@@ -217,28 +270,6 @@ impl Volumes {
         Ok(())
     }
 
-    /// Sends a request that may be sent again: a pooled connection that nginx has closed in the
-    /// meantime fails on its first use.
-    fn ask(
-        &self,
-        replica: &str,
-        limit: Duration,
-        send: impl Fn(&Agent) -> std::result::Result<http::Response<Body>, ureq::Error>,
-    ) -> Result<http::Response<Body>> {
-        let volume = self.volume(replica);
-        let begun = Instant::now();
-        let answer = match send(&volume.agent) {
-            Err(ureq::Error::Io(e))
-                if e.kind() != io::ErrorKind::ConnectionRefused && begun.elapsed() < limit =>
-            {
-                send(&volume.agent)
-            }
-            answer => answer,
-        };
-        volume.note(replica, begun.elapsed(), answer.as_ref().err());
-        answer.map_err(|e| failure(replica, e))
-    }
-
     /// Streams a value to all replicas at the same time. When this returns an error, no replica gets
     /// the rest of it.
     ///
@@ -251,73 +282,97 @@ impl Volumes {
         value: Value,
         auth: Option<&str>,
     ) -> std::result::Result<Stored, PutFailed> {
-        let early = |error| PutFailed { error, late: Vec::new() };
+        let begun = Instant::now();
+        let time = UNIX_EPOCH + Duration::from_secs(value.time);
         let mut source = Source::new(value);
-        let first = source.next().map_err(early)?.ok_or_else(|| early(Error::NoValue))?;
-        // A short value's length is known now, whatever the client said.
-        let length = if source.ended { Some(source.size) } else { source.value.length };
-        let date =
-            httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(source.value.time));
-        let (done, results) = bounded(replicas.len());
-        let mut feeds = Vec::new();
-        for replica in replicas {
-            let (feed, chunks) = bounded::<Option<Arc<Vec<u8>>>>(1);
-            let feeder = Feed {
-                chunks,
-                current: first.clone(),
-                at: 0,
-                left: length,
-                used: 0,
-                whole: false,
-                stopped: false,
-            };
-            let sending = Sending {
-                volume: self.volume(replica),
-                url: url(replica, path),
-                replica: replica.clone(),
-                length,
-                date: date.clone(),
-                auth: auth.map(String::from),
-                feed: feeder,
-            };
-            let done = done.clone();
-            let job = Box::new(move || drop(done.send((sending.replica.clone(), sending.run()))));
-            feeds.push(feed);
-            // A value of one chunk needs nobody to feed it, so the last replica is this thread's own.
-            let own = source.ended && feeds.len() == replicas.len();
-            if let Err(job) = if own { Err(job as Job) } else { self.pool.run(job) } {
-                if !own {
-                    return Err(early(Error::Unavailable(
-                        "no thread is free: try again later".into(),
-                    )));
-                }
-                job();
+        let mut failed = source.read().err();
+        if failed.is_none() && source.size == 0 {
+            failed = Some(Error::NoValue);
+        }
+        if let Some(error) = failed {
+            return Err(PutFailed { error, late: Vec::new() });
+        }
+        let headers = format!("Date: {}\r\n{}", httpdate::fmt_http_date(time), source.framing());
+        let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
+        let targets = replicas.iter().zip(&volumes);
+        let mut fan: Vec<_> = targets
+            .map(|(replica, volume)| exchange(volume, "PUT", replica, path, auth, &headers))
+            .collect();
+        loop {
+            let ended = source.ended;
+            fan::send(&mut fan, source.frame(), ended);
+            if source.ended || fan.iter().any(|exchange| exchange.outcome.is_some()) {
+                break;
+            }
+            failed = source.read().err();
+            if failed.is_some() {
+                break;
             }
         }
-        drop(done);
-        let fed = if source.ended { Ok(()) } else { feed_all(&mut source, feeds) };
-        let whole = matches!(fed, Ok(()) | Err(None)) && source.ended;
-        let Outcome { error, late } = gather(results, replicas, whole);
-        let error = match (fed, error) {
-            (Ok(()), None) => return Ok(source.stored()),
-            (Err(Some(error)), _) | (_, Some(error)) => error,
-            (Err(None), None) => Error::Unavailable("the upload was stopped: try again".into()),
+        // Who was not sent all of it publishes nothing; the others' answers are waited for, but not
+        // for long once one has failed: where a blob appears after all, the debris entry knows.
+        fan::finish(&mut fan, source.frame(), Instant::now() + STALL, AFTER_FAILURE);
+        let (mut error, mut late) = (failed, Vec::new());
+        for ((exchange, volume), replica) in fan.iter().zip(&volumes).zip(replicas) {
+            let failed = match &exchange.outcome {
+                Some(Ok(Answer { status: 200..=299, .. })) if exchange.whole => {
+                    volume.note(replica, begun.elapsed(), None);
+                    continue;
+                }
+                Some(Ok(Answer { status, .. })) => {
+                    Error::Refused { volume: replica.clone(), status: *status }
+                }
+                Some(Err(e)) => {
+                    volume.note(replica, begun.elapsed(), Some(e));
+                    late.extend(exchange.whole.then(|| replica.clone()));
+                    unreachable(replica, &e.to_string())
+                }
+                // Stopped, or not waited for, because of another.
+                None => {
+                    late.extend(exchange.whole.then(|| replica.clone()));
+                    continue;
+                }
+            };
+            error.get_or_insert(failed);
+        }
+        match error {
+            None => Ok(Stored { size: source.size, hash: source.hash }),
+            Some(error) => Err(PutFailed { error, late }),
+        }
+    }
+
+    /// Sends a GET, which may be sent again: a pooled connection that nginx has closed in the
+    /// meantime fails on its first use.
+    fn get(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<http::Response<Body>> {
+        let volume = self.volume(replica);
+        let begun = Instant::now();
+        let send = || {
+            let request = volume.agent.get(format!("http://{replica}{path}"));
+            match auth {
+                Some(auth) => request.header("authorization", auth),
+                None => request,
+            }
+            .call()
         };
-        Err(PutFailed { error, late })
+        let answer = match send() {
+            Err(ureq::Error::Io(e)) if e.kind() != io::ErrorKind::ConnectionRefused => send(),
+            answer => answer,
+        };
+        let answer = answer.map_err(ureq::Error::into_io);
+        volume.note(replica, begun.elapsed(), answer.as_ref().err());
+        answer.map_err(|e| unreachable(replica, &e.to_string()))
     }
 
     /// Opens a blob to read it. `None`: it is not there.
     pub fn read(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<Option<Opened>> {
-        let answer = self
-            .ask(replica, STALL, |agent| with_auth(agent.get(url(replica, path)), auth).call())?;
+        let answer = self.get(replica, path, auth)?;
         match answer.status().as_u16() {
             200 => {
-                let length = length_of(&answer)
+                let header = |name| answer.headers().get(name)?.to_str().ok();
+                let length = header("content-length")
+                    .and_then(|length| length.parse().ok())
                     .ok_or_else(|| unreachable(replica, "its GET has no Content-Length"))?;
-                let time = answer
-                    .headers()
-                    .get("last-modified")
-                    .and_then(|at| listing::http_date(at.to_str().ok()?));
+                let time = header("last-modified").and_then(listing::http_date);
                 Ok(Some(Opened { length, time, body: Box::new(answer.into_body().into_reader()) }))
             }
             301 | 404 => Ok(None),
@@ -360,8 +415,7 @@ impl Volumes {
     }
 
     fn list_once(&self, replica: &str, folder: &str, auth: Option<&str>) -> Result<Vec<Entry>> {
-        let answer = self
-            .ask(replica, STALL, |agent| with_auth(agent.get(url(replica, folder)), auth).call())?;
+        let answer = self.get(replica, folder, auth)?;
         if answer.status() != 200 {
             return Err(Error::Refused {
                 volume: replica.into(),
@@ -385,170 +439,61 @@ pub struct Opened {
     pub body: Box<dyn Read + Send>,
 }
 
-/// Reads the rest of the value and hands it to every replica. `Err(None)`: a replica takes no more.
-fn feed_all(
-    source: &mut Source,
-    feeds: Vec<Sender<Option<Arc<Vec<u8>>>>>,
-) -> std::result::Result<(), Option<Error>> {
-    // When the feeds are dropped without an end, what they feed ends in an error.
-    while let Some(chunk) = source.next().map_err(Some)? {
-        for feed in &feeds {
-            feed.send(Some(chunk.clone())).map_err(|_| None)?;
-        }
-    }
-    for feed in &feeds {
-        // Where the length was known, the replica had all it asked for and may be gone.
-        let _ = feed.send(None);
-    }
-    Ok(())
-}
-
-struct Outcome {
-    error: Option<Error>,
-    /// Replicas that were sent the whole value and have not answered.
-    late: Vec<String>,
-}
-
-/// Collects the replicas' answers. After the first bad one the rest has 2 s: the PUT has failed, and
-/// where a hung volume publishes its blob after all, the debris entry knows.
-fn gather(results: Receiver<(String, Sent)>, replicas: &[String], whole: bool) -> Outcome {
-    let mut outcome = Outcome { error: None, late: Vec::new() };
-    let mut silent = replicas.to_vec();
-    let mut deadline = None;
-    while !silent.is_empty() {
-        let result = match deadline {
-            None => results.recv().ok(),
-            Some(deadline) => results.recv_deadline(deadline).ok(),
-        };
-        let Some((replica, sent)) = result else { break };
-        silent.retain(|r| *r != replica);
-        if let Err(failed) = sent {
-            if failed.late {
-                outcome.late.push(replica);
-            }
-            deadline = Some(Instant::now() + Duration::from_secs(2));
-            if !failed.stopped {
-                outcome.error.get_or_insert(failed.error);
-            }
-        }
-    }
-    if whole {
-        outcome.late.extend(silent);
-    }
-    outcome
-}
-
-type Sent = std::result::Result<(), SendFailed>;
-
-struct SendFailed {
-    error: Error,
-    /// The volume was sent the whole value and has not answered: it may publish it yet.
-    late: bool,
-    /// It is not this replica that failed: the upload was stopped because of another.
-    stopped: bool,
-}
-
-/// One replica's part of an upload.
-struct Sending {
-    volume: Arc<Volume>,
-    replica: String,
-    url: String,
-    length: Option<u64>,
-    date: String,
-    auth: Option<String>,
-    feed: Feed,
-}
-
-impl Sending {
-    fn run(mut self) -> Sent {
-        let begun = Instant::now();
-        let mut answer = self.send();
-        // A pooled connection that nginx has closed in the meantime fails on its first use.
-        if matches!(&answer, Err(ureq::Error::Io(e)) if Early::of(e).is_none())
-            && self.feed.rewind()
-        {
-            answer = self.send();
-        }
-        let early = answer.as_ref().err().and_then(|e| match e {
-            ureq::Error::Io(e) => Early::of(e),
-            _ => None,
-        });
-        let status = early.or(answer.as_ref().ok().map(|answer| answer.status().as_u16()));
-        match status {
-            Some(200..=299) if early.is_none() => {
-                self.volume.note(&self.replica, begun.elapsed(), None)
-            }
-            Some(status) => {
-                let error = Error::Refused { volume: self.replica, status };
-                return Err(SendFailed { error, late: false, stopped: false });
-            }
-            None => {}
-        }
-        let (late, stopped) = (self.feed.whole, self.feed.stopped);
-        answer.map(drop).map_err(|e| {
-            if !stopped {
-                self.volume.note(&self.replica, begun.elapsed(), Some(&e));
-            }
-            SendFailed { error: failure(&self.replica, e), late, stopped }
-        })
-    }
-
-    fn send(&mut self) -> std::result::Result<http::Response<Body>, ureq::Error> {
-        let mut request = with_auth(self.volume.agent.put(&self.url), self.auth.as_deref())
-            .header("date", &self.date);
-        if let Some(length) = self.length {
-            request = request.header("content-length", length);
-        }
-        request.send(SendBody::from_reader(&mut self.feed))
-    }
-}
-
-/// A client's value, read chunk by chunk.
+/// A client's value, read chunk by chunk, each framed as it goes out.
 struct Source<'a> {
     value: Value<'a>,
     md5: Option<Md5>,
     hash: Option<Hash>,
     size: u64,
     ended: bool,
+    /// Whether the value goes out with its length not yet known (RFC 9112, 7.1).
+    chunked: bool,
+    /// Room for a chunk's size line, the chunk, and what ends a chunked body.
+    buffer: Vec<u8>,
+    filled: usize,
 }
+
+const SIZE_LINE: usize = 8;
+const LAST_CHUNK: &[u8] = b"\r\n0\r\n\r\n";
 
 impl Source<'_> {
     fn new(value: Value) -> Source {
         let md5 = (value.md5sum || value.expected.is_some()).then(Md5::new);
-        Source { value, md5, hash: None, size: 0, ended: false }
+        let room = value.length.unwrap_or(u64::MAX).min(CHUNK as u64) as usize;
+        let buffer = vec![0; SIZE_LINE + room + LAST_CHUNK.len()];
+        Source { value, md5, hash: None, size: 0, ended: false, chunked: false, buffer, filled: 0 }
     }
 
-    /// The next chunk; `None` after the last one. The last chunk of a value whose length is known is
-    /// given only when its digest is the expected one.
-    fn next(&mut self) -> Result<Option<Arc<Vec<u8>>>> {
-        if self.ended {
-            return Ok(None);
-        }
+    /// Reads the next chunk. The last one of a value is read without an error only when the value
+    /// is as long as the client said, and its digest the one it gave.
+    fn read(&mut self) -> Result<()> {
+        let room = self.buffer.len() - SIZE_LINE - LAST_CHUNK.len();
         let left = self.value.length.map_or(u64::MAX, |length| length - self.size);
-        let mut chunk = vec![0; left.min(CHUNK as u64) as usize];
-        let mut filled = 0;
-        while filled < chunk.len() {
-            match self.value.body.read(&mut chunk[filled..]) {
+        let wanted = left.min(room as u64) as usize;
+        let chunk = &mut self.buffer[SIZE_LINE..SIZE_LINE + wanted];
+        self.filled = 0;
+        while self.filled < wanted {
+            match self.value.body.read(&mut chunk[self.filled..]) {
                 Ok(0) if self.value.length.is_some() => {
-                    return Err(Error::BadRequest(format!(
-                        "the upload ended after {} bytes",
-                        self.size + filled as u64
-                    )));
+                    let came = self.size + self.filled as u64;
+                    return Err(Error::BadRequest(format!("the upload ended after {came} bytes")));
                 }
                 Ok(0) => {
                     self.ended = true;
                     break;
                 }
-                Ok(n) => filled += n,
+                Ok(n) => self.filled += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(Error::BadRequest(format!("the upload was cut short: {e}"))),
             }
         }
-        chunk.truncate(filled);
-        self.size += filled as u64;
+        let first = self.size == 0;
+        self.size += self.filled as u64;
         self.ended |= self.value.length == Some(self.size);
+        // A short value's length is known now, whatever the client said.
+        self.chunked |= first && !self.ended && self.value.length.is_none();
         if let Some(md5) = &mut self.md5 {
-            md5.update(&chunk);
+            md5.update(&chunk[..self.filled]);
         }
         if self.ended {
             self.hash = self.md5.take().map(|md5| md5.finalize().into());
@@ -558,63 +503,31 @@ impl Source<'_> {
                 ));
             }
         }
-        Ok((filled > 0).then(|| Arc::new(chunk)))
+        Ok(())
     }
 
-    fn stored(self) -> Stored {
-        Stored { size: self.size, hash: self.hash }
-    }
-}
-
-/// The body of one replica's PUT.
-struct Feed {
-    chunks: Receiver<Option<Arc<Vec<u8>>>>,
-    current: Arc<Vec<u8>>,
-    at: usize,
-    /// Bytes still to give, where the length is known.
-    left: Option<u64>,
-    /// Chunks taken from the channel.
-    used: usize,
-    /// Whether all of it was given.
-    whole: bool,
-    /// Whether the upload was stopped from the other side.
-    stopped: bool,
-}
-
-impl Feed {
-    /// Goes back to the beginning, if that is still at hand.
-    fn rewind(&mut self) -> bool {
-        self.left = self.left.map(|left| left + self.at as u64);
-        (self.at, self.whole) = (0, false);
-        self.used == 0
-    }
-}
-
-impl Read for Feed {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.left == Some(0) {
-            return Ok(0);
+    /// The header line that says how the body is framed.
+    fn framing(&self) -> String {
+        match self.value.length {
+            _ if self.chunked => "Transfer-Encoding: chunked\r\n".into(),
+            length => format!("Content-Length: {}\r\n", length.unwrap_or(self.size)),
         }
-        if self.at == self.current.len() {
-            match self.chunks.recv() {
-                Ok(Some(chunk)) => (self.current, self.at, self.used) = (chunk, 0, self.used + 1),
-                Ok(None) if self.left.is_none() => {
-                    self.whole = true;
-                    return Ok(0);
-                }
-                Ok(None) | Err(_) => {
-                    self.stopped = true;
-                    return Err(io::Error::other("the upload was stopped"));
-                }
-            }
+    }
+
+    /// The chunk that was read, as it goes out.
+    fn frame(&mut self) -> &[u8] {
+        let end = SIZE_LINE + self.filled;
+        if !self.chunked {
+            return &self.buffer[SIZE_LINE..end];
         }
-        let rest = &self.current[self.at..];
-        let n = rest.len().min(buffer.len());
-        buffer[..n].copy_from_slice(&rest[..n]);
-        self.at += n;
-        self.left = self.left.map(|left| left - n as u64);
-        self.whole = self.left == Some(0);
-        Ok(n)
+        let line = format!("{:06x}\r\n", self.filled);
+        self.buffer[..SIZE_LINE].copy_from_slice(line.as_bytes());
+        self.buffer[end..end + LAST_CHUNK.len()].copy_from_slice(LAST_CHUNK);
+        match (self.filled, self.ended) {
+            (0, _) => &LAST_CHUNK[2..],
+            (_, true) => &self.buffer[..end + LAST_CHUNK.len()],
+            (_, false) => &self.buffer[..end + 2],
+        }
     }
 }
 
@@ -625,7 +538,7 @@ impl Volume {
     }
 
     /// Remembers whether the volume gave an answer, and after what time.
-    fn note(&self, replica: &str, time: Duration, error: Option<&ureq::Error>) {
+    fn note(&self, replica: &str, time: Duration, error: Option<&io::Error>) {
         self.latency.lock().unwrap_or_else(|e| e.into_inner()).observe(time);
         let mut down = self.down.lock().unwrap_or_else(|e| e.into_inner());
         match (error, &*down) {
@@ -637,36 +550,38 @@ impl Volume {
     }
 }
 
-fn url(replica: &str, path: &str) -> String {
-    format!("http://{replica}{path}")
-}
-
-fn with_auth<B>(request: ureq::RequestBuilder<B>, auth: Option<&str>) -> ureq::RequestBuilder<B> {
-    match auth {
-        Some(auth) => request.header("authorization", auth),
-        None => request,
-    }
-}
-
-fn length_of(answer: &http::Response<Body>) -> Option<u64> {
-    answer.headers().get("content-length")?.to_str().ok()?.parse().ok()
-}
-
 fn unreachable(replica: &str, why: &str) -> Error {
     Error::Unreachable { volume: replica.into(), why: why.into() }
 }
 
-fn failure(replica: &str, error: ureq::Error) -> Error {
-    let why = match error {
-        ureq::Error::Io(e) => e.to_string(),
-        ureq::Error::Timeout(_) => "it took too long".into(),
-        e => e.to_string(),
-    };
-    unreachable(replica, &why)
+fn deleted(replica: &str, answer: Result<Answer>) -> Result<bool> {
+    match answer?.status {
+        200..=299 => Ok(true),
+        // 409: the path leads below a plain file.
+        404 | 409 => Ok(false),
+        status => Err(Error::Refused { volume: replica.into(), status }),
+    }
+}
+
+/// A request to a replica; `headers`: whole lines beside Host and Authorization.
+fn exchange(
+    volume: &Volume,
+    method: &str,
+    replica: &str,
+    path: &str,
+    auth: Option<&str>,
+    headers: &str,
+) -> Exchange {
+    let folder = replica.find('/').map_or("", |at| &replica[at..]);
+    let mut lines = headers.to_string();
+    if let Some(auth) = auth {
+        let _ = write!(lines, "Authorization: {auth}\r\n");
+    }
+    Exchange::new(&volume.line, method, &format!("{folder}{path}"), &lines)
 }
 
 /// An agent for one volume.
-fn agent(name: &str, timeout: Duration) -> Agent {
+fn agent(line: Arc<Line>, timeout: Duration) -> Agent {
     let config = Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
@@ -679,19 +594,19 @@ fn agent(name: &str, timeout: Duration) -> Agent {
         .max_idle_connections_per_host(64)
         .max_idle_age(Duration::from_secs(50))
         .build();
-    let port = if name.rsplit(']').next().unwrap_or(name).contains(':') { "" } else { ":80" };
-    Agent::with_parts(
-        config,
-        Connect { host: format!("{name}{port}"), known: Mutex::default() },
-        AtConnect,
-    )
+    Agent::with_parts(config, TcpConnector::default(), Known(line))
 }
 
-/// Stands for ureq's resolver: `Connect` resolves, and only when it connects.
-#[derive(Debug)]
-struct AtConnect;
+/// Resolves a volume's name to what `fan` knows of it.
+struct Known(Arc<Line>);
 
-impl Resolver for AtConnect {
+impl std::fmt::Debug for Known {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Known")
+    }
+}
+
+impl Resolver for Known {
     fn resolve(
         &self,
         _: &http::Uri,
@@ -699,191 +614,7 @@ impl Resolver for AtConnect {
         _: NextTimeout,
     ) -> std::result::Result<ResolvedSocketAddrs, ureq::Error> {
         let mut addresses = self.empty();
-        addresses.push(([0, 0, 0, 0], 0).into());
+        self.0.addresses()?.into_iter().take(16).for_each(|address| addresses.push(address));
         Ok(addresses)
-    }
-}
-
-/// Connects to one volume, and remembers its addresses until they are old or fail.
-#[derive(Debug)]
-struct Connect {
-    host: String,
-    known: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
-}
-
-impl Connect {
-    fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
-        let known = self.known.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        if let Some((_, addresses)) = known.filter(|(at, _)| at.elapsed() < RESOLVED) {
-            return Ok(addresses);
-        }
-        let addresses: Vec<_> = self.host.to_socket_addrs()?.collect();
-        *self.known.lock().unwrap_or_else(|e| e.into_inner()) =
-            Some((Instant::now(), addresses.clone()));
-        Ok(addresses)
-    }
-}
-
-impl Connector for Connect {
-    type Out = Wire;
-
-    fn connect(
-        &self,
-        details: &ConnectionDetails,
-        _: Option<()>,
-    ) -> std::result::Result<Option<Wire>, ureq::Error> {
-        let mut failed = io::Error::other("its name has no address");
-        for address in self.addresses()? {
-            match TcpStream::connect_timeout(&address, *details.timeout.after) {
-                Ok(socket) => {
-                    socket.set_nodelay(true)?;
-                    socket.set_write_timeout(Some(STALL))?;
-                    let buffers = LazyBuffers::new(16 << 10, 64 << 10);
-                    return Ok(Some(Wire {
-                        socket,
-                        buffers,
-                        held: Vec::new(),
-                        state: Stage::Quiet,
-                    }));
-                }
-                Err(e) => failed = e,
-            }
-        }
-        *self.known.lock().unwrap_or_else(|e| e.into_inner()) = None;
-        Err(failed.into())
-    }
-}
-
-/// A connection to a volume.
-#[derive(Debug)]
-struct Wire {
-    socket: TcpStream,
-    buffers: LazyBuffers,
-    /// A request's head, held back so that it goes out together with what follows.
-    held: Vec<u8>,
-    /// Where the connection is in its life.
-    state: Stage,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Stage {
-    /// New, or just seen to be open: nothing waits to be read.
-    Quiet,
-    /// A request is being sent.
-    Sending,
-    /// An answer was read.
-    Answered,
-}
-
-impl Wire {
-    /// What waits to be read, without taking it: `WouldBlock` where nothing does.
-    fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(recv(&self.socket, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.0)
-    }
-
-    /// Sends what was held back, and `amount` bytes of the output buffer.
-    fn send(&mut self, amount: usize) -> std::result::Result<(), ureq::Error> {
-        let output = &self.buffers.output()[..amount];
-        let sent = if self.held.is_empty() {
-            self.socket.write_all(output)
-        } else if self.held.len() + amount <= 8 << 10 {
-            self.held.extend_from_slice(output);
-            self.socket.write_all(&self.held)
-        } else {
-            self.socket.write_all(&self.held).and_then(|()| self.socket.write_all(output))
-        };
-        self.held.clear();
-        sent.map_err(|e| match e.kind() {
-            io::ErrorKind::WouldBlock => ureq::Error::Timeout(ureq::Timeout::SendBody),
-            // The answer may stand in front of the broken pipe.
-            _ => {
-                let mut line = [0; 12];
-                match self.peek(&mut line) {
-                    Ok(n) if n > 0 => Early::from_line(&line[..n]).into(),
-                    _ => e.into(),
-                }
-            }
-        })
-    }
-}
-
-impl Transport for Wire {
-    fn buffers(&mut self) -> &mut dyn Buffers {
-        &mut self.buffers
-    }
-
-    fn transmit_output(
-        &mut self,
-        amount: usize,
-        _: NextTimeout,
-    ) -> std::result::Result<(), ureq::Error> {
-        if self.state != Stage::Sending {
-            self.state = Stage::Sending;
-            self.held.extend_from_slice(&self.buffers.output()[..amount]);
-            return Ok(());
-        }
-        // A volume that refuses says so at once and then reads no more.
-        if self.held.is_empty() {
-            let mut line = [0; 12];
-            match self.peek(&mut line) {
-                Ok(n) => return Err(Early::from_line(&line[..n]).into()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        self.send(amount)
-    }
-
-    fn await_input(&mut self, timeout: NextTimeout) -> std::result::Result<bool, ureq::Error> {
-        if !self.held.is_empty() {
-            self.send(0)?;
-        }
-        self.state = Stage::Answered;
-        let timeout = timeout.for_read();
-        let limit = (*timeout.after).min(STALL).try_into().ok();
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        if poll(&mut fds, limit.as_ref()).map_err(io::Error::from)? == 0 {
-            return Err(ureq::Error::Timeout(timeout.reason));
-        }
-        let n = self.socket.read(self.buffers.input_append_buf())?;
-        self.buffers.input_appended(n);
-        Ok(n > 0)
-    }
-
-    fn is_open(&mut self) -> bool {
-        // Asked when a connection is put back, and again when it is taken out: only then it counts.
-        if self.state == Stage::Answered {
-            self.state = Stage::Quiet;
-            return true;
-        }
-        matches!(self.peek(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
-    }
-}
-
-/// The status of an answer that came while the body was still being sent; 0: the connection ended.
-#[derive(Debug)]
-struct Early(u16);
-
-impl Early {
-    fn from_line(line: &[u8]) -> io::Error {
-        // HTTP/1.1 500
-        let status =
-            line.get(9..12).and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
-        match status {
-            Some(status) => io::Error::other(Early(status)),
-            None => io::Error::new(io::ErrorKind::ConnectionReset, "it closed the connection"),
-        }
-    }
-
-    fn of(error: &io::Error) -> Option<u16> {
-        error.get_ref()?.downcast_ref::<Early>().map(|early| early.0)
-    }
-}
-
-impl std::error::Error for Early {}
-
-impl std::fmt::Display for Early {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "it answered {} while the body was being sent", self.0)
     }
 }
