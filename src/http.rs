@@ -264,8 +264,11 @@ impl Http {
     /// Takes a request in its connection's turn.
     fn accept(self: &Arc<Self>, request: Request) {
         let Some(peer) = request.remote_addr().copied() else { return };
-        if request.url() == "*" && *request.method() == tiny_http::Method::Options {
-            // `watch` asks whether anybody is there.
+        if request.url() == "*"
+            && *request.method() == tiny_http::Method::Options
+            && head(&request).is_ok_and(|head| head.length == Some(0))
+        {
+            // `watch` asks whether anybody is there. Anybody else's body is not to be dropped here.
             let mut writer = request.into_writer();
             let _ =
                 writer.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").and_then(|()| writer.flush());
