@@ -743,8 +743,15 @@ fn head(request: &Request) -> Result<Head> {
     let wrong = |text: &str| Err(Error::BadRequest(text.into()));
     let mut head = Head::default();
     let (mut lengths, mut encodings, mut upgrade) = (0, 0, false);
+    if !is_token(request.method().as_str()) {
+        return wrong("the method is no token");
+    }
     for header in request.headers() {
         let (name, value) = (header.field.as_str().as_str(), header.value.as_str());
+        // Whoever takes a bare LF for a line's end sees another request here than tiny_http does.
+        if !is_token(name) || value.bytes().any(|byte| byte.is_ascii_control() && byte != b'\t') {
+            return wrong("a header's name is no token, or its value holds a control character");
+        }
         if name.eq_ignore_ascii_case("content-length") {
             let digits = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
             match value.parse().ok().filter(|length| digits && *length <= LENGTH_MAX) {
@@ -770,6 +777,9 @@ fn head(request: &Request) -> Result<Head> {
     if lengths + encodings > 1 {
         return wrong("more than one Content-Length or Transfer-Encoding");
     }
+    if encodings > 0 && *request.http_version() < (1, 1) {
+        return wrong("Transfer-Encoding: HTTP/1.0 has none");
+    }
     if upgrade && lengths + encodings > 0 {
         return wrong("a request that asks for an upgrade can have no body");
     }
@@ -777,6 +787,14 @@ fn head(request: &Request) -> Result<Head> {
         head.length = Some(0);
     }
     Ok(head)
+}
+
+/// Whether a text is a token (RFC 9110), as methods and the names of headers are.
+fn is_token(text: &str) -> bool {
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
 }
 
 /// A digest in base64 (RFC 1864), or in hex, as GET shows it.

@@ -62,6 +62,9 @@ pub fn route(method: &str, target: &str) -> Result<Command> {
     if !path.starts_with('/') {
         return Err(Error::BadRequest("the request target does not begin with /".into()));
     }
+    if target.bytes().any(|byte| byte.is_ascii_control()) {
+        return Err(Error::BadRequest("a control character: send it percent-encoded".into()));
+    }
     let key = decode(path)?;
     if key.len() > KEY_MAX {
         return Err(Error::KeyTooLong(key.len()));
@@ -190,6 +193,9 @@ mod tests {
             ("GET", "/%zz", 400),
             ("GET", "/%", 400),
             ("GET", "*", 400),
+            ("GET", "/a\0", 400),
+            ("PUT", "/a\nb", 400),
+            ("GET", "/a?list&start=\t", 400),
             ("GET", "", 400),
             ("GET", "/a?versioning", 403),
             ("GET", "/a?health", 403),
