@@ -600,8 +600,9 @@ impl Http {
         };
         let known = self.conns().get(&peer).and_then(|conn| conn.fd);
         known.and_then(duplicate).or_else(|| {
-            let all = self.sockets(false);
-            duplicate(all.into_iter().find(|(_, other)| *other == peer)?.0)
+            // One of its two may be closed since it was seen: tiny_http is done with a direction.
+            let all = self.sockets(false).into_iter();
+            all.filter(|(_, other)| *other == peer).find_map(|(fd, _)| duplicate(fd))
         })
     }
 
