@@ -63,6 +63,11 @@ const LOOK_AT_CLIENT: usize = 8;
 /// How often the connections are counted.
 const CENSUS: Duration = Duration::from_millis(100);
 
+/// For how long a connection is known as closed when its socket is gone: tiny_http may have read on,
+/// and what it makes of a refused body must not look like a new connection's first request. Not for
+/// long, because the client may use its port again.
+const REMEMBER: Duration = Duration::from_secs(2);
+
 /// Threads for requests that wait for volumes, but not for clients.
 const WORKERS: usize = 16;
 
@@ -663,7 +668,8 @@ impl Http {
         self.store.metrics.connections.store(there.len() as u64, Ordering::Relaxed);
         let mut close = Vec::new();
         let mut conns = self.conns();
-        conns.retain(|peer, conn| conn.busy || there.contains_key(peer));
+        let recent = |conn: &Conn| conn.closed && conn.since.elapsed() < REMEMBER;
+        conns.retain(|peer, conn| conn.busy || there.contains_key(peer) || recent(conn));
         let own = self.own_address().ip();
         for (peer, fd) in there {
             let full = conns.len() >= self.store.options.maxconns && peer.ip() != own;
