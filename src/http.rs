@@ -64,9 +64,8 @@ const LOOK_AT_CLIENT: usize = 8;
 const CENSUS: Duration = Duration::from_millis(100);
 
 /// For how long a connection is known as closed when its socket is gone: tiny_http may have read on,
-/// and what it makes of a refused body must not look like a new connection's first request. Not for
-/// long, because the client may use its port again.
-const REMEMBER: Duration = Duration::from_secs(2);
+/// and what it makes of a refused body must not look like a new connection's first request.
+const REMEMBER: Duration = Duration::from_secs(5);
 
 /// Threads for requests that wait for volumes, but not for clients.
 const WORKERS: usize = 16;
@@ -294,8 +293,14 @@ impl Http {
                 let conn = entry.get_mut();
                 (conn.since, conn.served) = (Instant::now(), true);
                 if conn.closed {
+                    let ended = !conn.busy;
                     drop(conns);
-                    return self.discard(request, peer);
+                    // Its client may have taken the port for another connection.
+                    if !ended || !self.is_open(peer) {
+                        return self.discard(request, peer);
+                    }
+                    self.conns().insert(peer, Conn::new(true));
+                    return self.handle(request, Turn::new(peer));
                 }
                 if conn.busy {
                     conn.waiting.push_back(request);
@@ -608,6 +613,15 @@ impl Http {
             // One of its two may be closed since it was seen: tiny_http is done with a direction.
             let all = self.sockets(false).into_iter();
             all.filter(|(_, other)| *other == peer).find_map(|(fd, _)| duplicate(fd))
+        })
+    }
+
+    /// Whether this client has a connection of which we have not closed both directions.
+    fn is_open(&self, peer: SocketAddr) -> bool {
+        self.find(peer).is_some_and(|socket| {
+            let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+            let polled = poll(&mut fds, Some(&Timespec::default()));
+            polled.is_ok() && !fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
         })
     }
 
