@@ -68,4 +68,28 @@ mod tests {
             assert!(parse(&text[..end]).is_err(), "cut after {end}");
         }
     }
+
+    #[test]
+    fn no_listing_makes_it_panic_and_a_name_is_read_as_it_was_written() {
+        let seed =
+            std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
+        println!("MKV_SEED={seed}");
+        let mut random = fastrand::Rng::with_seed(seed);
+        for _ in 0..20_000 {
+            let name: String = (0..random.usize(1..20)).map(|_| random.char(..)).collect();
+            let size = random.u64(..);
+            let mut text = serde_json::to_vec(&serde_json::json!([
+                { "name": name, "type": "file", "mtime": "Thu, 01 Jan 1970 00:00:07 GMT", "size": size }
+            ]))
+            .unwrap();
+            let entry = Entry { name, size: Some(size), folder: false, time: 7 };
+            assert_eq!(parse(&text).unwrap(), [entry]);
+            for _ in 0..random.usize(1..5) {
+                let at = random.usize(..text.len());
+                text[at] = random.u8(..);
+            }
+            text.truncate(random.usize(..=text.len()));
+            let _ = parse(&text);
+        }
+    }
 }
