@@ -24,6 +24,7 @@ mod http;
 mod import;
 mod keys;
 mod lists;
+mod model;
 mod operations;
 mod outside;
 mod protocol;

@@ -1,0 +1,281 @@
+//! The whole API against a model in memory: the same requests, the same answers, the same lists.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::client::{Answer, LAST_CHUNK, chunks, follow, target};
+use crate::cluster::{Cluster, Setup, same};
+use crate::golden;
+use crate::keys::strange_keys;
+use crate::values::bytes;
+
+/// What a store has of a key.
+#[derive(Clone, PartialEq)]
+pub struct Kept {
+    pub value: Vec<u8>,
+    /// `false`: it is unlinked.
+    pub live: bool,
+}
+
+/// What a whole store answers to a request that changes a key, and what it has of it afterwards.
+pub fn after(kept: Option<&Kept>, method: &str, value: &[u8]) -> (u16, Option<Kept>) {
+    let with = |live: bool| kept.map(|kept| Kept { live, ..kept.clone() });
+    match (method, kept.map(|kept| kept.live)) {
+        ("PUT", Some(true)) => (403, kept.cloned()),
+        ("PUT" | "REPLACE", _) => (201, Some(Kept { value: value.to_vec(), live: true })),
+        ("DELETE", Some(_)) => (204, None),
+        ("UNLINK", Some(true)) => (204, with(false)),
+        ("RELINK", Some(false)) => (204, with(true)),
+        ("REBALANCE", Some(_)) => (204, kept.cloned()),
+        _ => (404, kept.cloned()),
+    }
+}
+
+/// A store and its model.
+struct Pair {
+    c: Cluster,
+    random: fastrand::Rng,
+    keys: Vec<Vec<u8>>,
+    model: BTreeMap<Vec<u8>, Kept>,
+    /// Where a key was last put.
+    replicas: BTreeMap<Vec<u8>, Vec<String>>,
+    /// Keys of which there may be debris.
+    dirty: BTreeSet<Vec<u8>>,
+}
+
+impl Pair {
+    fn any_key(&mut self) -> Vec<u8> {
+        self.keys[self.random.usize(..self.keys.len())].clone()
+    }
+
+    fn upload(&mut self, key: &[u8]) {
+        let method = if self.random.bool() { "PUT" } else { "REPLACE" };
+        let length = match self.random.u32(..40) {
+            0 => 0,
+            1 => self.random.usize(100_000..1_500_000),
+            _ => self.random.usize(1..4000),
+        };
+        let value = bytes(&mut self.random, length);
+        let digest = match self.random.u32(..8) {
+            0 if length > 0 => Some(golden::md5_base64(b"another value")),
+            1 | 2 => Some(golden::md5_base64(&value)),
+            _ => None,
+        };
+        let chunked = self.random.bool();
+        let (status, kept) = match after(self.model.get(key), method, &value) {
+            (403, _) if length == 0 && !chunked => (411, None),
+            (201, _) if length == 0 => (411, None),
+            (201, _) if digest.as_ref().is_some_and(|d| *d != golden::md5_base64(&value)) => {
+                (400, None)
+            }
+            answer => answer,
+        };
+        let headers: Vec<_> =
+            digest.iter().map(|digest| ("Content-MD5", digest.as_str())).collect();
+        let answer = match chunked {
+            true => self.send_chunked(method, key, headers, &value),
+            false => self.c.send(method, key, &headers, &value),
+        };
+        assert_eq!(
+            answer.status,
+            status,
+            "{method} of {length} bytes, chunked: {chunked}, {digest:?}: {}",
+            answer.text()
+        );
+        if status == 201 {
+            self.replicas.insert(key.to_vec(), self.c.placed(key));
+            if self.model.insert(key.to_vec(), kept.expect("it was stored")).is_some() {
+                self.dirty.insert(key.to_vec());
+            }
+        } else if status != 403 {
+            self.dirty.insert(key.to_vec());
+        }
+    }
+
+    fn send_chunked(
+        &mut self,
+        method: &str,
+        key: &[u8],
+        mut headers: Vec<(&str, &str)>,
+        value: &[u8],
+    ) -> Answer {
+        headers.push(("Transfer-Encoding", "chunked"));
+        let lengths = [1, self.random.usize(1..5000), 70_000];
+        let mut conn = self.c.conn();
+        conn.head(method, &target(key), &headers);
+        // What refuses a body may close before it has all of it: its answer is what counts.
+        let _ = conn.try_send(&[&chunks(value, &lengths), LAST_CHUNK].concat());
+        conn.answer()
+    }
+
+    fn alter(&mut self, key: &[u8]) {
+        let method = ["DELETE", "UNLINK", "RELINK", "REBALANCE"][self.random.usize(..4)];
+        let (status, kept) = after(self.model.get(key), method, b"");
+        let answer = self.c.ask(method, key);
+        // Of a key that is gone there may be debris, which DELETE clears.
+        if !(method == "DELETE" && answer.status == 204 && self.dirty.contains(key)) {
+            assert_eq!(answer.status, status, "{method}: {}", answer.text());
+        }
+        if method == "REBALANCE" && status == 204 {
+            let placed = self.c.placed(key);
+            if self.replicas.insert(key.to_vec(), placed.clone()) != Some(placed) {
+                self.dirty.insert(key.to_vec());
+            }
+        }
+        match kept {
+            Some(kept) => drop(self.model.insert(key.to_vec(), kept)),
+            None => drop(self.model.remove(key)),
+        }
+    }
+
+    fn read(&mut self, key: &[u8]) {
+        let method = if self.random.bool() { "GET" } else { "HEAD" };
+        let answer = self.c.ask(method, key);
+        let Some(kept) = self.model.get(key).filter(|kept| kept.live) else {
+            drop(answer.expect(404));
+            return;
+        };
+        let answer = answer.expect(302);
+        assert!(answer.body.is_empty());
+        assert_eq!(answer.header("Content-Md5"), Some(&*golden::md5(&kept.value)));
+        same(&follow(&answer).expect(200).body, &kept.value, "what a client reads");
+        assert_eq!(self.c.found(key).replicas, self.replicas[key]);
+    }
+
+    fn list(&mut self, key: &[u8]) {
+        let of = ["list", "unlinked", "writing"][self.random.usize(..3)];
+        let prefix = &key[..self.random.usize(1..=key.len().min(5))];
+        let start = if self.random.bool() { self.any_key() } else { Vec::new() };
+        let limit = self.random.usize(..8);
+        let url = of == "writing" || self.random.bool();
+        let mut options = Vec::new();
+        if limit > 0 {
+            options.push(format!("limit={limit}"));
+        }
+        if !start.is_empty() {
+            options.push(format!("start={}", target(&start)));
+        }
+        if url {
+            options.push("encoding=url".into());
+        }
+        self.random.shuffle(&mut options);
+        options.insert(0, of.into());
+        let query = format!("{}?{}", target(prefix), options.join("&"));
+        let answer = self.c.ask_target("GET", &query);
+        let inside = |key: &[u8]| key.starts_with(prefix) && *key >= *start;
+        if of == "writing" {
+            let page: Value = serde_json::from_slice(&answer.expect(200).body).expect("JSON");
+            return self.may_be_written(&page, limit, inside);
+        }
+        let mut keys = self.with(of == "list").filter(|key| inside(key));
+        let text = |key: &Vec<u8>| match url {
+            true => target(key),
+            false => String::from_utf8_lossy(key).into_owned(),
+        };
+        let most = if limit == 0 { usize::MAX } else { limit };
+        let page: Vec<String> = keys.by_ref().take(most).map(text).collect();
+        let next = keys.next();
+        if !url && next.is_some_and(|next| str::from_utf8(next).is_err()) {
+            drop(answer.refused(400, "encoding=url"));
+            return;
+        }
+        let wanted = json!({ "next": next.map_or_else(String::new, text), "keys": page });
+        let there: Value = serde_json::from_slice(&answer.expect(200).body).expect("JSON");
+        assert_eq!(there, wanted, "{query}");
+    }
+
+    /// Only keys that were written may have debris, and only one page of them is given.
+    fn may_be_written(&self, page: &Value, limit: usize, inside: impl Fn(&[u8]) -> bool) {
+        let dirty: Vec<String> = self.dirty.iter().filter(|key| inside(key)).map(target).collect();
+        let keys: Vec<&str> =
+            page["keys"].as_array().expect("keys").iter().filter_map(Value::as_str).collect();
+        let next = page["next"].as_str().expect("next is a string");
+        assert!(limit == 0 || keys.len() <= limit, "{limit}: {page}");
+        assert!(next.is_empty() || limit > 0 && keys.len() == limit, "{limit}: {page}");
+        // They come in the order of the keys, each once.
+        let mut rest = dirty.iter();
+        for key in keys.into_iter().chain(Some(next).filter(|next| !next.is_empty())) {
+            assert!(rest.any(|dirty| dirty == key), "{key} of {page}, written: {dirty:?}");
+        }
+    }
+
+    fn with(&self, live: bool) -> impl Iterator<Item = &Vec<u8>> {
+        self.model.iter().filter(move |(_, kept)| kept.live == live).map(|(key, _)| key)
+    }
+
+    /// Something goes down and comes back while nobody asks for anything.
+    fn restart(&mut self) {
+        self.c.cleaned();
+        self.dirty.clear();
+        let volume = self.random.usize(..3);
+        match self.random.u32(..4) {
+            0 => self.c.volumes[volume].stop(),
+            1 => self.c.volumes[volume].kill(),
+            2 => {
+                self.c.stop_master();
+                // From now on keys belong elsewhere.
+                let (replicas, subvolumes) = (self.random.usize(1..=3), self.random.u32(1..4));
+                self.c.setup = self.c.setup.clone().replicas(replicas).subvolumes(subvolumes);
+                self.c.start_master();
+            }
+            _ => {
+                self.c.kill_master();
+                self.c.start_master();
+            }
+        }
+        self.c.start_volumes();
+        self.lists_are_right();
+        assert!(self.c.writing().is_empty());
+    }
+
+    fn lists_are_right(&self) {
+        assert!(self.c.live().iter().eq(self.with(true)));
+        assert!(self.c.unlinked().iter().eq(self.with(false)));
+    }
+}
+
+#[test]
+fn a_minute_of_the_whole_api_goes_as_in_a_model() {
+    let mut random = crate::random();
+    let mut keys = strange_keys();
+    for length in 0..60 {
+        let tail = bytes(&mut random, if length < 50 { length / 4 } else { 1023 });
+        keys.push([b"/".to_vec(), tail].concat());
+    }
+    keys.sort();
+    keys.dedup();
+    let mut pair = Pair {
+        // A volume that a busy machine makes slow is no volume that is down.
+        c: Setup::new().replicas(2).flags(&["-settle", "0s", "-voltimeout", "20s"]).start(),
+        random,
+        keys,
+        model: BTreeMap::new(),
+        replicas: BTreeMap::new(),
+        dirty: BTreeSet::new(),
+    };
+    let (begun, mut steps, mut restarts) = (Instant::now(), 0, 0);
+    while begun.elapsed() < Duration::from_secs(60) {
+        let key = pair.any_key();
+        match pair.random.u32(..400) {
+            0 => {
+                pair.restart();
+                restarts += 1;
+            }
+            1..140 => pair.upload(&key),
+            140..220 => pair.alter(&key),
+            220..320 => pair.read(&key),
+            _ => pair.list(&key),
+        }
+        steps += 1;
+    }
+    println!("{steps} steps, {restarts} restarts, {} keys", pair.model.len());
+    pair.lists_are_right();
+    pair.c.cleaned();
+    for key in pair.with(true) {
+        pair.c.holds(key, &pair.model[key].value);
+    }
+    pair.c.stop_master();
+    pair.c.verified();
+}
