@@ -23,6 +23,7 @@ mod hostile;
 mod http;
 mod import;
 mod keys;
+mod kills;
 mod lists;
 mod model;
 mod operations;

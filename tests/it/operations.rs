@@ -136,7 +136,7 @@ fn write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng)
 
 /// It did all it could: for some seconds after a crash, debris stays although its blobs are gone.
 #[track_caller]
-fn but_for_debris(ran: Ran) {
+pub fn but_for_debris(ran: Ran) {
     if ran.code != Some(0) {
         let ran = ran.expect(1).says("debris").never_says(" 1 failed");
         ran.never_says("replicas").never_says("versions").never_says("does not know");

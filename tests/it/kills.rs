@@ -1,0 +1,184 @@
+//! SIGKILL of the master under load, again and again: what was acknowledged stays.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::client::{Conn, follow, head, target};
+use crate::cluster::{Cluster, Setup};
+use crate::model::{Kept, after};
+use crate::operations::but_for_debris;
+use crate::values::bytes;
+
+const ROUNDS: usize = 100;
+const WRITERS: usize = 16;
+const KEYS: usize = 8;
+
+struct Key {
+    name: String,
+    /// What was acknowledged last.
+    kept: Option<Kept>,
+    /// What it may be instead: a request got no answer.
+    perhaps: Option<Option<Kept>>,
+    touched: bool,
+}
+
+/// A client with keys of its own.
+struct Writer {
+    random: fastrand::Rng,
+    keys: Vec<Key>,
+    acknowledged: usize,
+    unanswered: usize,
+}
+
+impl Writer {
+    fn new(number: usize, random: fastrand::Rng) -> Writer {
+        let key =
+            |n| Key { name: format!("/{number}/{n}"), kept: None, perhaps: None, touched: false };
+        Writer { random, keys: (0..KEYS).map(key).collect(), acknowledged: 0, unanswered: 0 }
+    }
+
+    /// Writes until the master is killed.
+    fn write(&mut self, address: &str, killed: &AtomicBool) {
+        let mut conn = None;
+        loop {
+            let key = &mut self.keys[self.random.usize(..KEYS)];
+            let method = ["PUT", "REPLACE", "DELETE", "UNLINK"][self.random.usize(..4)];
+            let value = match method {
+                "PUT" | "REPLACE" if self.random.u32(..20) == 0 => bytes(&mut self.random, 300_000),
+                "PUT" | "REPLACE" => {
+                    let length = self.random.usize(1..5000);
+                    bytes(&mut self.random, length)
+                }
+                _ => Vec::new(),
+            };
+            let (status, next) = after(key.kept.as_ref(), method, &value);
+            key.touched = true;
+            match ask(&mut conn, address, method, &key.name, &value) {
+                None => {
+                    assert!(killed.load(Ordering::SeqCst), "no answer from a master that lives");
+                    self.unanswered += 1;
+                    key.perhaps = Some(next);
+                    return;
+                }
+                // Of a key that is gone there may be debris, which DELETE clears.
+                Some(204) if method == "DELETE" => {}
+                Some(answer) => assert_eq!(answer, status, "{method} {}", key.name),
+            }
+            self.acknowledged += 1;
+            key.kept = next;
+        }
+    }
+
+    /// Each key that was touched is what was acknowledged last, or what got no answer.
+    fn check(&mut self, c: &Cluster, unlinked: &BTreeSet<Vec<u8>>) {
+        for key in self.keys.iter_mut().filter(|key| key.touched) {
+            key.touched = false;
+            let answer = c.get(&key.name);
+            let is_unlinked = unlinked.contains(key.name.as_bytes());
+            let there = match answer.status {
+                302 if !is_unlinked => Some(follow(&answer).expect(200).body),
+                status => {
+                    assert_eq!(status, 404, "{}, unlinked: {is_unlinked}", key.name);
+                    None
+                }
+            };
+            let is = |kept: &Option<Kept>| match (kept, &there) {
+                (Some(kept), Some(there)) => kept.live && kept.value == *there,
+                (Some(kept), None) => !kept.live && is_unlinked,
+                (None, there) => there.is_none() && !is_unlinked,
+            };
+            if let Some(perhaps) = key.perhaps.take().filter(|_| !is(&key.kept)) {
+                key.kept = perhaps;
+            }
+            let length = there.as_ref().map(Vec::len);
+            assert!(is(&key.kept), "{}: {length:?} bytes, unlinked: {is_unlinked}", key.name);
+            if let Some(value) = there {
+                c.holds(&key.name, value);
+            }
+        }
+    }
+}
+
+/// The status of the answer, if one comes.
+fn ask(
+    conn: &mut Option<Conn>,
+    address: &str,
+    method: &str,
+    key: &str,
+    value: &[u8],
+) -> Option<u16> {
+    let mut open = conn.take().or_else(|| Conn::try_open(address).ok())?;
+    let length = value.len().to_string();
+    let head = head(method, &target(key), &[("Content-Length", &length)]);
+    // What refuses a body may close before it has all of it: its answer is what counts.
+    let _ = open.try_send(&[&head, value].concat());
+    let status = open.any_answer(method).ok()??.status;
+    *conn = Some(open).filter(|_| status < 400);
+    Some(status)
+}
+
+/// Has the writers at work for this long, and kills the master.
+fn killed_under_load(c: &mut Cluster, writers: &mut [Writer], time: Duration) {
+    let (address, killed) = (c.address(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        for writer in writers {
+            scope.spawn(|| writer.write(&address, &killed));
+        }
+        thread::sleep(time);
+        killed.store(true, Ordering::SeqCst);
+        c.kill_master();
+    });
+}
+
+fn check(c: &Cluster, writers: &mut [Writer]) {
+    let unlinked: BTreeSet<Vec<u8>> = c.unlinked().into_iter().collect();
+    thread::scope(|scope| {
+        for writer in writers {
+            scope.spawn(|| writer.check(c, &unlinked));
+        }
+    });
+}
+
+#[test]
+fn whatever_16_writers_were_told_is_so_after_each_of_a_hundred_kills() {
+    let mut random = crate::random();
+    // A volume that a busy machine makes slow is no volume that is down.
+    let mut c = Setup::new().flags(&["-voltimeout", "20s"]).start();
+    let mut writers: Vec<Writer> =
+        (0..WRITERS).map(|number| Writer::new(number, random.fork())).collect();
+    for round in 1..=ROUNDS {
+        killed_under_load(&mut c, &mut writers, Duration::from_millis(random.u64(50..=300)));
+        c.start_master();
+        check(&c, &mut writers);
+        if round % 20 == 0 {
+            // Debris is no fault while a master runs.
+            c.mkv(&["verify"]).expect(0).says("the store is whole");
+        }
+    }
+    let sum = |count: fn(&Writer) -> usize| writers.iter().map(count).sum::<usize>();
+    let (acknowledged, unanswered) = (sum(|w| w.acknowledged), sum(|w| w.unanswered));
+    println!("{acknowledged} requests acknowledged, {unanswered} without an answer");
+    assert!(acknowledged > ROUNDS * WRITERS && unanswered == ROUNDS * WRITERS);
+
+    c.kill_master();
+    but_for_debris(c.mkv(&["verify", "-repair"]));
+    c.start_master();
+    c.cleaned();
+    writers.iter_mut().flat_map(|writer| &mut writer.keys).for_each(|key| key.touched = true);
+    check(&c, &mut writers);
+    for key in writers.iter().flat_map(|writer| &writer.keys) {
+        if let Some(kept) = key.kept.as_ref().filter(|kept| !kept.live) {
+            c.ask("RELINK", &key.name).expect(204);
+            c.holds(&key.name, &kept.value);
+            c.ask("UNLINK", &key.name).expect(204);
+        }
+    }
+    c.stop_master();
+    c.verified();
+    let other = c.folder.join("another");
+    c.mkv(&["rebuild", "-rehash", "-db", other.to_str().unwrap()]).expect(0);
+    let rebuilt = c.mkv(&["dump", "-db", other.to_str().unwrap()]).expect(0).out;
+    assert!(rebuilt == c.dump().replace("\tDELETED", "\t"), "what a rebuild finds:\n{rebuilt}");
+}
