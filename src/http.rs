@@ -3,8 +3,9 @@
 //! What tiny_http would do if it were let, and what is done about it here:
 //! - a new connection may wait for a thread for ever: `guard` finds such connections among the
 //!   process's own descriptors and opens as many to itself, each of which frees one;
-//! - its accept thread ends at the first error: `receive` and `watch` have another server made on
-//!   the same listener, while the old one's connections go on being served;
+//! - its accept thread ends at the first error, or when it panics for want of a thread: then its
+//!   copy of the listener is gone from the descriptors, and `guard` makes another server on another
+//!   copy, while the old one's connections go on being served;
 //! - it has no timeouts and no limits: the listener's socket timeouts are inherited, `guard` closes
 //!   what dribbles its head, `-maxconns` is counted in `Conns`;
 //! - it reads pipelined requests without end and in threads that then wait for each other: `Conns`
@@ -16,16 +17,18 @@
 use std::cell::RefCell;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt::Display;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, SockRef, Socket, Type};
 use tiny_http::{Request, Server};
 
@@ -57,11 +60,23 @@ const READ_AHEAD: u64 = 1024;
 /// How many requests of one connection may wait for their turn.
 const PIPELINE: usize = 64;
 
-/// Before every how manyth request it is looked at whether a client reads its answers.
-const LOOK_AT_CLIENT: usize = 8;
+/// What a socket holds of answers that its client does not read, in bytes.
+const SEND_BUFFER: usize = 256 << 10;
 
-/// How often the connections are counted.
-const CENSUS: Duration = Duration::from_millis(100);
+/// After how many bytes of answers it is looked at again whether a client reads them.
+const LOOK_AFTER: usize = SEND_BUFFER / 8;
+
+/// How many servers there are.
+const SERVERS: usize = 2;
+
+/// How often `accept` is given something to do. It would fail after `STALL` without.
+const PING: Duration = Duration::from_secs(20);
+
+/// How often the connections are counted, if there are many.
+const CENSUS: Duration = Duration::from_secs(1);
+
+/// How soon it is looked again at a connection that may wait for a thread.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// For how long a connection is known as closed when its socket is gone: tiny_http may have read on,
 /// and what it makes of a refused body must not look like a new connection's first request.
@@ -76,10 +91,6 @@ pub struct Http {
     address: SocketAddr,
     conns: Mutex<HashMap<SocketAddr, Conn>>,
     workers: Pool,
-    /// Servers to be made: at the start, and for each whose accept thread has ended.
-    missing: AtomicUsize,
-    /// Above all descriptors, as of the last census.
-    slots: AtomicI32,
     stopping: AtomicBool,
 }
 
@@ -95,8 +106,8 @@ struct Conn {
     closed: bool,
     /// One of its descriptors, as of the last census.
     fd: Option<RawFd>,
-    /// Requests that were answered.
-    answered: usize,
+    /// Bytes of answers since it was last looked at whether they are read.
+    unseen: usize,
     waiting: VecDeque<Request>,
 }
 
@@ -108,10 +119,32 @@ impl Conn {
             busy: served,
             closed: false,
             fd: None,
-            answered: 0,
+            unseen: 0,
             waiting: VecDeque::new(),
         }
     }
+}
+
+/// An accept thread of tiny_http's.
+struct Acceptor {
+    /// Its copy of the listener, which is closed when it ends.
+    fd: RawFd,
+    alive: Arc<AtomicBool>,
+}
+
+impl Acceptor {
+    fn is_alive(&self) -> bool {
+        // SAFETY: the descriptor is only asked what it is. Only `guard` makes another listener.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let alive = rustix::net::sockopt::socket_acceptconn(fd) == Ok(true);
+        self.alive.store(alive, Ordering::Relaxed);
+        alive
+    }
+}
+
+/// How many there are but for those that were closed and are only remembered.
+fn open(conns: &HashMap<SocketAddr, Conn>) -> usize {
+    conns.values().filter(|conn| !conn.closed).count()
 }
 
 /// A request's turn on its connection.
@@ -158,15 +191,11 @@ pub fn serve(store: Arc<Store>) -> Result<()> {
         address,
         conns: Mutex::default(),
         workers: Pool::new(WORKERS),
-        missing: AtomicUsize::new(2),
-        slots: AtomicI32::new(0),
         stopping: AtomicBool::new(false),
     });
-    http.make_server()?;
-    http.make_server()?;
-    let (guard, watch, cleaner) = (http.clone(), http.clone(), store.clone());
-    spawn("mkv-guard", move || guard.guard())?;
-    spawn("mkv-watch", move || watch.watch())?;
+    let servers = (0..SERVERS).map(|_| http.make_server()).collect::<Result<Vec<_>>>()?;
+    let (guard, cleaner) = (http.clone(), store.clone());
+    spawn("mkv-guard", move || guard.guard(servers))?;
     spawn("mkv-cleaner", move || cleaner.clean())?;
     let wrong = |e: io::Error| Error::Failed(format!("signals: {e}"));
     let mut signals = signal_hook::iterator::Signals::new([15, 2]).map_err(wrong)?;
@@ -183,9 +212,29 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     thread.map(drop).map_err(|e| Error::Failed(format!("no thread can be started: {e}")))
 }
 
+/// How many descriptors there may be as the process is now.
+fn slots() -> RawFd {
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX).min(1 << 20);
+    // With no descriptor left this cannot be read: then all that are allowed are in use.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let slots = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+    slots.and_then(|slots| slots.trim().parse().ok()).unwrap_or(most).min(most) as RawFd
+}
+
+/// Tries whether tiny_http would get its threads now.
+fn spare_threads() -> io::Result<()> {
+    let (hold, held) = crossbeam_channel::bounded::<()>(0);
+    let start = |_| {
+        let held = held.clone();
+        std::thread::Builder::new().spawn(move || held.recv().is_ok())
+    };
+    let started: Vec<_> = (0..8).map(start).collect();
+    drop(hold);
+    started.into_iter().try_for_each(|thread| thread.map(|thread| drop(thread.join())))
+}
+
 /// Every connection costs two descriptors: the limit that was set for shells is no limit for us.
 fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
@@ -207,6 +256,8 @@ fn listen(host: &str, port: u16) -> Result<TcpListener> {
         socket.set_read_timeout(Some(STALL))?;
         socket.set_write_timeout(Some(STALL))?;
         socket.set_tcp_nodelay(true)?;
+        // The kernel's own choice would depend on the client.
+        socket.set_send_buffer_size(SEND_BUFFER)?;
         socket.bind(&address.into())?;
         socket.listen(4096)?;
         Ok(socket.into())
@@ -230,37 +281,32 @@ impl Http {
         self.conns.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Makes one of the missing servers: an accept thread of tiny_http and a thread that receives.
-    fn make_server(self: &Arc<Self>) -> Result<()> {
-        let wrong =
-            |e: &dyn std::fmt::Display| Error::Failed(format!("no server can be started: {e}"));
+    /// Makes a server: an accept thread of tiny_http's and a thread that receives.
+    fn make_server(self: &Arc<Self>) -> Result<Acceptor> {
+        let wrong = |e: &dyn Display| Error::Failed(format!("no server can be started: {e}"));
+        // Where no thread can be had, tiny_http panics, if it comes to that: in a thread of its own.
+        spare_threads().map_err(|e| wrong(&e))?;
         let listener = self.listener.try_clone().map_err(|e| wrong(&e))?;
-        // It panics where no thread can be started.
+        let (fd, alive) = (listener.as_raw_fd(), Arc::new(AtomicBool::new(true)));
         let server = catch_unwind(|| Server::from_listener(listener, None))
             .map_err(|_| wrong(&"no thread"))?;
         let (http, server) = (self.clone(), server.map_err(|e| wrong(&e))?);
-        spawn("mkv-front", move || http.receive(server))?;
-        self.missing.fetch_sub(1, Ordering::Relaxed);
-        Ok(())
+        let acceptor = Acceptor { fd, alive: alive.clone() };
+        spawn("mkv-front", move || http.receive(server, &alive))?;
+        Ok(acceptor)
     }
 
     /// Receives a server's requests. There is one such thread for a server: so the requests of a
     /// connection are seen in their order.
-    fn receive(self: Arc<Self>, server: Server) {
-        let mut accepts = true;
+    fn receive(self: Arc<Self>, server: Server, alive: &AtomicBool) {
         loop {
             match server.recv_timeout(HEAD + STALL) {
                 Ok(Some(request)) => drop(catch_unwind(AssertUnwindSafe(|| self.accept(request)))),
                 // The connections of a server that accepts no more have all ended by now.
-                Ok(None) if !accepts => return,
+                Ok(None) if !alive.load(Ordering::Relaxed) => return,
                 Ok(None) => {}
-                Err(error) => {
-                    if accepts && !self.stopping.load(Ordering::Relaxed) {
-                        log::warn!("accepting connections failed ({error}): starting anew");
-                        self.missing.fetch_add(1, Ordering::Relaxed);
-                    }
-                    accepts = false;
-                }
+                Err(error) if self.stopping.load(Ordering::Relaxed) => log::debug!("{error}"),
+                Err(error) => log::warn!("accepting connections failed: {error}"),
             }
         }
     }
@@ -268,18 +314,9 @@ impl Http {
     /// Takes a request in its connection's turn.
     fn accept(self: &Arc<Self>, request: Request) {
         let Some(peer) = request.remote_addr().copied() else { return };
-        if request.url() == "*"
-            && *request.method() == tiny_http::Method::Options
-            && head(&request).is_ok_and(|head| head.length == Some(0))
-        {
-            // `watch` asks whether anybody is there. Anybody else's body is not to be dropped here.
-            let mut writer = request.into_writer();
-            let _ =
-                writer.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").and_then(|()| writer.flush());
-            return;
-        }
         let mut conns = self.conns();
-        let full = conns.len() >= self.store.options.maxconns;
+        let most = self.store.options.maxconns;
+        let full = conns.len() >= most && open(&conns) >= most;
         match conns.entry(peer) {
             Entry::Vacant(entry) => {
                 entry.insert(Conn::new(true));
@@ -318,12 +355,12 @@ impl Http {
         self.handle(request, Turn::new(peer));
     }
 
-    /// Ends a connection's turn and begins the next.
-    fn done(self: &Arc<Self>, peer: SocketAddr) {
+    /// Ends a connection's turn, in which so many bytes were answered, and begins the next.
+    fn done(self: &Arc<Self>, peer: SocketAddr, answered: usize) {
         let mut conns = self.conns();
         let Some(conn) = conns.get_mut(&peer) else { return };
         conn.since = Instant::now();
-        conn.answered += 1;
+        conn.unseen += answered;
         let next = conn.waiting.pop_front().filter(|_| !conn.closed);
         conn.busy = next.is_some();
         let rest = if conn.closed { std::mem::take(&mut conn.waiting) } else { VecDeque::new() };
@@ -407,7 +444,7 @@ impl Http {
             if catch_unwind(work).is_err() {
                 log::error!("a request of {} failed: its connection is closed", turn.peer);
                 http.close(turn.peer);
-                http.done(turn.peer);
+                http.done(turn.peer, 0);
             }
         });
         let pool = if long { &self.store.volumes.pool } else { &self.workers };
@@ -416,7 +453,7 @@ impl Http {
             self.close(turn.peer);
             // The request goes with it; its connection is closed, so there is nothing to drain.
             drop(job);
-            self.done(turn.peer);
+            self.done(turn.peer, 0);
         }
     }
 
@@ -453,13 +490,14 @@ impl Http {
     fn answer(self: &Arc<Self>, request: Request, turn: Turn, reply: Reply) {
         self.count(&request, turn, &reply);
         let without_body = request.method().as_str() == "HEAD";
+        let mut size = 0;
         let sent = match &reply.body {
             ReplyBody::Text(text) => {
                 let mut bytes = response(&reply, text.len() as u64, false);
                 if !without_body {
                     bytes.extend_from_slice(text.as_bytes());
                 }
-                self.store.metrics.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                size += bytes.len();
                 let mut writer = request.into_writer();
                 writer
                     .write_all(&bytes)
@@ -469,10 +507,7 @@ impl Http {
             ReplyBody::List(list) => match Page::new(&self.store.index, list) {
                 Ok(page) => {
                     let bytes = response(&reply, page.length, false);
-                    self.store
-                        .metrics
-                        .sent
-                        .fetch_add(bytes.len() as u64 + page.length, Ordering::Relaxed);
+                    size += bytes.len() + page.length as usize;
                     let mut writer = io::BufWriter::with_capacity(64 << 10, request.into_writer());
                     let broken = |e: io::Error| Error::Failed(e.to_string());
                     let sent = writer
@@ -488,7 +523,8 @@ impl Http {
             log::debug!("an answer to {} was not sent: {error}", turn.peer);
             self.close(turn.peer);
         }
-        self.done(turn.peer);
+        self.store.metrics.sent.fetch_add(size as u64, Ordering::Relaxed);
+        self.done(turn.peer, size);
     }
 
     /// Answers a request whose body was not read, or has no certain end, and closes its connection.
@@ -510,7 +546,7 @@ impl Http {
                 let _ = socket.write_all(&bytes).and_then(|()| socket.shutdown(Shutdown::Write));
                 linger(socket);
             });
-            http.done(peer);
+            http.done(peer, 0);
         });
         if let Err(job) = self.store.volumes.pool.run(job) {
             // Without a thread nobody lingers.
@@ -531,7 +567,7 @@ impl Http {
     /// Closes a connection, with some last words, and drops its request.
     fn end(&self, request: Request, peer: SocketAddr, words: impl FnOnce(&mut TcpStream)) {
         let huge = request.body_length().is_some_and(|length| length as u64 > LENGTH_MAX);
-        let fds = if huge { self.sockets(false) } else { Vec::new() };
+        let fds = if huge { self.sockets() } else { Vec::new() };
         if let Some(mut socket) = self.find(peer) {
             words(&mut socket);
             let _ = socket.shutdown(Shutdown::Both);
@@ -575,26 +611,31 @@ impl Http {
     }
 
     /// The process's descriptors that are connections of clients: descriptor and peer. tiny_http
-    /// shows none of them; each connection has two. `unread`: only those where bytes wait.
-    fn sockets(&self, unread: bool) -> Vec<(RawFd, SocketAddr)> {
-        if !unread {
-            let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-            let slots = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
-            let slots = slots.and_then(|slots| slots.trim().parse().ok()).unwrap_or(1024);
-            self.slots.store(slots, Ordering::Relaxed);
+    /// shows none of them; each connection has two.
+    fn sockets(&self) -> Vec<(RawFd, SocketAddr)> {
+        (0..slots()).filter_map(|fd| Some((fd, self.client_of(fd)?))).collect()
+    }
+
+    /// The clients whose bytes wait. One system call tells them from all that are idle.
+    fn unread(&self) -> HashSet<SocketAddr> {
+        // SAFETY: as in `client_of`.
+        let fd =
+            |fd| PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(fd) }, PollFlags::IN);
+        let mut fds: Vec<PollFd> = (0..slots()).map(fd).collect();
+        if let Err(error) = poll(&mut fds, Some(&Timespec::default())) {
+            log::warn!("poll: {error}");
         }
-        let client = |fd| self.client_of(fd, unread).map(|peer| (fd, peer));
-        (0..self.slots.load(Ordering::Relaxed)).filter_map(client).collect()
+        let readable = fds.iter().filter(|fd| fd.revents().contains(PollFlags::IN));
+        let unread =
+            readable.map(|fd| fd.as_fd()).filter(|fd| rustix::io::ioctl_fionread(fd) != Ok(0));
+        unread.filter_map(|fd| self.client_of(fd.as_raw_fd())).collect()
     }
 
     /// The client behind a descriptor, if it is the connection of one.
-    fn client_of(&self, fd: RawFd, unread: bool) -> Option<SocketAddr> {
+    fn client_of(&self, fd: RawFd) -> Option<SocketAddr> {
         // SAFETY: the descriptor is only asked what it is. If it is closed, or another by then, the
         // answer is an error or about that other one; `find` asks again before anything is done.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        if unread && rustix::io::ioctl_fionread(fd).ok()? == 0 {
-            return None;
-        }
         let local = SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()?;
         let peer = SocketAddr::try_from(rustix::net::getpeername(fd).ok()??).ok()?;
         (local.port() == self.address.port()).then_some(peer)
@@ -611,7 +652,7 @@ impl Http {
         let known = self.conns().get(&peer).and_then(|conn| conn.fd);
         known.and_then(duplicate).or_else(|| {
             // One of its two may be closed since it was seen: tiny_http is done with a direction.
-            let all = self.sockets(false).into_iter();
+            let all = self.sockets().into_iter();
             all.filter(|(_, other)| *other == peer).find_map(|(fd, _)| duplicate(fd))
         })
     }
@@ -628,68 +669,93 @@ impl Http {
     /// Whether the next answers to this client go out without waiting for it to read the last ones.
     /// It is looked at now and then: a few answers find room in the socket's buffer.
     fn takes_answers(&self, peer: SocketAddr) -> bool {
-        let answered = self.conns().get(&peer).map_or(0, |conn| conn.answered);
-        answered % LOOK_AT_CLIENT != LOOK_AT_CLIENT - 1
-            || self.find(peer).is_some_and(|socket| {
-                let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
-                poll(&mut fds, Some(&Timespec::default())) == Ok(1)
-            })
+        if self.conns().get(&peer).is_none_or(|conn| conn.unseen < LOOK_AFTER) {
+            return true;
+        }
+        // At least a third of the buffer is free then.
+        let takes = self.find(peer).is_some_and(|socket| {
+            let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+            poll(&mut fds, Some(&Timespec::default())) == Ok(1)
+        });
+        if takes && let Some(conn) = self.conns().get_mut(&peer) {
+            conn.unseen = 0;
+        }
+        takes
     }
 
     /// Frees connections that wait for a thread of tiny_http's, closes those that are too many or
-    /// too slow, and has missing servers made. It pauses in proportion to what a look costs.
-    fn guard(self: Arc<Self>) {
-        let mut before = HashSet::new();
-        let mut made = Instant::now();
-        let mut counted = Instant::now();
+    /// too slow, and replaces servers. It pauses in proportion to what a look costs.
+    fn guard(self: Arc<Self>, mut servers: Vec<Acceptor>) {
+        // At how many looks each connection had bytes that no thread reads.
+        let mut before: HashMap<SocketAddr, u32> = HashMap::new();
+        let (mut count_at, mut ping_at) = (Instant::now(), Instant::now() + PING);
         loop {
             let begun = Instant::now();
-            if counted.elapsed() > CENSUS {
+            if begun >= count_at {
                 self.census();
-                counted = Instant::now();
+                let rest = (begun.elapsed() * 200).clamp(Duration::from_millis(100), CENSUS);
+                count_at = Instant::now() + rest;
             }
-            let unread = self.sockets(true);
-            let waiting: HashSet<SocketAddr> = {
-                let conns = self.conns();
-                let served = |peer: &SocketAddr| conns.get(peer).is_some_and(|conn| conn.served);
-                unread.into_iter().map(|(_, peer)| peer).filter(|peer| !served(peer)).collect()
-            };
-            for _ in 0..waiting.intersection(&before).count().min(64) {
-                drop(self.connect());
-            }
-            before = waiting;
-            if self.missing.load(Ordering::Relaxed) > 0
-                && made.elapsed() > Duration::from_millis(100)
-            {
-                made = Instant::now();
-                if self.has_spare_descriptors()
-                    && let Err(error) = self.make_server()
-                {
-                    log::warn!("{error}");
+            self.replace(&mut servers);
+            let mut waiting = HashMap::new();
+            for peer in self.unread() {
+                if !self.conns().get(&peer).is_some_and(|conn| conn.served) {
+                    waiting.insert(peer, before.get(&peer).map_or(0, |looks| looks + 1));
                 }
             }
-            let cost = begun.elapsed();
-            std::thread::sleep(
-                (cost * 100).clamp(Duration::from_millis(20), Duration::from_millis(100)),
-            );
+            before = waiting;
+            // Each needs one connection to its own server. What that does not free soon waits for
+            // something else, and is tried more and more rarely.
+            let is_new = |looks: &&u32| **looks <= 16;
+            let due = |looks: &&u32| **looks > 0 && (is_new(looks) || looks.is_power_of_two());
+            let stuck = before.values().filter(due).count();
+            let mut connections = stuck * SERVERS;
+            if begun >= ping_at {
+                connections += SERVERS;
+                ping_at = begun + PING;
+            }
+            for _ in 0..connections {
+                drop(self.connect());
+            }
+            let rest = (begun.elapsed() * 100).clamp(LOOK_AGAIN * 2, Duration::from_millis(100));
+            let soon = before.values().filter(is_new).count() > 0;
+            std::thread::sleep(if soon { LOOK_AGAIN } else { rest });
+        }
+    }
+
+    /// Makes another server for each that accepts no more, once it would not end at once too.
+    fn replace(self: &Arc<Self>, servers: &mut Vec<Acceptor>) {
+        servers.retain(Acceptor::is_alive);
+        while servers.len() < SERVERS
+            && !self.stopping.load(Ordering::Relaxed)
+            && self.has_spare_descriptors()
+        {
+            match self.make_server() {
+                Ok(server) => servers.push(server),
+                Err(error) => return log::warn!("{error}"),
+            }
         }
     }
 
     /// Counts the connections there are, and closes those that are too many or too slow.
     fn census(&self) {
         let there: HashMap<SocketAddr, RawFd> =
-            self.sockets(false).into_iter().map(|(fd, peer)| (peer, fd)).collect();
+            self.sockets().into_iter().map(|(fd, peer)| (peer, fd)).collect();
         self.store.metrics.connections.store(there.len() as u64, Ordering::Relaxed);
         let mut close = Vec::new();
         let mut conns = self.conns();
         let recent = |conn: &Conn| conn.closed && conn.since.elapsed() < REMEMBER;
         conns.retain(|peer, conn| conn.busy || there.contains_key(peer) || recent(conn));
         let own = self.own_address().ip();
+        let mut room = self.store.options.maxconns.saturating_sub(open(&conns));
         for (peer, fd) in there {
-            let full = conns.len() >= self.store.options.maxconns && peer.ip() != own;
+            let full = room == 0 && peer.ip() != own;
             match conns.entry(peer) {
                 Entry::Vacant(_) if full => close.push(peer),
-                Entry::Vacant(entry) => _ = entry.insert(Conn::new(false)),
+                Entry::Vacant(entry) => {
+                    room = room.saturating_sub(1);
+                    entry.insert(Conn::new(false));
+                }
                 Entry::Occupied(mut entry) => {
                     let conn = entry.get_mut();
                     conn.fd = Some(fd);
@@ -727,25 +793,6 @@ impl Http {
         // Closed with a reset: nothing is left in TIME_WAIT.
         SockRef::from(&socket).set_linger(Some(Duration::ZERO))?;
         Ok(socket)
-    }
-
-    /// Asks the server every half second whether it answers, which also keeps `accept` from running
-    /// into the listener's timeout; where it does not, has another one made.
-    fn watch(&self) {
-        let mut added = Instant::now();
-        while !self.stopping.load(Ordering::Relaxed) {
-            std::thread::sleep(Duration::from_millis(500));
-            let Ok(mut socket) = self.connect() else { continue };
-            let asked = socket
-                .write_all(b"OPTIONS * HTTP/1.1\r\nHost: mkv\r\n\r\n")
-                .and_then(|()| socket.set_read_timeout(Some(Duration::from_secs(1))))
-                .and_then(|()| socket.read(&mut [0; 64]));
-            if !matches!(asked, Ok(1..)) && added.elapsed() > Duration::from_secs(5) {
-                added = Instant::now();
-                log::warn!("the server does not answer itself: starting another one");
-                self.missing.fetch_add(1, Ordering::Relaxed);
-            }
-        }
     }
 
     /// Takes no new connections, and waits for the requests under way.

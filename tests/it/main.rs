@@ -19,6 +19,7 @@ mod api;
 mod auth;
 mod clients;
 mod command;
+mod connections;
 mod hostile;
 mod http;
 mod import;

@@ -1,0 +1,406 @@
+//! Connections: clients that do not read, bursts, limits that are reached, idle clients.
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::{Domain, Socket, Type};
+
+use crate::client::{Conn, head, until, within};
+use crate::cluster::{Cluster, Setup};
+use crate::http::descriptors;
+
+/// A connection on which little is under way: the client has next to no room for answers, and the
+/// size of its packets makes the server's kernel keep little for it.
+fn narrow(c: &Cluster, packet: u32) -> TcpStream {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(1).unwrap();
+    socket.set_tcp_mss(packet).unwrap();
+    let address: SocketAddr = c.address().parse().unwrap();
+    socket.connect(&address.into()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    socket.into()
+}
+
+/// Requests that are sent without a pause: fewer than the master lets wait for their turn.
+const BATCH: usize = 8;
+
+/// A client that never reads.
+struct Deaf {
+    socket: TcpStream,
+    request: Vec<u8>,
+    unsent: Vec<u8>,
+    sent: usize,
+    closed: bool,
+}
+
+impl Deaf {
+    fn new(c: &Cluster, packet: u32, method: &str, target: &str) -> Deaf {
+        let (socket, request) = (narrow(c, packet), head(method, target, &[]));
+        Deaf { socket, request, unsent: Vec::new(), sent: 0, closed: false }
+    }
+
+    fn send_batch(&mut self) {
+        if self.unsent.is_empty() {
+            self.unsent = self.request.repeat(BATCH);
+            self.sent += BATCH;
+        }
+        match self.socket.write(&self.unsent) {
+            Ok(n) => drop(self.unsent.drain(..n)),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+            // What the server closed with requests unanswered it closed with a reset.
+            Err(e) if [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&e.kind()) => {
+                self.closed = true;
+            }
+            Err(e) => panic!("after {} requests: {e}", self.sent),
+        }
+    }
+}
+
+/// What others want meanwhile: on a connection that is kept, and on new ones.
+struct Others {
+    kept: Conn,
+    slowest: Duration,
+}
+
+impl Others {
+    fn new(c: &Cluster) -> Others {
+        Others { kept: c.conn(), slowest: Duration::ZERO }
+    }
+
+    #[track_caller]
+    fn are_served(&mut self, c: &Cluster) {
+        for (method, key, status) in
+            [("GET", "/there", 302), ("GET", "/none", 404), ("UNLINK", "/none", 404)]
+        {
+            let begun = Instant::now();
+            self.kept.ask(method, key, &[], None).expect(status);
+            self.slowest = self.slowest.max(begun.elapsed());
+            let begun = Instant::now();
+            c.ask(method, key).expect(status);
+            self.slowest = self.slowest.max(begun.elapsed());
+        }
+        assert!(self.slowest < Duration::from_secs(3), "others waited for {:?}", self.slowest);
+    }
+}
+
+/// Its requests are answered until nothing more finds room on the way to it; then they wait, and at
+/// last the master closes the connection.
+#[test]
+fn clients_that_never_read_delay_nobody_else() {
+    // Keys as long as they may be, whose answers are the longest.
+    let long = |first: &str| format!("/{first}{}", "k".repeat(1000));
+    let c = Setup::new().volumes(1).start();
+    c.put("/there", "value").expect(201);
+    c.put(long("there"), "value").expect(201);
+    let requests = [("GET", long("none")), ("GET", long("there")), ("UNLINK", long("none"))];
+    let mut others = Others::new(&c);
+    for packet in [88, 536, 32_000] {
+        // How many requests each kind takes until it is closed.
+        let most = requests.each_ref().map(|(method, key)| {
+            let mut deaf = Deaf::new(&c, packet, method, key);
+            while !deaf.closed {
+                deaf.send_batch();
+                others.are_served(&c);
+                assert!(deaf.sent < 50_000, "{method}: all answers find room");
+            }
+            deaf.sent
+        });
+        // Clients that send a little less: their connections stay open.
+        let mut deaf: Vec<_> = (0..60)
+            .map(|n| (most[n % 3], Deaf::new(&c, packet, requests[n % 3].0, &requests[n % 3].1)))
+            .collect();
+        for _ in 0..most.iter().max().unwrap() / BATCH {
+            for (most, deaf) in &mut deaf {
+                if deaf.sent + 4 * BATCH < *most && !deaf.closed {
+                    deaf.send_batch();
+                }
+            }
+            others.are_served(&c);
+        }
+        let closed = deaf.iter().filter(|(_, deaf)| deaf.closed).count();
+        println!("packets of {packet}: closed after {most:?}, {closed} of 60 closed early");
+    }
+    println!("others waited for {:?} at most", others.slowest);
+}
+
+/// Opens that many connections, which all ask at once; the longest that one of them waited.
+#[track_caller]
+fn burst(c: &Cluster, count: usize) -> (Vec<Conn>, Duration) {
+    let mut conns: Vec<(Instant, Conn)> = (0..count)
+        .map(|_| {
+            let begun = Instant::now();
+            let mut conn = c.conn();
+            conn.head("GET", "/none", &[]);
+            (begun, conn)
+        })
+        .collect();
+    let wait = |(begun, conn): &mut (Instant, Conn)| {
+        conn.answer().expect(404);
+        begun.elapsed()
+    };
+    let worst = conns.iter_mut().map(wait).max().unwrap_or_default();
+    (conns.into_iter().map(|(_, conn)| conn).collect(), worst)
+}
+
+#[test]
+fn no_connection_of_a_burst_waits_longer_than_250_ms() {
+    let mut c = Setup::new().volumes(1).start();
+    for count in [16, 50, 100, 200] {
+        // A busy machine may delay some of them: not on every server.
+        let mut servers = Vec::new();
+        while servers.len() < 4 && servers.iter().all(|worst| *worst >= Duration::from_millis(250))
+        {
+            c.restart_master();
+            let mut held = Vec::new();
+            let rounds = (0..6).map(|round| {
+                let (conns, worst) = burst(&c, count);
+                if round % 2 == 0 {
+                    held.extend(conns);
+                }
+                worst
+            });
+            servers.push(rounds.max().unwrap_or_default());
+            for conn in &mut held {
+                conn.ask("GET", "/none", &[], None).expect(404);
+            }
+        }
+        println!("{count} at once: {servers:?}");
+        let best = servers.iter().min().unwrap();
+        assert!(*best < Duration::from_millis(250), "{count} at once: {servers:?}");
+    }
+}
+
+/// Sets a soft limit of the master's, or takes it back; as the user the master runs as.
+#[track_caller]
+fn limit(c: &Cluster, user: Option<&str>, limit: &str) {
+    let pid = c.master_pid().to_string();
+    let set = ["prlimit", "--pid", &pid, limit];
+    let mut command = Command::new(if user.is_some() { "setpriv" } else { set[0] });
+    match user {
+        Some(user) => command.args(["--reuid", user, "--regid", user, "--clear-groups"]).args(set),
+        None => command.args(&set[1..]),
+    };
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// More descriptors for the test itself than a shell gives.
+fn raise_our_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+}
+
+/// Connections that come one after the other and ask, as far as they can.
+fn crowd(c: &Cluster, count: usize) -> Vec<Conn> {
+    let open = |_| {
+        let mut conn = c.conn();
+        let _ = conn.try_send(&head("GET", "/none", &[]));
+        conn
+    };
+    (0..count).map(open).collect()
+}
+
+/// How long it takes until new connections are answered, all of a few in a row.
+#[track_caller]
+fn until_answered(c: &Cluster) -> Duration {
+    let begun = Instant::now();
+    let answered = || {
+        let Ok(mut conn) = Conn::try_open(&c.address()) else { return false };
+        conn.try_send(&head("GET", "/none", &[])).is_ok()
+            && conn.readable(Duration::from_millis(200))
+            && matches!(conn.any_answer("GET"), Ok(Some(answer)) if answer.status == 404)
+    };
+    within(Duration::from_secs(2), "new connections are answered again", || {
+        (0..5).all(|_| answered())
+    });
+    begun.elapsed()
+}
+
+#[test]
+fn a_master_whose_descriptors_are_used_up_answers_once_some_are_free() {
+    let c = Setup::new().volumes(1).start();
+    c.put("/k", "value").expect(201);
+    limit(&c, None, "--nofile=200:");
+    for round in 0..5 {
+        // One that was there before is served all the while.
+        let mut kept = c.conn();
+        kept.ask("GET", "/none", &[], None).expect(404);
+        // An odd one more: the last descriptor goes to the first half of a connection.
+        let crowd = crowd(&c, 400 + round % 2);
+        until("all descriptors are in use", || descriptors(&c) >= 198);
+        for _ in 0..20 {
+            kept.ask("GET", "/none", &[], None).expect(404);
+        }
+        drop(crowd);
+        println!("round {round}: {:?}", until_answered(&c));
+    }
+    c.put("/after", "value").expect(201);
+}
+
+#[test]
+fn a_master_without_threads_answers_once_there_are_some() {
+    // The limit does not bind root. What root may do with files stays, for the tests' folders.
+    let user = (100_000 + fastrand::u32(..1_000_000_000)).to_string();
+    let user = rustix::process::geteuid().is_root().then_some(user.as_str());
+    let mut setup = Setup::new().volumes(1);
+    if let Some(user) = user {
+        let other = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"];
+        let caps = ["--inh-caps", "-all,+dac_override", "--ambient-caps", "-all,+dac_override"];
+        setup = setup.launcher(&[&other[..], &caps, &["--pdeathsig", "KILL", "--"]].concat());
+    }
+    let c = setup.start();
+    c.put("/k", "value").expect(201);
+    for round in 0..4 {
+        let mut kept = c.conn();
+        kept.ask("GET", "/none", &[], None).expect(404);
+        limit(&c, user, "--nproc=1:");
+        let crowd = crowd(&c, 100);
+        until("no thread can be started", || {
+            c.log().matches("failed to spawn thread").count() > round
+        });
+        for _ in 0..20 {
+            kept.ask("GET", "/none", &[], None).expect(404);
+        }
+        // A moment later than it fails, or as long as it takes to try again.
+        std::thread::sleep(Duration::from_secs([0, 1, 3, 7][round]));
+        limit(&c, user, "--nproc=1000:");
+        println!("round {round}: {:?}", until_answered(&c));
+        drop(crowd);
+    }
+    c.put("/after", "value").expect(201);
+}
+
+#[test]
+fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+    let c = Setup::new().volumes(1).launcher(&["prlimit", "--nofile=64:1000", "--"]).start();
+    let limits = fs::read_to_string(format!("/proc/{}/limits", c.master_pid())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let numbers: Vec<_> = line.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(numbers, ["1000", "1000"], "{line}");
+}
+
+#[test]
+fn connections_above_maxconns_are_refused_and_the_others_go_on() {
+    let c = Setup::new().volumes(1).flags(&["-maxconns", "100"]).start();
+    let (mut there, mut refused) = (Vec::new(), 0);
+    let enter = || {
+        let mut conn = c.conn();
+        let _ = conn.try_send(&head("GET", "/none", &[]));
+        match conn.any_answer("GET") {
+            Ok(Some(answer)) if answer.status == 404 => return Some(conn),
+            Ok(Some(answer)) => drop(answer.refused(503, "connections")),
+            Ok(None) => {}
+            Err(why) => panic!("{why}"),
+        }
+        conn.end();
+        None
+    };
+    while refused < 50 {
+        match enter() {
+            Some(conn) => there.push(conn),
+            None => refused += 1,
+        }
+    }
+    // The master talks to itself now and then.
+    assert!((95..=100).contains(&there.len()), "{} are served", there.len());
+    for _ in 0..10 {
+        // One that says nothing is closed too.
+        c.conn().end();
+    }
+    for conn in &mut there {
+        conn.ask("GET", "/none", &[], None).expect(404);
+    }
+    there.truncate(30);
+    until("there is room again", || enter().is_some());
+}
+
+/// Resident memory, in KiB.
+fn memory(c: &Cluster) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", c.master_pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Time on the processor, in ticks of 10 ms.
+fn ticks(c: &Cluster) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", c.master_pid())).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn two_thousand_idle_connections_cost_little_and_delay_nobody() {
+    raise_our_limit();
+    let c = Setup::new().volumes(1).start();
+    let before = memory(&c);
+    let mut idle: Vec<Conn> = (0..2000).map(|_| c.conn()).collect();
+    for conn in idle.iter_mut().step_by(2) {
+        conn.ask("GET", "/none", &[], None).expect(404);
+    }
+    until("all are accepted", || descriptors(&c) > 4000);
+    let each = memory(&c).saturating_sub(before) / 2000;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..50 {
+        let begun = Instant::now();
+        c.get("/none").expect(404);
+        slowest = slowest.max(begun.elapsed());
+    }
+    let begun = ticks(&c);
+    std::thread::sleep(Duration::from_secs(3));
+    let used = ticks(&c) - begun;
+    println!("{each} KiB each, new ones wait {slowest:?} at most, {used} ticks in 3 s");
+    assert!(slowest < Duration::from_secs(1), "a new connection waited {slowest:?}");
+    assert!(each < 64, "{each} KiB for each connection");
+    for conn in &mut idle {
+        conn.ask("GET", "/none", &[], None).expect(404);
+    }
+}
+
+#[test]
+fn what_makes_no_progress_for_a_minute_is_closed() {
+    let c = Setup::new().volumes(1).start();
+    let open = || {
+        let conn = c.conn();
+        conn.socket.set_read_timeout(Some(Duration::from_secs(100))).unwrap();
+        conn
+    };
+    let silent = open();
+    let mut idle = open();
+    idle.ask("GET", "/none", &[], None).expect(404);
+    let mut length = open();
+    length.head("PUT", "/length", &[("Content-Length", "600000")]).send([b'v'; 300_000]);
+    let mut chunked = open();
+    chunked.head("PUT", "/chunked", &[("Transfer-Encoding", "chunked")]).send("9\r\nhalf");
+    let mut busy = open();
+    until("both are under way", || c.writing().len() == 2);
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for mut conn in [silent, idle, length, chunked] {
+            scope.spawn(move || {
+                let last = conn.end();
+                let after = begun.elapsed();
+                println!(
+                    "{after:?}: {}",
+                    String::from_utf8_lossy(&last).lines().next().unwrap_or("closed")
+                );
+                assert!((55..75).contains(&after.as_secs()), "closed after {after:?}");
+            });
+        }
+        // One that asks now and then, for longer than a minute.
+        for _ in 0..7 {
+            std::thread::sleep(Duration::from_secs(10));
+            busy.ask("GET", "/none", &[], None).expect(404);
+        }
+    });
+    // Nor has the listener run into its own timeout.
+    assert!(!c.log().contains("accepting connections failed"), "{}", c.log());
+    for key in ["/length", "/chunked"] {
+        c.lacks(key);
+        c.put(key, "value").expect(201);
+        c.holds(key, "value");
+    }
+}
