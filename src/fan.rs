@@ -1,8 +1,7 @@
-//! One request to several volumes at the same time, from one thread: HEAD, PUT and DELETE.
+//! One request to several volumes at the same time, from one thread: HEAD, PUT, DELETE, listings.
 //!
 //! They do not go through ureq, which holds a thread for each request under way and does not listen
-//! while it sends. What is read at length, blobs and listings, does (`volumes`). What it gave is in
-//! bench/RESULTS.md.
+//! while it sends. Blobs are read with it (`volumes`). What it gave is in bench/RESULTS.md.
 //!
 //! `Scout` goes one step further for the HEAD of a GET: one thread hears the answers of all.
 
@@ -108,11 +107,25 @@ fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A volume's answer.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Answer {
     pub status: u16,
     /// Its Content-Length.
     pub length: Option<u64>,
+    /// The body of a 200, where it was asked for.
+    pub body: Vec<u8>,
+}
+
+/// The body of an answer, while it comes.
+struct Incoming {
+    answer: Answer,
+    chunked: bool,
+    /// Bytes still to come: of the body, or of a chunk and the line's end behind it.
+    left: u64,
+    /// A chunk is under way; one without bytes is the last.
+    chunk: Option<u64>,
+    /// The connection serves the next request too.
+    stays: bool,
 }
 
 /// One request to one volume, under way.
@@ -130,6 +143,9 @@ pub struct Exchange {
     /// All of the request is sent.
     pub whole: bool,
     input: Vec<u8>,
+    /// The body is of interest.
+    collects: bool,
+    incoming: Option<Incoming>,
     pub outcome: Option<io::Result<Answer>>,
 }
 
@@ -146,8 +162,15 @@ impl Exchange {
             first: true,
             whole: false,
             input: Vec::new(),
+            collects: false,
+            incoming: None,
             outcome: None,
         }
+    }
+
+    /// Has the body of the answer read, too.
+    pub fn collect(self) -> Exchange {
+        Exchange { collects: true, ..self }
     }
 
     fn connect(&mut self) {
@@ -162,7 +185,8 @@ impl Exchange {
     /// one.
     fn again(&mut self) -> bool {
         let failed = matches!(&self.outcome, Some(Err(e)) if e.kind() != io::ErrorKind::TimedOut);
-        let again = failed && self.reused && self.first && self.input.is_empty();
+        let untouched = self.input.is_empty() && self.incoming.is_none();
+        let again = failed && self.reused && self.first && untouched;
         if again {
             self.connect();
         }
@@ -206,7 +230,7 @@ impl Exchange {
             }
             Ok(n) => {
                 self.input.extend_from_slice(&buffer[..n]);
-                self.parse();
+                if self.incoming.is_some() { self.read_body() } else { self.parse() }
             }
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
@@ -257,12 +281,57 @@ impl Exchange {
             _ => length.unwrap_or(u64::MAX),
         };
         let stays = !header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+        let chunked = header("transfer-encoding").is_some();
+        let answer = Answer { status, length, body: Vec::new() };
+        self.input.drain(..end);
+        if self.collects && status == 200 {
+            let left = if chunked { 0 } else { body };
+            self.incoming = Some(Incoming { answer, chunked, left, chunk: None, stays });
+            return self.read_body();
+        }
         // Else the connection is closed: it is not worth waiting for the rest.
-        let complete = body == (self.input.len() - end) as u64;
-        self.outcome = Some(Ok(Answer { status, length }));
+        let complete = body == self.input.len() as u64;
+        self.end(answer, stays && complete);
+    }
+
+    /// Takes what has come of a body.
+    fn read_body(&mut self) {
+        let Some(incoming) = &mut self.incoming else { return };
+        loop {
+            let n = self.input.len().min(incoming.left.try_into().unwrap_or(usize::MAX));
+            incoming.answer.body.extend(self.input.drain(..n));
+            incoming.left -= n as u64;
+            if incoming.left > 0 {
+                return;
+            }
+            if let Some(size) = incoming.chunk.take() {
+                incoming.answer.body.truncate(incoming.answer.body.len() - 2);
+                incoming.chunked = size > 0;
+            }
+            if !incoming.chunked {
+                break;
+            }
+            match httparse::parse_chunk_size(&self.input) {
+                Ok(httparse::Status::Complete((n, size))) if size < u64::MAX - 2 => {
+                    self.input.drain(..n);
+                    (incoming.chunk, incoming.left) = (Some(size), size + 2);
+                }
+                Ok(httparse::Status::Partial) if self.input.len() < 64 => return,
+                _ => {
+                    self.outcome = Some(Err(io::Error::other("its answer is not HTTP")));
+                    return;
+                }
+            }
+        }
+        let (answer, stays) = (std::mem::take(&mut incoming.answer), incoming.stays);
+        self.end(answer, stays && self.input.is_empty());
+    }
+
+    /// The exchange is over. `stays`: the connection is good for the next.
+    fn end(&mut self, answer: Answer, stays: bool) {
+        self.outcome = Some(Ok(answer));
         if let Some(socket) = self.socket.take()
             && stays
-            && complete
             && self.whole
         {
             self.line.put_back(socket);
@@ -320,7 +389,7 @@ pub fn send(exchanges: &mut [Exchange], frame: &[u8], last: bool) {
 
 /// Waits for the answers of those that were sent everything. `frame`: the last one, in case it was
 /// the first too and is needed again. Once one has failed, the others have until `hurry` from then,
-/// and may be left without an outcome.
+/// and may be left without an outcome. A body that is collected only has to go on coming.
 pub fn finish(exchanges: &mut [Exchange], frame: &[u8], mut until: Instant, hurry: Duration) {
     let mut failed = false;
     loop {
@@ -342,6 +411,9 @@ pub fn finish(exchanges: &mut [Exchange], frame: &[u8], mut until: Instant, hurr
             return;
         }
         let came = ready(&mut fds, until);
+        if !failed && exchanges.iter().any(|exchange| exchange.incoming.is_some()) {
+            until = until.max(Instant::now() + STALL);
+        }
         if failed && matches!(came, Ok(false)) {
             return;
         }

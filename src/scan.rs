@@ -14,8 +14,11 @@ use crate::placement::key_of;
 use crate::progress::Progress;
 use crate::volumes::Volumes;
 
-/// Folders that are listed at the same time.
-const WIDTH: usize = 16;
+/// Prefixes that are listed at the same time.
+const WIDTH: usize = 8;
+
+/// Places that are asked at the same time for a prefix.
+const AT_ONCE: usize = 8;
 
 /// A blob as a listing names it.
 #[derive(Debug, Clone)]
@@ -57,12 +60,8 @@ pub fn scan(
         let progress = Progress::new(firsts.len() as u64, "of the top folders");
         let done = firsts.par_iter().try_for_each(|(first, places)| {
             let mut strays = Found::default();
-            let mut seconds: BTreeMap<String, Vec<&String>> = BTreeMap::new();
-            let listings: Vec<_> = places
-                .par_iter()
-                .map(|place| Ok((place, scanner.list(place, &format!("/{first}/"))?)))
-                .collect::<Result<_>>()?;
-            for (place, entries) in listings {
+            let mut seconds: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+            for (place, entries) in scanner.list(places, &format!("/{first}/"))? {
                 for entry in entries {
                     if entry.folder && is_hex(&entry.name) {
                         seconds.entry(entry.name).or_default().push(place);
@@ -74,9 +73,7 @@ pub fn scan(
             f(strays)?;
             seconds.par_iter().try_for_each(|(second, places)| {
                 let mut found = Found::default();
-                for place in places {
-                    scanner.blobs(place, &format!("/{first}/{second}/"), &mut found)?;
-                }
+                scanner.blobs(places, &format!("/{first}/{second}/"), &mut found)?;
                 f(found)
             })?;
             progress.add(1);
@@ -93,8 +90,19 @@ struct Scanner<'a> {
 }
 
 impl Scanner<'_> {
-    fn list(&self, place: &str, folder: &str) -> Result<Vec<Entry>> {
-        self.volumes.list(place, folder, self.auth)
+    /// Lists a folder in all these places.
+    fn list<'p>(
+        &self,
+        places: &'p [impl AsRef<str>],
+        folder: &str,
+    ) -> Result<Vec<(&'p str, Vec<Entry>)>> {
+        let mut listings = Vec::with_capacity(places.len());
+        for places in places.chunks(AT_ONCE) {
+            let places: Vec<&str> = places.iter().map(AsRef::as_ref).collect();
+            let entries = self.volumes.list(&places, folder, self.auth)?;
+            listings.extend(places.into_iter().zip(entries));
+        }
+        Ok(listings)
     }
 
     /// Finds the top folders of a volume and, if it is one, of its subvolumes.
@@ -105,7 +113,7 @@ impl Scanner<'_> {
         firsts: &mut BTreeMap<String, Vec<String>>,
         found: &mut Found,
     ) -> Result<()> {
-        for entry in self.list(place, "/")? {
+        for entry in self.volumes.list(&[place], "/", self.auth)?.remove(0) {
             if entry.folder && is_hex(&entry.name) {
                 firsts.entry(entry.name).or_default().push(place.to_string());
             } else if entry.folder && volume && is_subvolume(&entry.name) {
@@ -118,21 +126,24 @@ impl Scanner<'_> {
     }
 
     /// Collects the blobs below a folder; a name may hold slashes.
-    fn blobs(&self, place: &str, folder: &str, found: &mut Found) -> Result<()> {
-        for entry in self.list(place, folder)? {
-            let path = format!("{folder}{}", entry.name);
-            match entry.size {
-                Some(size) => match key_of(&path) {
-                    Some((key, version)) => {
-                        let blob = Blob { replica: place.into(), version, size, time: entry.time };
-                        found.keys.entry(key).or_default().push(blob);
+    fn blobs(&self, places: &[&str], folder: &str, found: &mut Found) -> Result<()> {
+        for (place, entries) in self.list(places, folder)? {
+            for entry in entries {
+                let path = format!("{folder}{}", entry.name);
+                match entry.size {
+                    Some(size) => match key_of(&path) {
+                        Some((key, version)) => {
+                            let replica = place.to_string();
+                            let blob = Blob { replica, version, size, time: entry.time };
+                            found.keys.entry(key).or_default().push(blob);
+                        }
+                        None => found.strays.push(format!("{place}{path}")),
+                    },
+                    None if entry.folder && entry.name.bytes().all(is_base64) => {
+                        self.blobs(&[place], &format!("{path}/"), found)?;
                     }
                     None => found.strays.push(format!("{place}{path}")),
-                },
-                None if entry.folder && entry.name.bytes().all(is_base64) => {
-                    self.blobs(place, &format!("{path}/"), found)?;
                 }
-                None => found.strays.push(format!("{place}{path}")),
             }
         }
         Ok(())

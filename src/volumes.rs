@@ -1,5 +1,5 @@
-//! The volumes: requests to nginx. The only file that names ureq, which reads blobs and listings; what
-//! is asked of several volumes at once goes through `fan`.
+//! The volumes: requests to nginx. The only file that names ureq, which reads blobs; what is asked of
+//! several volumes at once goes through `fan`.
 //!
 //! What ureq would do if it were let, and what is done about it here:
 //! - it resolves the host before every request, with a timeout on a thread made for that: each
@@ -139,7 +139,8 @@ impl Volumes {
         order.into_iter().map(|(_, _, replica)| replica.clone()).collect()
     }
 
-    /// Asks one thing of several replicas at the same time: a request without a body.
+    /// Asks one thing of several replicas at the same time: a request without a body. What is GET
+    /// has to find room in memory.
     fn ask(
         &self,
         method: &str,
@@ -153,6 +154,7 @@ impl Volumes {
         let targets = replicas.iter().zip(&volumes);
         let mut fan: Vec<_> = targets
             .map(|(replica, volume)| exchange(volume, method, replica, path, auth, ""))
+            .map(|exchange| if method == "GET" { exchange.collect() } else { exchange })
             .collect();
         fan::send(&mut fan, &[], true);
         fan::finish(&mut fan, &[], begun + limit, limit);
@@ -179,7 +181,7 @@ impl Volumes {
     /// The length in bytes of the blob on this replica; `None`: it is not there.
     pub fn head(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<Option<u64>> {
         match self.ask_one("HEAD", replica, path, auth)? {
-            Answer { status: 200, length: Some(length) } => Ok(Some(length)),
+            Answer { status: 200, length: Some(length), .. } => Ok(Some(length)),
             Answer { status: 200, .. } => {
                 Err(unreachable(replica, "its HEAD has no Content-Length"))
             }
@@ -209,7 +211,7 @@ impl Volumes {
         let exchange = exchange(&volume, "HEAD", replica, path, auth, "");
         let (replica, begun) = (replica.clone(), Instant::now());
         let heard: Then = Box::new(move |outcome| match outcome {
-            Some(Ok(Answer { status: 200, length: Some(length) })) => {
+            Some(Ok(Answer { status: 200, length: Some(length), .. })) => {
                 volume.note(&replica, begun.elapsed(), None);
                 then(Some((replica, length)))
             }
@@ -401,32 +403,41 @@ impl Volumes {
 
     /// What lies in a folder of a volume; `folder` is a path that ends in `/`. nginx hides names that
     /// begin with a dot, and cuts a listing short when a file vanishes while it is made.
-    pub fn list(&self, replica: &str, folder: &str, auth: Option<&str>) -> Result<Vec<Entry>> {
-        let mut failed = None;
-        for attempt in 0..5 {
-            std::thread::sleep(Duration::from_millis(attempt * attempt * 50));
-            match self.list_once(replica, folder, auth) {
-                Ok(entries) => return Ok(entries),
-                Err(error) => failed = Some(error),
+    pub fn list(
+        &self,
+        replicas: &[&str],
+        folder: &str,
+        auth: Option<&str>,
+    ) -> Result<Vec<Vec<Entry>>> {
+        let mut listings = self.list_once(replicas, folder, auth);
+        for attempt in 1..5 {
+            for (replica, listing) in replicas.iter().zip(&mut listings) {
+                if listing.is_err() {
+                    std::thread::sleep(Duration::from_millis(attempt * attempt * 50));
+                    *listing = self.list_once(&[replica], folder, auth).remove(0);
+                }
             }
         }
-        let why = failed.map_or(String::new(), |error| error.to_string());
-        Err(Error::Failed(format!("no listing of http://{replica}{folder}: {why}")))
+        let named = |(listing, replica): (Result<Vec<Entry>>, &&str)| {
+            let why = |e| Error::Failed(format!("no listing of http://{replica}{folder}: {e}"));
+            listing.map_err(why)
+        };
+        listings.into_iter().zip(replicas).map(named).collect()
     }
 
-    fn list_once(&self, replica: &str, folder: &str, auth: Option<&str>) -> Result<Vec<Entry>> {
-        let answer = self.get(replica, folder, auth)?;
-        if answer.status() != 200 {
-            return Err(Error::Refused {
-                volume: replica.into(),
-                status: answer.status().as_u16(),
-            });
-        }
-        let mut text = Vec::new();
-        let read = answer.into_body().into_reader().read_to_end(&mut text);
-        read.map_err(|e| unreachable(replica, &e.to_string()))?;
-        listing::parse(&text)
-            .map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}")))
+    fn list_once(
+        &self,
+        replicas: &[&str],
+        folder: &str,
+        auth: Option<&str>,
+    ) -> Vec<Result<Vec<Entry>>> {
+        let answers = self.ask("GET", replicas, folder, auth, STALL).into_iter();
+        let listing = |(answer, replica): (Result<Answer>, &&str)| match answer? {
+            Answer { status: 200, body, .. } => listing::parse(&body)
+                .map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}"))),
+            Answer { status, .. } => Err(Error::Refused { volume: replica.to_string(), status }),
+        };
+        answers.zip(replicas).map(listing).collect()
     }
 }
 
