@@ -717,7 +717,7 @@ impl Http {
             for _ in 0..connections {
                 drop(self.connect());
             }
-            let rest = (begun.elapsed() * 100).clamp(LOOK_AGAIN * 2, Duration::from_millis(100));
+            let rest = (begun.elapsed() * 300).clamp(LOOK_AGAIN * 2, Duration::from_millis(100));
             let soon = before.values().filter(is_new).count() > 0;
             std::thread::sleep(if soon { LOOK_AGAIN } else { rest });
         }

@@ -37,6 +37,7 @@ mod index;
 mod leveldb;
 mod list;
 mod listing;
+mod memory;
 mod metrics;
 mod options;
 mod placement;
@@ -55,9 +56,8 @@ use error::Result;
 use index::Index;
 use options::{Mode, Options, USAGE};
 
-/// glibc's allocator fails on the lengths that clients may declare (see `http`).
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: memory::Allocator = memory::Allocator;
 
 fn main() {
     let result = options::parse(std::env::args().skip(1)).and_then(run);

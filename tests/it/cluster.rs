@@ -351,6 +351,14 @@ impl Cluster {
     }
 
     /// kill -9.
+    /// What the kernel says of the master's memory, in KiB: VmRSS is what it has, VmHWM the most
+    /// that it has had.
+    pub fn memory(&self, field: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.master_pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
     pub fn kill_master(&mut self) {
         let mut master = self.master.take().expect("the master runs");
         signal(master.id(), Signal::KILL);

@@ -318,13 +318,6 @@ fn connections_above_maxconns_are_refused_and_the_others_go_on() {
     until("there is room again", || enter().is_some());
 }
 
-/// Resident memory, in KiB.
-fn memory(c: &Cluster) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", c.master_pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
 /// Time on the processor, in ticks of 10 ms.
 fn ticks(c: &Cluster) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{}/stat", c.master_pid())).unwrap();
@@ -336,13 +329,13 @@ fn ticks(c: &Cluster) -> u64 {
 fn two_thousand_idle_connections_cost_little_and_delay_nobody() {
     raise_our_limit();
     let c = Setup::new().volumes(1).start();
-    let before = memory(&c);
+    let before = c.memory("VmRSS");
     let mut idle: Vec<Conn> = (0..2000).map(|_| c.conn()).collect();
     for conn in idle.iter_mut().step_by(2) {
         conn.ask("GET", "/none", &[], None).expect(404);
     }
     until("all are accepted", || descriptors(&c) > 4000);
-    let each = memory(&c).saturating_sub(before) / 2000;
+    let each = c.memory("VmRSS").saturating_sub(before) / 2000;
     let mut slowest = Duration::ZERO;
     for _ in 0..50 {
         let begun = Instant::now();

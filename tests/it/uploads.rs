@@ -438,6 +438,28 @@ fn a_full_disk_on_one_volume_is_an_error_that_names_it() {
     c.restart_master();
 }
 
+/// tiny_http allocates what it does not read of a body.
+#[test]
+fn refused_uploads_take_no_memory() {
+    let mut c = Cluster::new();
+    c.volumes[0].kill();
+    let value = vec![b'v'; 4 << 20];
+    std::thread::scope(|scope| {
+        for client in 0..16 {
+            let (c, value) = (&c, &value);
+            scope.spawn(move || {
+                for round in 0..20 {
+                    let key = format!("/{client}-{round}");
+                    c.put(key, &value[..fastrand::usize(1 << 20..value.len())]).expect(503);
+                }
+            });
+        }
+    });
+    let peak = c.memory("VmHWM") >> 10;
+    println!("{peak} MiB");
+    assert!(peak < 64, "the master has taken {peak} MiB");
+}
+
 #[test]
 fn failed_uploads_leave_no_descriptor_and_no_thread_behind() {
     let c = Cluster::new();
