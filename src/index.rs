@@ -90,6 +90,13 @@ pub fn folder(dir: &Path) -> Result<PathBuf> {
     Ok(dir.join("index"))
 }
 
+/// Whether tables or logs of a database lie in this folder.
+fn has_tables(folder: &Path) -> bool {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut kinds = files.filter_map(|file| Some(file.path().extension()?.to_owned()));
+    kinds.any(|kind| kind == "sst" || kind == "log")
+}
+
 fn options() -> rocksdb::Options {
     let mut options = rocksdb::Options::default();
     options.create_missing_column_families(true);
@@ -127,15 +134,21 @@ impl Index {
     /// Opens the database in this folder, making it if `create` says so. `sync`: a write is on
     /// disk when it returns.
     pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Index> {
-        let mut options = options();
-        options.create_if_missing(create);
-        let db = DB::open_cf_descriptors(&options, folder, families(&cache())).map_err(|e| {
+        let wrong = |e: &dyn std::fmt::Display| {
             let text = format!(
                 "the index {} does not open ({e}): if this stays so, move it away and run mkv rebuild",
                 folder.display()
             );
             Error::Index(text)
-        })?;
+        };
+        // RocksDB would begin a new database there, and delete the tables of the one before.
+        if !folder.join("CURRENT").exists() && has_tables(folder) {
+            return Err(wrong(&"its file CURRENT is missing"));
+        }
+        let mut options = options();
+        options.create_if_missing(create);
+        let db =
+            DB::open_cf_descriptors(&options, folder, families(&cache())).map_err(|e| wrong(&e))?;
         Ok(Index { db, sync, locks: Mutex::default(), scratch: None })
     }
 
