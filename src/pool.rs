@@ -13,6 +13,10 @@ pub type Job = Box<dyn FnOnce() + Send>;
 /// How long a thread without work waits for some before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
+/// How many threads may wait for work. The jobs go round among those that wait: without a limit a
+/// little work would keep as many threads as the most there has ever been.
+const SPARE: usize = 16;
+
 #[derive(Clone)]
 pub struct Pool(Arc<Shared>);
 
@@ -73,6 +77,10 @@ impl Pool {
                 let _ = catch_unwind(AssertUnwindSafe(job));
                 state = self.state();
                 continue;
+            }
+            if state.waiting >= SPARE {
+                state.threads -= 1;
+                return;
             }
             state.waiting += 1;
             let (back, waited) =
@@ -149,6 +157,18 @@ mod tests {
         drop(done);
         assert_eq!(results.iter().sum::<usize>(), 999 * 1000 / 2);
         assert!(pool.state().threads <= 2);
+    }
+
+    #[test]
+    fn little_work_keeps_few_threads() {
+        let pool = Pool::new(usize::MAX);
+        pool.each((0..100).collect(), |_: u32| std::thread::sleep(Duration::from_millis(100)));
+        for _ in 0..200 {
+            let (done, result) = std::sync::mpsc::channel();
+            pool.run(Box::new(move || done.send(()).unwrap())).ok().unwrap();
+            result.recv().unwrap();
+        }
+        assert!(pool.state().threads <= SPARE + 1);
     }
 
     #[test]
