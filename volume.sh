@@ -75,7 +75,8 @@ for disk in "${disks[@]}"; do
   # Root follows no link that a worker may have planted there.
   if [ -L "$own" ] || ! [ -O "$own" ]; then die "$own is not $me's: start as $(stat -c %U -- "$own"), or rm -r '$own'"; fi
 done
-exec 9>>"$dir/.nginx/lock" # nginx inherits it: held until its last process is gone
+touch -- "$dir/.nginx/lock"
+exec 9<"$dir/.nginx/lock" # nginx inherits it: held until its last process is gone
 if ! flock -w 3 9; then
   who=$(exec 9>&- && find -L /proc/[0-9]*/fd -samefile "$dir/.nginx/lock" 2>/dev/null | cut -d/ -f3 | grep -vx "$$" | sort -u | xargs) || true
   die "$dir is served already${who:+ (by process $who)}: stop that volume, or name another folder"
