@@ -231,7 +231,7 @@ pub struct Cluster {
     port: u16,
     /// Keys whose debris may stay longer than a test lasts.
     lasting: BTreeSet<Vec<u8>>,
-    mounted: bool,
+    mounted: Vec<PathBuf>,
     _reserved: TcpListener,
 }
 
@@ -258,7 +258,7 @@ impl Cluster {
             master: None,
             port: 0,
             lasting: BTreeSet::new(),
-            mounted: false,
+            mounted: Vec::new(),
             _reserved: reserved,
             folder,
             host,
@@ -286,14 +286,14 @@ impl Cluster {
         cluster
     }
 
-    /// Puts a small disk of its own below the volume; `false`: this user may not mount.
-    pub fn mount_small_disk(&mut self, volume: usize, size: &str) -> bool {
+    /// Puts a small disk of its own below this folder; `false`: this user may not mount.
+    pub fn mount_small_disk(&mut self, folder: &Path, size: &str) -> bool {
         let options = format!("size={size},mode=755");
         let mut command = Command::new("mount");
         command.args(["-t", "tmpfs", "-o", &options, "mkv-test"]);
-        let mounted = command.arg(&self.volumes[volume].folder).output();
-        self.mounted = mounted.is_ok_and(|output| output.status.success());
-        self.mounted
+        let mounted = command.arg(folder).output().is_ok_and(|output| output.status.success());
+        self.mounted.extend(mounted.then(|| folder.to_path_buf()));
+        mounted
     }
 
     /// Restarts every volume, all at the same time.
@@ -331,26 +331,40 @@ impl Cluster {
         command
     }
 
+    #[track_caller]
     pub fn start_master(&mut self) {
+        self.try_start_master().unwrap_or_else(|error| panic!("{error}\n{}", self.log()));
+    }
+
+    /// Starts the master, or says with what words it ended instead: one line, and exit status 1.
+    #[track_caller]
+    pub fn try_start_master(&mut self) -> Result<(), String> {
         assert!(self.master.is_none(), "the master runs already");
         let log =
             fs::File::options().append(true).create(true).open(self.folder.join("master.log"));
+        let before = self.log().len();
         let mut command = self.master_command();
         command.stdout(Stdio::piped()).stderr(log.expect("the log can be written"));
         let mut master = command.spawn().expect("the master starts");
         let line = first_line(&mut master);
-        self.master = Some(master);
-        self.port = line
-            .strip_prefix("mkv listens on ")
-            .and_then(|address| address.trim().rsplit(':').next()?.parse().ok())
-            .unwrap_or_else(|| panic!("the master does not listen: {line:?}\n{}", self.log()));
+        let address = line.strip_prefix("mkv listens on ");
+        if let Some(port) = address.and_then(|address| address.trim().rsplit(':').next()) {
+            self.port = port.parse().expect("a port is a number");
+            self.master = Some(master);
+            return Ok(());
+        }
+        wait(&mut master, "the master that does not listen");
+        let status = master.wait().expect("its status is known");
+        let said = self.log().split_off(before);
+        let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("mkv: ")).collect();
+        assert!(status.code() == Some(1) && errors.len() == 1, "{line}{status}:\n{said}");
+        Err(errors[0].into())
     }
 
     pub fn master_pid(&self) -> u32 {
         self.master.as_ref().expect("the master runs").id()
     }
 
-    /// kill -9.
     /// What the kernel says of the master's memory, in KiB: VmRSS is what it has, VmHWM the most
     /// that it has had.
     pub fn memory(&self, field: &str) -> u64 {
@@ -359,6 +373,7 @@ impl Cluster {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
+    /// kill -9.
     pub fn kill_master(&mut self) {
         let mut master = self.master.take().expect("the master runs");
         signal(master.id(), Signal::KILL);
@@ -671,10 +686,8 @@ impl Cluster {
             wait(&mut master, "the killed master");
         }
         self.volumes.iter_mut().for_each(Volume::stop);
-        if self.mounted {
-            for volume in &self.volumes {
-                let _ = Command::new("umount").arg(&volume.folder).output();
-            }
+        for folder in &self.mounted {
+            let _ = Command::new("umount").arg(folder).output();
         }
         let _ = fs::remove_dir_all(&self.folder);
     }

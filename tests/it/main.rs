@@ -20,6 +20,7 @@ mod auth;
 mod clients;
 mod command;
 mod connections;
+mod faults;
 mod hostile;
 mod http;
 mod import;

@@ -389,7 +389,8 @@ fn a_full_disk_on_one_volume_is_an_error_that_names_it() {
     let mut real = false;
     // Where no disk can be mounted, a volume answers as nginx does on a full one.
     let mut c = Cluster::start_with(Setup::new().proxied(), |c| {
-        real = c.mount_small_disk(0, "2m");
+        let disk = c.volumes[0].folder.clone();
+        real = c.mount_small_disk(&disk, "2m");
     });
     println!("a real full disk: {real}");
     let name = c.names[0].clone();
