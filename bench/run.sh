@@ -2,7 +2,7 @@
 # The benchmarks: each measure is a ratio to a limit that is measured in turns with it, the median of
 # several rounds. Prints a table and writes bench/RESULTS.md: bench/NOTES.md, and the table below it.
 #
-#   bench/run.sh [ROUNDS] [MEASURE…]     5 rounds; get cycles big latency index rebuild rebalance
+#   bench/run.sh [ROUNDS] [MEASURE…]     5 rounds; idle get cycles big latency index rebuild rebalance
 #   PEER=/path/to/mkv                    another master with the same flags, measured too
 #   PEER_VOLUME=/path/to/volume          the script that starts its volumes (without: mkv's own)
 #   KEYS=50000000                        keys of the large index
@@ -12,7 +12,7 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "$0")/.." && pwd)
 rounds=${1:-5}
 measures=${*:2}
-measures=${measures:-get cycles big latency index rebuild rebalance}
+measures=${measures:-idle get cycles big latency index rebuild rebalance}
 keys=${KEYS:-50000000}
 PATH=$PATH:/usr/sbin:/sbin
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$HOME/.cache/mkv/target}
@@ -122,6 +122,15 @@ if [ -n "${PEER:-}" ]; then
   peer=$url peer_pid=$pid
 fi
 head -c 1073741824 /dev/urandom >"$work/gib"
+
+if wanted idle; then
+  compare down 'processor time of the idle master in 20 s (limit: 1 % of a core)' '/100 s' "cpu $mkv_pid sleep 20" 'echo 20'
+  while [ "$(awk '/^TCP:/{print $7}' /proc/net/sockstat)" -lt 20000 ]; do
+    wrk -t2 -c100 -d1 -H 'Connection: close' "$mkv/missing" >/dev/null
+  done
+  compare down 'the same beside 20,000 sockets in TIME_WAIT (limit: 1 % of a core)' '/100 s' \
+    "cpu $mkv_pid sleep 20" 'echo 20'
+fi
 
 if wanted get; then
   bare=$(port) # a bare nginx that answers 404: the limit of a lookup
