@@ -14,7 +14,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 pub struct Allocator;
 
 /// From how many bytes on a block is pages of its own.
-const LARGE: usize = 1 << 20;
+const LARGE: usize = 128 << 10;
 
 /// The kernel aligns to pages.
 fn is_large(layout: &Layout) -> bool {
