@@ -91,6 +91,8 @@ pub struct Http {
     address: SocketAddr,
     conns: Mutex<HashMap<SocketAddr, Conn>>,
     workers: Pool,
+    /// When the connections were last counted, and how long that took.
+    counted: Mutex<(Instant, Duration)>,
     stopping: AtomicBool,
 }
 
@@ -152,11 +154,13 @@ fn open(conns: &HashMap<SocketAddr, Conn>) -> usize {
 struct Turn {
     peer: SocketAddr,
     begun: Instant,
+    /// It is the connection's last: tiny_http takes no more.
+    last: bool,
 }
 
 impl Turn {
     fn new(peer: SocketAddr) -> Turn {
-        Turn { peer, begun: Instant::now() }
+        Turn { peer, begun: Instant::now(), last: false }
     }
 }
 
@@ -167,6 +171,8 @@ struct Head {
     length: Option<u64>,
     /// The client waits for a word before it sends the body.
     expect: bool,
+    /// The client has no further request.
+    last: bool,
     content_md5: Option<Hash>,
     authorization: Option<String>,
 }
@@ -191,6 +197,7 @@ pub fn serve(store: Arc<Store>) -> Result<()> {
         address,
         conns: Mutex::default(),
         workers: Pool::new(WORKERS),
+        counted: Mutex::new((Instant::now(), Duration::ZERO)),
         stopping: AtomicBool::new(false),
     });
     let servers = (0..SERVERS).map(|_| http.make_server()).collect::<Result<Vec<_>>>()?;
@@ -314,8 +321,15 @@ impl Http {
     /// Takes a request in its connection's turn.
     fn accept(self: &Arc<Self>, request: Request) {
         let Some(peer) = request.remote_addr().copied() else { return };
-        let mut conns = self.conns();
         let most = self.store.options.maxconns;
+        if self.conns().len() >= most {
+            // Many of them may be gone by now.
+            let (at, cost) = *self.counted.lock().unwrap_or_else(|e| e.into_inner());
+            if at.elapsed() > cost * 10 {
+                self.census();
+            }
+        }
+        let mut conns = self.conns();
         let full = conns.len() >= most && open(&conns) >= most;
         match conns.entry(peer) {
             Entry::Vacant(entry) => {
@@ -383,6 +397,7 @@ impl Http {
             // Where the request ends is not known.
             Err(error) => return self.abort(request, turn, error.into()),
         };
+        let turn = Turn { last: head.last, ..turn };
         let command = route(request.method().as_str(), request.url()).and_then(|command| {
             if head.has_body() && !matches!(command, Command::Put { .. }) {
                 return Err(Error::BadRequest("only PUT and REPLACE take a body".into()));
@@ -493,7 +508,7 @@ impl Http {
         let mut size = 0;
         let sent = match &reply.body {
             ReplyBody::Text(text) => {
-                let mut bytes = response(&reply, text.len() as u64, false);
+                let mut bytes = response(&reply, text.len() as u64, turn.last);
                 if !without_body {
                     bytes.extend_from_slice(text.as_bytes());
                 }
@@ -506,7 +521,7 @@ impl Http {
             }
             ReplyBody::List(list) => match Page::new(&self.store.index, list) {
                 Ok(page) => {
-                    let bytes = response(&reply, page.length, false);
+                    let bytes = response(&reply, page.length, turn.last);
                     size += bytes.len() + page.length as usize;
                     let mut writer = io::BufWriter::with_capacity(64 << 10, request.into_writer());
                     let broken = |e: io::Error| Error::Failed(e.to_string());
@@ -739,6 +754,7 @@ impl Http {
 
     /// Counts the connections there are, and closes those that are too many or too slow.
     fn census(&self) {
+        let begun = Instant::now();
         let there: HashMap<SocketAddr, RawFd> =
             self.sockets().into_iter().map(|(fd, peer)| (peer, fd)).collect();
         self.store.metrics.connections.store(there.len() as u64, Ordering::Relaxed);
@@ -769,6 +785,8 @@ impl Http {
         for peer in close {
             self.close(peer);
         }
+        let mut counted = self.counted.lock().unwrap_or_else(|e| e.into_inner());
+        *counted = (Instant::now(), begun.elapsed());
     }
 
     fn has_spare_descriptors(&self) -> bool {
@@ -811,6 +829,7 @@ fn head(request: &Request) -> Result<Head> {
     let wrong = |text: &str| Err(Error::BadRequest(text.into()));
     let mut head = Head::default();
     let (mut lengths, mut encodings, mut upgrade) = (0, 0, false);
+    head.last = *request.http_version() < (1, 1);
     if !is_token(request.method().as_str()) {
         return wrong("the method is no token");
     }
@@ -835,7 +854,10 @@ fn head(request: &Request) -> Result<Head> {
         } else if name.eq_ignore_ascii_case("expect") {
             head.expect = true;
         } else if name.eq_ignore_ascii_case("connection") {
-            upgrade |= value.to_ascii_lowercase().contains("upgrade");
+            let value = value.to_ascii_lowercase();
+            upgrade |= value.contains("upgrade");
+            let stays = value.contains("keep-alive") || !head.last;
+            head.last = value.contains("close") || upgrade || !stays;
         } else if name.eq_ignore_ascii_case("content-md5") {
             head.content_md5 = Some(content_md5(value)?);
         } else if name.eq_ignore_ascii_case("authorization") {

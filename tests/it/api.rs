@@ -470,6 +470,7 @@ fn http_1_0_is_answered_and_the_connection_closed() {
         let length = body.len();
         conn.send(format!("{method} {target} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}"));
         let answer = conn.answer();
+        assert_eq!(answer.header("Connection"), Some("close"));
         assert!(conn.end().is_empty());
         answer
     };
@@ -496,8 +497,14 @@ fn a_connection_is_kept_for_the_next_request_unless_the_client_says_close() {
         conn.ask("UNLINK", &key, &[], None).expect(204);
         conn.ask("DELETE", &key, &[], None).expect(204);
     }
-    conn.ask("GET", "/k", &[("Connection", "close")], None).expect(404);
-    assert!(conn.end().is_empty());
+    for target in ["/k", "/?list"] {
+        let answer = c.conn().ask("GET", target, &[], None);
+        assert_eq!(answer.header("Connection"), None);
+        let mut conn = c.conn();
+        let answer = conn.ask("GET", target, &[("Connection", "close")], None);
+        assert_eq!(answer.header("Connection"), Some("close"));
+        assert!(conn.end().is_empty());
+    }
 }
 
 #[test]

@@ -318,6 +318,14 @@ fn connections_above_maxconns_are_refused_and_the_others_go_on() {
     until("there is room again", || enter().is_some());
 }
 
+#[test]
+fn connections_that_have_ended_are_not_too_many() {
+    let c = Setup::new().volumes(1).flags(&["-maxconns", "20"]).start();
+    for _ in 0..1000 {
+        c.get("/none").expect(404);
+    }
+}
+
 /// Time on the processor, in ticks of 10 ms.
 fn ticks(c: &Cluster) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{}/stat", c.master_pid())).unwrap();
