@@ -204,6 +204,8 @@ pub fn serve(store: Arc<Store>) -> Result<()> {
     let (guard, cleaner) = (http.clone(), store.clone());
     spawn("mkv-guard", move || guard.guard(servers))?;
     spawn("mkv-cleaner", move || cleaner.clean())?;
+    let looker = store.clone();
+    spawn("mkv-look", move || looker.look_for_blobs())?;
     let wrong = |e: io::Error| Error::Failed(format!("signals: {e}"));
     let mut signals = signal_hook::iterator::Signals::new([15, 2]).map_err(wrong)?;
     println!("mkv listens on {address}");
@@ -330,18 +332,24 @@ impl Http {
             }
         }
         let mut conns = self.conns();
-        let full = conns.len() >= most && open(&conns) >= most;
+        let open = if conns.len() >= most { open(&conns) } else { 0 };
+        let too_many = || Error::Unavailable("too many connections: try again later".into()).into();
         match conns.entry(peer) {
             Entry::Vacant(entry) => {
                 entry.insert(Conn::new(true));
-                if full {
+                if open >= most {
                     drop(conns);
-                    let error = Error::Unavailable("too many connections: try again later".into());
-                    return self.abort(request, Turn::new(peer), error.into());
+                    return self.abort(request, Turn::new(peer), too_many());
                 }
             }
             Entry::Occupied(mut entry) => {
                 let conn = entry.get_mut();
+                // The census has counted it, but lets through what may be our own.
+                if !conn.served && open > most {
+                    (conn.served, conn.busy) = (true, true);
+                    drop(conns);
+                    return self.abort(request, Turn::new(peer), too_many());
+                }
                 (conn.since, conn.served) = (Instant::now(), true);
                 if conn.closed {
                     let ended = !conn.busy;
@@ -381,7 +389,13 @@ impl Http {
         drop(conns);
         rest.into_iter().for_each(|request| self.discard(request, peer));
         if let Some(request) = next {
-            self.handle(request, Turn::new(peer));
+            // Not here: a client could make one call out of any number of answers, and keep to itself
+            // a thread that hears volumes for all.
+            let http = self.clone();
+            let turn = Turn::new(peer);
+            if let Err(job) = self.workers.run(Box::new(move || http.handle(request, turn))) {
+                job();
+            }
         }
     }
 
@@ -730,7 +744,9 @@ impl Http {
                 ping_at = begun + PING;
             }
             for _ in 0..connections {
-                drop(self.connect());
+                if self.connect().is_err() {
+                    break;
+                }
             }
             let rest = (begun.elapsed() * 300).clamp(LOOK_AGAIN * 2, Duration::from_millis(100));
             let soon = before.values().filter(is_new).count() > 0;
@@ -746,7 +762,11 @@ impl Http {
             && self.has_spare_descriptors()
         {
             match self.make_server() {
-                Ok(server) => servers.push(server),
+                Ok(server) => {
+                    // One that has ended since, and whose number this one got.
+                    servers.retain(|other| other.fd != server.fd);
+                    servers.push(server);
+                }
                 Err(error) => return log::warn!("{error}"),
             }
         }
