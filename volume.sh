@@ -77,7 +77,7 @@ for disk in "${disks[@]}"; do
 done
 touch -- "$dir/.nginx/lock"
 exec 9<"$dir/.nginx/lock" # nginx inherits it: held until its last process is gone
-if ! flock -w 3 9; then
+if ! flock -w 3 9 2>/dev/null && { exec 9>>"$dir/.nginx/lock" && ! flock -n 9; }; then # NFS wants it open for writing
   who=$(exec 9>&- && find -L /proc/[0-9]*/fd -samefile "$dir/.nginx/lock" 2>/dev/null | cut -d/ -f3 | grep -vx "$$" | sort -u | xargs) || true
   die "$dir is served already${who:+ (by process $who)}: stop that volume, or name another folder"
 fi
