@@ -84,6 +84,14 @@ pub fn scan(
     })
 }
 
+/// Whether there are folders of blobs on a volume.
+pub fn has_blobs(volumes: &Volumes, name: &str, auth: Option<&str>) -> Result<bool> {
+    let mut firsts = BTreeMap::new();
+    let scanner = Scanner { volumes, auth };
+    scanner.roots(name, true, &mut firsts, &mut Found::default())?;
+    Ok(!firsts.is_empty())
+}
+
 struct Scanner<'a> {
     volumes: &'a Volumes,
     auth: Option<&'a str>,

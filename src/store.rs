@@ -19,6 +19,7 @@ use crate::options::Options;
 use crate::placement::{path, place};
 use crate::record::{Debris, Hash, Record, State, hex};
 use crate::route::{Command, List};
+use crate::scan::has_blobs;
 use crate::volumes::{Stored, Value, Volumes};
 
 /// For how long a 404 proves nothing where a whole body was sent and no answer came, in seconds.
@@ -588,6 +589,32 @@ impl Store {
         // Where a writer has come in between, the next round sees that the blobs are gone.
         let Some(_lock) = self.index.lock_to_clean(key) else { return Ok(()) };
         self.forget(key, version, &gone)
+    }
+
+    /// Says so where the index is empty and the volumes are not: with a mistyped `-db` a PUT takes the
+    /// place of another store's blob. (What does not answer now is no matter.)
+    pub fn look_for_blobs(&self) {
+        let is_empty = || {
+            let (view, mut found) = (self.index.view(), false);
+            let records = view.records(b"", b"", |_, _| {
+                found = true;
+                Ok(false)
+            });
+            records.is_ok() && !found && view.debris(b"", |_, _, _| Err(NOT_FOUND)).is_ok()
+        };
+        if !is_empty() {
+            return;
+        }
+        for name in &self.options.volumes {
+            let found = has_blobs(&self.volumes, name, self.own_auth.as_deref());
+            // It is asked again: they may be the first of our own.
+            if found == Ok(true) && is_empty() {
+                log::warn!(
+                    "the index is empty, but volume {name} has folders of blobs: if a store lies \
+                     there, stop, and check -db or run mkv rebuild"
+                );
+            }
+        }
     }
 
     /// The cleaner's thread: clears debris that no writer holds, now and for ever.

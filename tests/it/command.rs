@@ -182,6 +182,30 @@ fn a_db_that_is_none_is_refused() {
 }
 
 #[test]
+fn an_empty_index_beside_blobs_is_told() {
+    for subvolumes in [1, 3] {
+        let mut c = Setup::new().subvolumes(subvolumes).start();
+        c.put("/k", "value").expect(201);
+        c.restart_master();
+        c.stop_master();
+        assert!(!c.log().contains("mkv rebuild"), "{}", c.log());
+        let away = c.folder.join("away");
+        fs::rename(c.db(), &away).unwrap();
+        c.start_master();
+        crate::client::until("it is told", || {
+            let log = c.log();
+            let told = log.lines().filter(|line| line.contains("mkv rebuild"));
+            c.names.iter().all(|name| told.clone().any(|line| line.contains(name)))
+        });
+        c.stop_master();
+        fs::remove_dir_all(c.db()).unwrap();
+        fs::rename(&away, c.db()).unwrap();
+        c.start_master();
+        c.holds("/k", "value");
+    }
+}
+
+#[test]
 fn flags_stand_anywhere_and_without_host_every_address_is_listened_on() {
     let mut c = Setup::new().volumes(1).start();
     c.stop_master();
