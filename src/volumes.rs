@@ -9,7 +9,8 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, OnceLock, RwLock, mpsc};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use md5::{Digest, Md5};
@@ -26,6 +27,9 @@ use crate::record::Hash;
 
 /// An upload's unit of work, in bytes: what an upload takes of memory.
 pub const CHUNK: usize = 256 << 10;
+
+/// From how many bytes on a value's digest is computed on a thread of its own, while the chunk is sent.
+const LARGE: u64 = 8 << 20;
 
 /// How long a volume may take for a DELETE.
 const DELETE: Duration = Duration::from_secs(10);
@@ -286,7 +290,7 @@ impl Volumes {
     ) -> std::result::Result<Stored, PutFailed> {
         let begun = Instant::now();
         let time = UNIX_EPOCH + Duration::from_secs(value.time);
-        let mut source = Source::new(value);
+        let mut source = Source::new(value, self.pool.clone());
         let mut failed = source.read().err();
         if failed.is_none() && source.size == 0 {
             failed = Some(Error::NoValue);
@@ -453,58 +457,90 @@ pub struct Opened {
 /// A client's value, read chunk by chunk, each framed as it goes out.
 struct Source<'a> {
     value: Value<'a>,
+    pool: Pool,
     md5: Option<Md5>,
+    /// Where the digest comes back from while a thread is at it.
+    hashing: Option<mpsc::Receiver<Md5>>,
     hash: Option<Hash>,
     size: u64,
     ended: bool,
     /// Whether the value goes out with its length not yet known (RFC 9112, 7.1).
     chunked: bool,
     /// Room for a chunk's size line, the chunk, and what ends a chunked body.
-    buffer: Vec<u8>,
-    filled: usize,
+    buffer: Arc<Vec<u8>>,
+    /// Where in it the chunk lies as it goes out.
+    frame: Range<usize>,
 }
 
 const SIZE_LINE: usize = 8;
 const LAST_CHUNK: &[u8] = b"\r\n0\r\n\r\n";
 
 impl Source<'_> {
-    fn new(value: Value) -> Source {
+    fn new(value: Value, pool: Pool) -> Source {
         let md5 = (value.md5sum || value.expected.is_some()).then(Md5::new);
         let room = value.length.unwrap_or(u64::MAX).min(CHUNK as u64) as usize;
-        let buffer = vec![0; SIZE_LINE + room + LAST_CHUNK.len()];
-        Source { value, md5, hash: None, size: 0, ended: false, chunked: false, buffer, filled: 0 }
+        Source {
+            value,
+            pool,
+            md5,
+            hashing: None,
+            hash: None,
+            size: 0,
+            ended: false,
+            chunked: false,
+            buffer: Arc::new(vec![0; SIZE_LINE + room + LAST_CHUNK.len()]),
+            frame: 0..0,
+        }
     }
 
     /// Reads the next chunk. The last one of a value is read without an error only when the value
     /// is as long as the client said, and its digest the one it gave.
     fn read(&mut self) -> Result<()> {
-        let room = self.buffer.len() - SIZE_LINE - LAST_CHUNK.len();
+        let lost = || Error::Failed("the thread of the digest is lost: try again".into());
+        if let Some(hashing) = self.hashing.take() {
+            self.md5 = Some(hashing.recv().map_err(|_| lost())?);
+        }
+        let buffer = Arc::get_mut(&mut self.buffer).ok_or_else(lost)?;
+        let room = buffer.len() - SIZE_LINE - LAST_CHUNK.len();
         let left = self.value.length.map_or(u64::MAX, |length| length - self.size);
         let wanted = left.min(room as u64) as usize;
-        let chunk = &mut self.buffer[SIZE_LINE..SIZE_LINE + wanted];
-        self.filled = 0;
-        while self.filled < wanted {
-            match self.value.body.read(&mut chunk[self.filled..]) {
+        let chunk = &mut buffer[SIZE_LINE..SIZE_LINE + wanted];
+        let mut filled = 0;
+        while filled < wanted {
+            match self.value.body.read(&mut chunk[filled..]) {
                 Ok(0) if self.value.length.is_some() => {
-                    let came = self.size + self.filled as u64;
+                    let came = self.size + filled as u64;
                     return Err(Error::BadRequest(format!("the upload ended after {came} bytes")));
                 }
                 Ok(0) => {
                     self.ended = true;
                     break;
                 }
-                Ok(n) => self.filled += n,
+                Ok(n) => filled += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(Error::BadRequest(format!("the upload was cut short: {e}"))),
             }
         }
         let first = self.size == 0;
-        self.size += self.filled as u64;
+        self.size += filled as u64;
         self.ended |= self.value.length == Some(self.size);
         // A short value's length is known now, whatever the client said.
         self.chunked |= first && !self.ended && self.value.length.is_none();
-        if let Some(md5) = &mut self.md5 {
-            md5.update(&chunk[..self.filled]);
+        let chunk = SIZE_LINE..SIZE_LINE + filled;
+        self.frame = match (self.chunked, filled, self.ended) {
+            (false, ..) => chunk.clone(),
+            (true, 0, _) => chunk.end + 2..chunk.end + LAST_CHUNK.len(),
+            (true, _, true) => 0..chunk.end + LAST_CHUNK.len(),
+            (true, _, false) => 0..chunk.end + 2,
+        };
+        if self.chunked {
+            buffer[..SIZE_LINE].copy_from_slice(format!("{filled:06x}\r\n").as_bytes());
+            buffer[chunk.end..chunk.end + LAST_CHUNK.len()].copy_from_slice(LAST_CHUNK);
+        }
+        if self.size > LARGE && !self.ended {
+            self.hash_aside(chunk);
+        } else if let Some(md5) = &mut self.md5 {
+            md5.update(&buffer[chunk]);
         }
         if self.ended {
             self.hash = self.md5.take().map(|md5| md5.finalize().into());
@@ -517,6 +553,23 @@ impl Source<'_> {
         Ok(())
     }
 
+    /// Has a chunk's part of the digest computed while it is sent.
+    fn hash_aside(&mut self, chunk: Range<usize>) {
+        let Some(mut md5) = self.md5.take() else { return };
+        let (done, hashing) = mpsc::channel();
+        let buffer = self.buffer.clone();
+        let job = Box::new(move || {
+            md5.update(&buffer[chunk]);
+            // Before the next chunk is read into it.
+            drop(buffer);
+            let _ = done.send(md5);
+        });
+        if let Err(job) = self.pool.run(job) {
+            job();
+        }
+        self.hashing = Some(hashing);
+    }
+
     /// The header line that says how the body is framed.
     fn framing(&self) -> String {
         match self.value.length {
@@ -526,19 +579,8 @@ impl Source<'_> {
     }
 
     /// The chunk that was read, as it goes out.
-    fn frame(&mut self) -> &[u8] {
-        let end = SIZE_LINE + self.filled;
-        if !self.chunked {
-            return &self.buffer[SIZE_LINE..end];
-        }
-        let line = format!("{:06x}\r\n", self.filled);
-        self.buffer[..SIZE_LINE].copy_from_slice(line.as_bytes());
-        self.buffer[end..end + LAST_CHUNK.len()].copy_from_slice(LAST_CHUNK);
-        match (self.filled, self.ended) {
-            (0, _) => &LAST_CHUNK[2..],
-            (_, true) => &self.buffer[..end + LAST_CHUNK.len()],
-            (_, false) => &self.buffer[..end + 2],
-        }
+    fn frame(&self) -> &[u8] {
+        &self.buffer[self.frame.clone()]
     }
 }
 

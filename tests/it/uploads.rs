@@ -152,9 +152,9 @@ fn a_client_that_goes_away_in_the_middle_leaves_nothing() {
 #[test]
 fn a_wrong_digest_leaves_nothing() {
     let c = Cluster::new();
-    let value = bytes(&mut crate::random(), 700_000);
+    let value = bytes(&mut crate::random(), 9 << 20);
     for before in ALL {
-        for (n, length) in [1, 1000, 5000, 256 << 10, 700_000].into_iter().enumerate() {
+        for (n, length) in [1, 1000, 5000, 256 << 10, 700_000, 9 << 20].into_iter().enumerate() {
             let key = format!("/{before:?}/{n}");
             before.prepare(&c, &key);
             let value = &value[..length];

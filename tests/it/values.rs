@@ -18,7 +18,7 @@ const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
 /// Lengths at and around every boundary that the server has.
-const LENGTHS: [usize; 24] = [
+const LENGTHS: [usize; 25] = [
     1,
     2,
     16,
@@ -42,6 +42,7 @@ const LENGTHS: [usize; 24] = [
     MIB + 1,
     3 * MIB,
     5 * MIB + 3,
+    16 * MIB,
     16 * MIB + 1,
 ];
 
