@@ -4,9 +4,10 @@
 //! debris names every place where a blob may come to lie before its first byte is sent, one batch
 //! makes a value visible and its debris nothing, and only what the index no longer names is deleted.
 
+use std::collections::HashSet;
 use std::io::Read;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -47,6 +48,8 @@ pub struct Store {
     own_auth: Option<String>,
     /// Whether the cleaner should look when the key's lock is free again.
     dirty: AtomicBool,
+    /// The keys whose blob of the plain name the cleaner is deleting without their locks.
+    cleaning: Mutex<HashSet<Vec<u8>>>,
     /// Wakes the cleaner.
     wake: Sender<()>,
     woken: Receiver<()>,
@@ -123,6 +126,7 @@ impl Store {
             gate,
             own_auth,
             dirty: AtomicBool::new(false),
+            cleaning: Mutex::default(),
             wake,
             woken,
         })
@@ -426,10 +430,11 @@ impl Store {
     /// values.
     fn new_version(&self, key: &[u8], old: Option<&Record>) -> Result<u64> {
         let debris = self.index.debris(key)?;
-        let Some(highest) =
-            debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version)).max()
-        else {
-            return Ok(0);
+        let versions = debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version));
+        let highest = match versions.max() {
+            Some(highest) => highest,
+            None if self.cleaning().contains(key) => 0,
+            None => return Ok(0),
         };
         let micros = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -581,14 +586,30 @@ impl Store {
             return self.clear(key, version, &entry.replicas, auth).map(drop);
         }
         let targets = self.unwanted(key, version, &entry.replicas)?;
+        // A DELETE may take the entry away in between, but not for the plain name to be used again.
+        if version == 0 {
+            self.cleaning().insert(key.to_vec());
+        }
         drop(lock);
-        let (gone, failed) = self.delete_blobs(key, version, targets, false, auth)?;
+        let cleaned = self.clean_unlocked(key, version, targets);
+        if version == 0 {
+            self.cleaning().remove(key);
+        }
+        cleaned
+    }
+
+    fn clean_unlocked(&self, key: &[u8], version: u64, targets: Vec<String>) -> Result<()> {
+        let (gone, failed) = self.delete_blobs(key, version, targets, false, self.own_auth())?;
         if let Some(error) = failed {
             log::info!("debris of \"{}\" stays for now: {error}", key.escape_ascii());
         }
         // Where a writer has come in between, the next round sees that the blobs are gone.
         let Some(_lock) = self.index.lock_to_clean(key) else { return Ok(()) };
         self.forget(key, version, &gone)
+    }
+
+    fn cleaning(&self) -> MutexGuard<'_, HashSet<Vec<u8>>> {
+        self.cleaning.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Says so where the index is empty and the volumes are not: with a mistyped `-db` a PUT takes the

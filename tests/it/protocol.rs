@@ -451,6 +451,32 @@ fn a_path_never_holds_two_values() {
     assert_eq!(c.holds(KEY, "anew").version, 0);
 }
 
+/// The cleaner does not hold the key's lock while it waits for a volume: what it deletes there is not
+/// written again in the meantime.
+#[test]
+fn a_slow_deletion_by_the_cleaner_never_meets_a_new_blob() {
+    let c = store();
+    c.put("/k", "first").expect(201);
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.replace("/k", "second").expect(201);
+    on_all(&c, |proxy| proxy.wait_held("DELETE", 1));
+    on_all(&c, |proxy| proxy.release_later("DELETE"));
+    c.ask("DELETE", "/k").expect(204);
+    c.ask("DELETE", "/k").expect(204);
+    assert!(c.writing().is_empty());
+    c.put("/k", "third").expect(201);
+    on_all(&c, |proxy| proxy.release_held("DELETE"));
+    until("the volumes have answered", || c.proxies.iter().all(|p| p.answered("DELETE") >= 3));
+    assert_ne!(c.holds("/k", "third").version, 0);
+    c.ask("DELETE", "/k").expect(204);
+    until("the plain name is free again", || {
+        c.put("/k", "fourth").expect(201);
+        let version = c.holds("/k", "fourth").version;
+        c.ask("DELETE", "/k").expect(204);
+        version == 0
+    });
+}
+
 #[test]
 fn debris_on_volumes_that_hold_no_new_blobs_is_cleaned_there() {
     let mut c = Setup::new().volumes(3).replicas(1).start();

@@ -104,8 +104,7 @@ fn more_or_fewer_replicas_are_made_and_removed() {
 fn an_emptied_disk_is_filled_again() {
     let mut c = store(Setup::new().replicas(2).subvolumes(3), 3);
     let (before, disks) = (c.dump(), c.disks());
-    for disk in ["", "sv01"] {
-        let disk = c.volumes[1].folder.join(disk);
+    for disk in [c.volumes[1].folder.clone(), c.disk(&c.placed(KEY)[0])] {
         c.empty(&disk);
         c.mkv(&["verify"]).fails(&["not whole"]).says("replicas missing");
         settled(&c);
