@@ -320,7 +320,7 @@ fn connections_above_maxconns_are_refused_and_the_others_go_on() {
 
 #[test]
 fn connections_that_have_ended_are_not_too_many() {
-    let c = Setup::new().volumes(1).flags(&["-maxconns", "20"]).start();
+    let c = Setup::new().volumes(1).flags(&["-maxconns", "60"]).start();
     for _ in 0..1000 {
         c.get("/none").expect(404);
     }
