@@ -324,14 +324,16 @@ impl Http {
     fn accept(self: &Arc<Self>, request: Request) {
         let Some(peer) = request.remote_addr().copied() else { return };
         let most = self.store.options.maxconns;
-        if self.conns().len() >= most {
+        let mut conns = self.conns();
+        if conns.len() >= most {
+            drop(conns);
             // Many of them may be gone by now.
             let (at, cost) = *self.counted.lock().unwrap_or_else(|e| e.into_inner());
             if at.elapsed() > cost * 10 {
                 self.census();
             }
+            conns = self.conns();
         }
-        let mut conns = self.conns();
         let open = if conns.len() >= most { open(&conns) } else { 0 };
         let too_many = || Error::Unavailable("too many connections: try again later".into()).into();
         match conns.entry(peer) {
