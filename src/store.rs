@@ -4,7 +4,7 @@
 //! debris names every place where a blob may come to lie before its first byte is sent, one batch
 //! makes a value visible and its debris nothing, and only what the index no longer names is deleted.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -32,6 +32,9 @@ const CRASHED: u64 = 10;
 /// For how long the plain name of a key is avoided after a volume could not use it, in seconds.
 const CONFLICT: u64 = 60;
 
+/// For how long the plain name of a key is avoided after a deletion there that got no answer.
+const UNANSWERED: Duration = Duration::from_secs(60);
+
 /// How often the cleaner looks again at what it could not clear.
 const CLEAN_EVERY: Duration = Duration::from_secs(5);
 
@@ -50,6 +53,9 @@ pub struct Store {
     dirty: AtomicBool,
     /// The keys whose blob of the plain name the cleaner is deleting without their locks.
     cleaning: Mutex<HashSet<Vec<u8>>>,
+    /// The keys with a deletion of the blob of the plain name that got no answer, and may yet be done
+    /// by one of the volume's processes when another has answered the next; and when that was.
+    unanswered: Mutex<HashMap<Vec<u8>, Instant>>,
     /// Wakes the cleaner.
     wake: Sender<()>,
     woken: Receiver<()>,
@@ -127,6 +133,7 @@ impl Store {
             own_auth,
             dirty: AtomicBool::new(false),
             cleaning: Mutex::default(),
+            unanswered: Mutex::default(),
             wake,
             woken,
         })
@@ -434,6 +441,7 @@ impl Store {
         let highest = match versions.max() {
             Some(highest) => highest,
             None if self.cleaning().contains(key) => 0,
+            None if self.unanswered().get(key).is_some_and(|at| at.elapsed() < UNANSWERED) => 0,
             None => return Ok(0),
         };
         let micros = SystemTime::now()
@@ -556,7 +564,12 @@ impl Store {
                 // It is not there now; whether it appears later the cleaner will see.
                 Ok(false) if now() < until => {}
                 Ok(_) => gone.push(replica),
-                Err(error) => failed = Some(error),
+                Err(error) => {
+                    if version == 0 && matches!(error, Error::Unreachable { .. }) {
+                        self.unanswered().insert(key.to_vec(), Instant::now());
+                    }
+                    failed = Some(error);
+                }
             }
         }
         Ok((gone, failed))
@@ -612,6 +625,10 @@ impl Store {
         self.cleaning.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    fn unanswered(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Instant>> {
+        self.unanswered.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// Says so where the index is empty and the volumes are not: with a mistyped `-db` a PUT takes the
     /// place of another store's blob. (What does not answer now is no matter.)
     pub fn look_for_blobs(&self) {
@@ -640,15 +657,14 @@ impl Store {
 
     /// The cleaner's thread: clears debris that no writer holds, now and for ever.
     pub fn clean(self: &Arc<Store>) {
-        if self.gate.is_some() && self.own_auth.is_none() {
-            return;
-        }
+        let may = self.gate.is_none() || self.own_auth.is_some();
         loop {
             let begun = Instant::now();
-            match self.clean_once() {
+            match if may { self.clean_once() } else { Ok(()) } {
                 Ok(()) => {}
                 Err(error) => log::error!("cleaner: {error}"),
             }
+            self.unanswered().retain(|_, at| at.elapsed() < UNANSWERED);
             let _ = self.woken.recv_timeout(CLEAN_EVERY);
             // Deletes that come one by one are taken together.
             std::thread::sleep(Duration::from_millis(20).min(begun.elapsed()));

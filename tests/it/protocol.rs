@@ -477,6 +477,25 @@ fn a_slow_deletion_by_the_cleaner_never_meets_a_new_blob() {
     });
 }
 
+/// One of a volume's processes has the deletion and does it when another one has answered the next.
+#[test]
+fn a_deletion_without_an_answer_never_meets_a_new_blob() {
+    let c = store();
+    c.put("/k", "first").expect(201);
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::Late));
+    c.ask("DELETE", "/k").expect(503);
+    on_all(&c, |proxy| proxy.wait_held("DELETE", 1));
+    on_all(&c, |proxy| proxy.release_later("DELETE"));
+    c.ask("DELETE", "/k").expect(204);
+    assert!(c.writing().is_empty());
+    c.put("/k", "second").expect(201);
+    on_all(&c, |proxy| proxy.release_held("DELETE"));
+    until("the volumes have done it", || {
+        c.proxies.iter().all(|p| p.answered("DELETE") == p.seen("DELETE").len())
+    });
+    assert_ne!(c.holds("/k", "second").version, 0);
+}
+
 #[test]
 fn debris_on_volumes_that_hold_no_new_blobs_is_cleaned_there() {
     let mut c = Setup::new().volumes(3).replicas(1).start();
