@@ -75,6 +75,7 @@ fn run(options: Options) -> Result<()> {
         let quiet = panic.location().is_some_and(|at| at.file().contains("tiny_http"));
         log::log!(if quiet { log::Level::Debug } else { log::Level::Error }, "{panic}");
     }));
+    schedule_as_batch();
     match options.mode {
         Mode::Help => println!("{USAGE}"),
         Mode::Version => println!("mkv {}", env!("CARGO_PKG_VERSION")),
@@ -94,4 +95,15 @@ fn run(options: Options) -> Result<()> {
         Mode::Dump => dump::run(&options)?,
     }
     Ok(())
+}
+
+/// A thread that is woken up waits until the one that runs has no more to do: requests go from
+/// thread to thread, and each hand-over would otherwise cost two switches. Threads inherit it.
+fn schedule_as_batch() {
+    // SAFETY: all fields of the struct are numbers.
+    let parameters: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: the struct outlives the call.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &parameters) } != 0 {
+        log::info!("sched_setscheduler: {}", std::io::Error::last_os_error());
+    }
 }
