@@ -7,7 +7,7 @@
 #   PEER_VOLUME=/path/to/volume          the script that starts its volumes (without: mkv's own)
 #   KEYS=50000000                        keys of the large index
 #
-# It wants a quiet machine and some 30 GB in /tmp. Everything listens on 127.0.0.1.
+# It wants a quiet machine and some 30 GB in ${TMPDIR:-/tmp}. Everything listens on 127.0.0.1.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "$0")/.." && pwd)
 rounds=${1:-5}
@@ -18,7 +18,7 @@ PATH=$PATH:/usr/sbin:/sbin
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$HOME/.cache/mkv/target}
 bin=$CARGO_TARGET_DIR/release
 (cd "$here" && cargo build -q --release --workspace)
-work=$(mktemp -d /tmp/mkv-bench-XXXXXX)
+work=$(mktemp -d "${TMPDIR:-/tmp}/mkv-bench-XXXXXX")
 chmod 755 "$work"
 pids=()
 end() { # PID…: stops processes of ours and waits until they are gone
@@ -232,7 +232,9 @@ END
 fi
 
 if wanted rebuild; then
-  # 200,000 keys of 3 replicas, written straight into the volumes' folders.
+  # 200,000 keys of 3 replicas, written straight into the volumes' folders, and nothing else in them:
+  # what other measures left behind would be listed and not counted.
+  rm -rf "$work"/v-*/sv*
   python3 - "$work"/v-{1,2,3} <<'END'
 import base64, hashlib, os, sys
 for n in range(200000):
@@ -245,6 +247,7 @@ for n in range(200000):
         with open(f"{folder}/{name}", "w") as blob:
             blob.write("value")
 END
+  sync
   find "$work/v-1" -mindepth 2 -maxdepth 2 -type d -printf '/%P/\n' | shuf -n 20000 >"$work/folders"
   cat >"$work/folders.lua" <<END
 local paths, n = {}, 0
