@@ -60,8 +60,9 @@ pub fn run(options: &Options) -> Result<()> {
         (0, n) => Err(Error::Failed(format!(
             "{n} keys have blobs under names that mkv does not use: REPLACE each with the bytes at the URL above"
         ))),
-        (n, _) => Err(Error::Failed(format!(
-            "{n} records do not decode and were left out: PUT these keys again or rebuild"
+        (n, elsewhere) => Err(Error::Failed(format!(
+            "{n} records do not decode and were left out: PUT these keys again or rebuild; {elsewhere} \
+             keys are to be stored again, as named above"
         ))),
     }
 }
@@ -148,13 +149,11 @@ fn fill(folder: &Path, old: &Path) -> Result<Counts> {
                     *if record.live() { &mut counts.live } else { &mut counts.unlinked } += 1;
                     if let Some(there) = elsewhere(&key) {
                         counts.elsewhere += 1;
-                        if counts.elsewhere <= LISTED {
-                            let key = key.escape_ascii();
-                            eprintln!(
-                                "store again: key \"{key}\", its blob is http://{}{there}",
-                                record.replicas[0]
-                            );
-                        }
+                        let key = key.escape_ascii();
+                        eprintln!(
+                            "store again: key \"{key}\", its blob is http://{}{there}",
+                            record.replicas[0]
+                        );
                     }
                     change.put(&key, &record)
                 }

@@ -14,6 +14,7 @@
 //! - `listing`: nginx's listings
 //! - `pool`: threads for what is done at the same time
 //! - `metrics`: what the master counts
+//! - `memory`: what is large straight from the kernel
 //! - `error`: the errors, their HTTP statuses and exit codes
 //!
 //! and the commands beside the server:

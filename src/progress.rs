@@ -1,8 +1,8 @@
 //! Progress of a long command: a bar on a terminal, a line every ten seconds elsewhere.
 
 use std::io::IsTerminal;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -10,9 +10,8 @@ const EVERY: Duration = Duration::from_secs(10);
 
 pub struct Progress {
     bar: ProgressBar,
-    unit: &'static str,
-    /// When a line was last written; `None`: the bar shows itself.
-    said: Option<Mutex<Instant>>,
+    /// The lines end with it.
+    _lines: Sender<()>,
 }
 
 impl Progress {
@@ -25,21 +24,22 @@ impl Progress {
         bar.set_style(
             ProgressStyle::with_template(&style).unwrap_or_else(|_| ProgressStyle::default_bar()),
         );
-        let said = (!std::io::stderr().is_terminal()).then(|| Mutex::new(Instant::now()));
-        Progress { bar, unit, said }
+        let (lines, end) = channel();
+        if !std::io::stderr().is_terminal() {
+            let bar = bar.clone();
+            std::thread::spawn(move || {
+                while end.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
+                    let (done, total) = (bar.position(), bar.length().unwrap_or(0));
+                    let left = bar.eta().as_secs();
+                    eprintln!("{done} of about {total} {unit}, about {left} s left");
+                }
+            });
+        }
+        Progress { bar, _lines: lines }
     }
 
     pub fn add(&self, n: u64) {
         self.bar.inc(n);
-        if let Some(said) = &self.said
-            && let Ok(mut said) = said.try_lock()
-            && said.elapsed() >= EVERY
-        {
-            *said = Instant::now();
-            let (done, total, eta) =
-                (self.bar.position(), self.bar.length().unwrap_or(0), self.bar.eta().as_secs());
-            eprintln!("{done} of about {total} {}, about {eta} s left", self.unit);
-        }
     }
 
     /// A line of its own, above the bar.
@@ -47,7 +47,7 @@ impl Progress {
         self.bar.suspend(|| eprintln!("{line}"));
     }
 
-    pub fn end(&self) {
+    pub fn end(self) {
         self.bar.finish_and_clear();
     }
 }

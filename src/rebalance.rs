@@ -23,6 +23,9 @@ use crate::volumes::Value;
 /// Keys that are worked on at the same time.
 const WIDTH: usize = 16;
 
+/// Keys that could not be rebalanced and are listed without `-v`.
+const LISTED: u64 = 100;
+
 /// Keys that are read from the index before they are worked on.
 const BATCH: usize = 4096;
 
@@ -198,6 +201,9 @@ pub fn run(store: &Arc<Store>) -> Result<()> {
     for (volume, (copies, bytes)) in &*counts.volumes.lock().unwrap_or_else(|e| e.into_inner()) {
         println!("  {volume}: {copies} copies, {bytes} bytes");
     }
+    if get(&counts.failed) > LISTED && !store.options.verbose {
+        eprintln!("{} more failed: -v shows all", get(&counts.failed) - LISTED);
+    }
     let left = if store.options.dry_run { 0 } else { store.settle()? };
     match (get(&counts.failed), left) {
         (0, 0) => Ok(()),
@@ -237,7 +243,7 @@ impl Store {
             }
             Err(error) => {
                 let n = counts.failed.fetch_add(1, Ordering::Relaxed);
-                if n < 100 || self.options.verbose {
+                if n < LISTED || self.options.verbose {
                     progress.say(&format!("\"{}\": {error}", key.escape_ascii()));
                 }
             }
