@@ -39,6 +39,9 @@ use crate::record::{Hash, unhex};
 use crate::route::{Command, route};
 use crate::store::{Reply, ReplyBody, Store, Upload, now};
 
+/// What is progress in a body, in bytes: a client that sends one byte a second holds the key's lock.
+const PROGRESS: usize = 1 << 10;
+
 /// How long a client may make no progress.
 const STALL: Duration = Duration::from_secs(60);
 
@@ -82,7 +85,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// and what it makes of a refused body must not look like a new connection's first request.
 const REMEMBER: Duration = Duration::from_secs(5);
 
-/// Threads for requests that wait for volumes, but not for clients.
+/// Threads for requests that wait neither for clients nor, but for credentials, for volumes.
 const WORKERS: usize = 16;
 
 pub struct Http {
@@ -437,8 +440,16 @@ impl Http {
         if !self.takes_answers(turn.peer) {
             return self.queue(request, turn, head, command, true);
         }
-        let long =
-            matches!(command, Ok(Command::Put { .. } | Command::List(_) | Command::Rebalance(_)));
+        // Many of these may wait for a volume that hangs; UNLINK and what else there is go on.
+        let long = matches!(
+            command,
+            Ok(Command::Get { .. }
+                | Command::Put { .. }
+                | Command::Delete(_)
+                | Command::Relink(_)
+                | Command::Rebalance(_)
+                | Command::List(_))
+        );
         let error = match (client, &command) {
             (Some(Err(error)), _) => error,
             (Some(Ok(_)), Err(error)) => error.clone(),
@@ -448,7 +459,7 @@ impl Http {
                     Some(reply) => {
                         http.answer(request, turn, reply.unwrap_or_else(Reply::from));
                     }
-                    None => http.queue(request, turn, head, command, false),
+                    None => http.queue(request, turn, head, command, true),
                 });
             }
             _ => return self.queue(request, turn, head, command, long),
@@ -460,7 +471,8 @@ impl Http {
         }
     }
 
-    /// Has a request answered by a thread that may wait; `long`: by one that is not a worker.
+    /// Has a request answered by a thread that may wait; `long`: by one that is not a worker, unless
+    /// the machine has no other.
     fn queue(
         self: &Arc<Self>,
         request: Request,
@@ -479,7 +491,7 @@ impl Http {
             }
         });
         let pool = if long { &self.store.volumes.pool } else { &self.workers };
-        if let Err(job) = pool.run(job) {
+        if let Err(job) = pool.run(job).or_else(|job| self.workers.run(job)) {
             log::error!("no thread can be had for a request of {}", turn.peer);
             self.close(turn.peer);
             // The request goes with it; its connection is closed, so there is nothing to drain.
@@ -501,6 +513,8 @@ impl Http {
             left: head.length,
             begun: false,
             ended: false,
+            waited: Duration::ZERO,
+            got: 0,
             request: &mut request,
         };
         let metrics = &self.store.metrics;
@@ -519,11 +533,19 @@ impl Http {
 
     /// Answers a request whose body, if it has one, was read.
     fn answer(self: &Arc<Self>, request: Request, turn: Turn, reply: Reply) {
+        let page = match &reply.body {
+            ReplyBody::Text(_) => None,
+            ReplyBody::List(list) => match Page::new(&self.store.index, list) {
+                Ok(page) => Some(page),
+                Err(error) => return self.answer(request, turn, error.into()),
+            },
+        };
         self.count(&request, turn, &reply);
         let without_body = request.method().as_str() == "HEAD";
         let mut size = 0;
-        let sent = match &reply.body {
-            ReplyBody::Text(text) => {
+        let sent = match page {
+            None => {
+                let text = if let ReplyBody::Text(text) = &reply.body { text.as_str() } else { "" };
                 let mut bytes = response(&reply, text.len() as u64, turn.last);
                 if !without_body {
                     bytes.extend_from_slice(text.as_bytes());
@@ -535,20 +557,15 @@ impl Http {
                     .and_then(|()| writer.flush())
                     .map_err(|e| Error::Failed(e.to_string()))
             }
-            ReplyBody::List(list) => match Page::new(&self.store.index, list) {
-                Ok(page) => {
-                    let bytes = response(&reply, page.length, turn.last);
-                    size += bytes.len() + page.length as usize;
-                    let mut writer = io::BufWriter::with_capacity(64 << 10, request.into_writer());
-                    let broken = |e: io::Error| Error::Failed(e.to_string());
-                    let sent = writer
-                        .write_all(&bytes)
-                        .map_err(broken)
-                        .and_then(|()| page.write(&mut writer));
-                    sent.and_then(|()| writer.flush().map_err(broken))
-                }
-                Err(error) => return self.answer(request, turn, error.into()),
-            },
+            Some(page) => {
+                let bytes = response(&reply, page.length, turn.last);
+                size += bytes.len() + page.length as usize;
+                let mut writer = io::BufWriter::with_capacity(64 << 10, request.into_writer());
+                let broken = |e: io::Error| Error::Failed(e.to_string());
+                let sent =
+                    writer.write_all(&bytes).map_err(broken).and_then(|()| page.write(&mut writer));
+                sent.and_then(|()| writer.flush().map_err(broken))
+            }
         };
         if let Err(error) = sent {
             log::debug!("an answer to {} was not sent: {error}", turn.peer);
@@ -624,7 +641,8 @@ impl Http {
         let time = turn.begun.elapsed();
         self.store.metrics.count(method, status, reply.error, time);
         match &reply.body {
-            ReplyBody::Text(text) if status >= 500 => {
+            // 410: a value is lost.
+            ReplyBody::Text(text) if status >= 500 || status == 410 => {
                 log::error!("{method} {path} {status}: {}", text.trim_end())
             }
             _ if self.store.options.verbose => {
@@ -990,6 +1008,9 @@ struct Body<'a> {
     left: Option<u64>,
     begun: bool,
     ended: bool,
+    /// How long it was waited for the client, and what came in bytes, since the last `PROGRESS`.
+    waited: Duration,
+    got: usize,
 }
 
 impl Read for Body<'_> {
@@ -999,18 +1020,26 @@ impl Read for Body<'_> {
             return Ok(0);
         }
         self.begun = true;
+        let begun = Instant::now();
         let n = match self.request.as_reader().read(buffer) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 return Err(io::Error::other("nothing came for 60 s"));
             }
             result => result?,
         };
+        (self.waited, self.got) = (self.waited + begun.elapsed(), self.got + n);
+        if self.got >= PROGRESS {
+            (self.waited, self.got) = (Duration::ZERO, 0);
+        }
         if n == 0 && (self.left.is_some() || self.client_is_gone()) {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the client went away"));
         }
         self.http.store.metrics.received.fetch_add(n as u64, Ordering::Relaxed);
         self.left = self.left.map(|left| left - n as u64);
         self.ended = self.left == Some(0) || n == 0;
+        if self.waited > STALL && !self.ended {
+            return Err(io::Error::other("less than 1 KiB came in 60 s"));
+        }
         Ok(n)
     }
 }

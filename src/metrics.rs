@@ -79,7 +79,7 @@ impl Metrics {
             text,
             "mkv_request_seconds",
             "histogram",
-            "From a request's head to the end of its answer.",
+            "From a request's head to its answer.",
         );
         for (method, histogram) in &*lock(&self.latencies) {
             histogram.write(text, "mkv_request_seconds", &format!("method=\"{method}\""));

@@ -302,12 +302,23 @@ impl Store {
         client: Option<&Credentials>,
         auth: Option<&str>,
     ) -> Result<Reply> {
-        let Some(record) = self.index.get(key)?.filter(Record::live) else {
-            return self.not_here(target);
-        };
-        let blob = path(key, record.version);
-        let replica = self.find(&record, &blob, auth)?;
-        Ok(self.redirect(key, &record, &replica, &blob, client))
+        let mut found = self.index.get(key)?;
+        loop {
+            let Some(record) = found.filter(Record::live) else { return self.not_here(target) };
+            match self.find(key, &record, auth) {
+                Ok(replica) => {
+                    let blob = path(key, record.version);
+                    return Ok(self.redirect(key, &record, &replica, &blob, client));
+                }
+                Err(error) => {
+                    found = self.index.get(key)?;
+                    // Otherwise it was replaced in the meantime, or deleted.
+                    if found.as_ref() == Some(&record) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
     }
 
     /// Sends a reader to a replica.
@@ -336,14 +347,17 @@ impl Store {
     }
 
     /// A replica that has the blob in the record's length.
-    fn find(&self, record: &Record, blob: &str, auth: Option<&str>) -> Result<String> {
-        let mut silent = None;
+    fn find(&self, key: &[u8], record: &Record, auth: Option<&str>) -> Result<String> {
+        let (blob, mut silent) = (path(key, record.version), None);
         for replica in self.volumes.shuffled(&record.replicas) {
-            match self.volumes.head(&replica, blob, auth) {
+            match self.volumes.head(&replica, &blob, auth) {
                 Ok(Some(length)) if record.size.is_none_or(|size| size == length) => {
                     return Ok(replica);
                 }
-                Ok(_) => {}
+                Ok(found) => {
+                    let found = found.map_or("has no blob".into(), |n| format!("has {n} bytes"));
+                    log::warn!("\"{}\": {replica} {found}", key.escape_ascii());
+                }
                 Err(error) => silent = Some(error),
             }
         }
@@ -495,7 +509,7 @@ impl Store {
         let _lock = self.index.lock(key).ok_or(Error::Locked)?;
         let record = self.index.get(key)?.filter(|record| record.state == State::Unlinked);
         let record = record.ok_or(Error::NotFound("no unlinked key of this name"))?;
-        self.find(&record, &path(key, record.version), auth)?;
+        self.find(key, &record, auth)?;
         self.index.change().put(key, &Record { state: State::Live, ..record }).commit()?;
         Ok(Reply::empty(204))
     }

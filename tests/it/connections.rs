@@ -376,8 +376,10 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
     length.head("PUT", "/length", &[("Content-Length", "600000")]).send([b'v'; 300_000]);
     let mut chunked = open();
     chunked.head("PUT", "/chunked", &[("Transfer-Encoding", "chunked")]).send("9\r\nhalf");
+    let mut dribble = open();
+    dribble.head("PUT", "/dribble", &[("Content-Length", "600000")]).send("d");
     let mut busy = open();
-    until("both are under way", || c.writing().len() == 2);
+    until("all are under way", || c.writing().len() == 3);
     let begun = Instant::now();
     std::thread::scope(|scope| {
         for mut conn in [silent, idle, length, chunked] {
@@ -391,6 +393,14 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
                 assert!((55..75).contains(&after.as_secs()), "closed after {after:?}");
             });
         }
+        // One that sends a byte a second.
+        scope.spawn(move || {
+            while !dribble.readable(Duration::from_secs(1)) {
+                dribble.send("d");
+                assert!(begun.elapsed() < Duration::from_secs(75), "it goes on");
+            }
+            assert!(begun.elapsed() > Duration::from_secs(55));
+        });
         // One that asks now and then, for longer than a minute.
         for _ in 0..7 {
             std::thread::sleep(Duration::from_secs(10));
@@ -399,7 +409,7 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
     });
     // Nor has the listener run into its own timeout.
     assert!(!c.log().contains("accepting connections failed"), "{}", c.log());
-    for key in ["/length", "/chunked"] {
+    for key in ["/length", "/chunked", "/dribble"] {
         c.lacks(key);
         c.put(key, "value").expect(201);
         c.holds(key, "value");

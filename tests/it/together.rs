@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::client::{Conn, LAST_CHUNK, PATIENCE, chunks, follow, target, until};
 use crate::cluster::{Cluster, Setup};
 use crate::faulty::Fault;
+use crate::operator::numbered;
 use crate::values::bytes;
 
 #[test]
@@ -54,6 +55,26 @@ fn the_blobs_of_a_delete_are_deleted_at_the_same_time() {
         held.release("DELETE");
         conn.answer().expect(204);
         assert!(c.blobs().is_empty());
+    }
+}
+
+#[test]
+fn deletes_that_wait_for_a_hung_volume_delay_nobody() {
+    let c = Setup::new().proxied().start();
+    let keys = numbered("/k", 40);
+    c.fill(&keys);
+    c.proxies.iter().for_each(|proxy| proxy.set("DELETE", Fault::HoldRequest));
+    let mut waiting: Vec<Conn> = keys[..39].iter().map(|_| c.conn()).collect();
+    for (conn, key) in waiting.iter_mut().zip(&keys) {
+        conn.head("DELETE", &target(key), &[]);
+    }
+    c.proxies[0].wait_held("DELETE", 39);
+    c.ask("UNLINK", &keys[39]).expect(204);
+    c.ask("RELINK", &keys[39]).expect(204);
+    c.ask_target("GET", "/?metrics").expect(200);
+    c.proxies.iter().for_each(|proxy| proxy.release("DELETE"));
+    for conn in &mut waiting {
+        conn.answer().expect(204);
     }
 }
 
