@@ -75,12 +75,7 @@ impl Metrics {
                 "mkv_requests_total{{method=\"{method}\",status=\"{status}\"}} {count}"
             );
         }
-        head(
-            text,
-            "mkv_request_seconds",
-            "histogram",
-            "From a request's head to its answer.",
-        );
+        head(text, "mkv_request_seconds", "histogram", "From a request's head to its answer.");
         for (method, histogram) in &*lock(&self.latencies) {
             histogram.write(text, "mkv_request_seconds", &format!("method=\"{method}\""));
         }
