@@ -146,7 +146,7 @@ fn every_kind_of_fault_is_found_and_what_can_be_is_mended() {
 
 #[test]
 fn all_names_are_shown_with_v_and_the_first_ones_without() {
-    let (c, disks) = store(Setup::new().replicas(2));
+    let (c, disks) = store(Setup::new());
     let lost = c.volumes[1].files();
     lost.values().for_each(|file| fs::remove_file(file).unwrap());
     let line = format!("replicas missing: {}", lost.len());
