@@ -82,10 +82,15 @@ if ! flock -w 3 9 2>/dev/null && { exec 9>>"$dir/.nginx/lock" && ! flock -n 9; }
   die "$dir is served already${who:+ (by process $who)}: stop that volume, or name another folder"
 fi
 for disk in "${disks[@]}"; do
-  mkdir -p -- "$disk/.nginx/temp"
-  find -H "$disk" "$disk/.nginx/temp" -maxdepth 1 -type f \( -path '*/.nginx/temp/*' -o -name '.probe-*' \) -delete
+  temp=$disk/.nginx/temp
+  mkdir -p -- "$temp"
+  find -H "$disk" -maxdepth 1 -type f -name '.probe-*' -delete
+  find "$temp" -type f -delete
+  # ext4 places a file near its folder, stepping over what was deleted there in the last seconds: the more folders, and
+  # the farther apart (+T), the faster files come and go. Other file systems have neither that habit nor the flag.
+  chattr +T "$temp" 2>/dev/null || true
   if [ "$me" = root ]; then
-    chown -- "$worker:" "$disk/.nginx/temp"
+    find "$temp" -type d -exec chown -h -- "$worker:" {} +
     # The worker is given a new folder or a store's, never one that holds other things.
     other=$(find -H "$disk" -mindepth 1 -maxdepth 1 ! -name '.*' ! -name 'sv[0-9A-F]*' ! -name '[0-9a-f][0-9a-f]' \
       ! -name 'lost+found' -print -quit)
@@ -94,6 +99,7 @@ for disk in "${disks[@]}"; do
       chown -- "$worker:" "$disk" 2>/dev/null || true
     fi
   fi
+  as_worker mkdir -p -- "$temp/"{0..9} 2>/dev/null || true # on a full disk nginx will do with those there are
   shut=$(as_worker find -H "$disk" -maxdepth 1 -type d ! -writable \( -samefile "$disk" -o -name '[0-9a-f][0-9a-f]' \) \
     -print -quit 2>/dev/null) || true
   [ -z "$shut" ] || die "nginx's worker ($worker) may not write in $shut: chown -R $worker '$disk', or mount it read-write"
@@ -106,7 +112,7 @@ if [[ $bind == *:* ]]; then bind="[${bind//[\[\]]/}]"; fi
 listen=("${bind:+$bind:}$port")
 if [ -z "$bind" ] && grep -q . /proc/net/if_inet6 2>/dev/null; then listen+=("[::]:$port"); fi
 locations() { # one disk: its uploads, and the only name with a leading dot that is let through
-  local path=${1#"$dir"}/ temp="client_body_temp_path \"$1/.nginx/temp\";"
+  local path=${1#"$dir"}/ temp="client_body_temp_path \"$1/.nginx/temp\" 1;"
   printf 'location %s { %s } location = %s.probe-%s { %s auth_basic off; }\n' "$path" "$temp" "$path" "$secret" "$temp"
 }
 rm -f -- "$dir/.nginx/spare" # room for nginx.conf and nginx.pid on a disk that is full
@@ -126,8 +132,7 @@ http {
   keepalive_timeout 365d; keepalive_time 365d; keepalive_requests 1000000000; reset_timedout_connection on;
   client_max_body_size 0; client_body_buffer_size 256k;
   client_body_timeout 5m; # the master, with its 60 s, is the one who gives up on a stalled client
-  client_body_temp_path "$dir/.nginx/temp"; proxy_temp_path "$dir/.nginx/temp"; fastcgi_temp_path "$dir/.nginx/temp";
-  uwsgi_temp_path "$dir/.nginx/temp"; scgi_temp_path "$dir/.nginx/temp";
+  $(printf '%s_temp_path "'"$dir/.nginx/temp"'" 1; ' client_body proxy fastcgi uwsgi scgi)
   server {
     $(printf 'listen %s backlog=4096 so_keepalive=10m::; ' "${listen[@]}")
     root "$dir"; merge_slashes off; absolute_redirect off;

@@ -186,7 +186,9 @@ impl Volume {
 
     /// What lies in nginx's temporary folders: uploads under way, or left behind.
     pub fn uploads(&self) -> usize {
-        fs::read_dir(self.folder.join(".nginx/temp")).map_or(0, Iterator::count)
+        let mut files = BTreeMap::new();
+        walk(&self.folder.join(".nginx/temp"), "", &mut files);
+        files.len()
     }
 }
 
