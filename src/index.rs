@@ -33,8 +33,8 @@ pub struct Index {
     sync: bool,
     /// The keys that are being written, and whether it is the cleaner who holds them.
     locks: Mutex<HashMap<Vec<u8>, bool>>,
-    /// The scratch folder of a follower.
-    scratch: Option<PathBuf>,
+    /// It is another process's, and read beside it.
+    follower: bool,
 }
 
 /// The folder's lock, held while this value lives (flock, so that it ends with the process).
@@ -149,7 +149,7 @@ impl Index {
         options.create_if_missing(create);
         let db =
             DB::open_cf_descriptors(&options, folder, families(&cache())).map_err(|e| wrong(&e))?;
-        Ok(Index { db, sync, locks: Mutex::default(), scratch: None })
+        Ok(Index { db, sync, locks: Mutex::default(), follower: false })
     }
 
     /// Opens the database in this folder to read it, beside a running master too. It shows the
@@ -170,16 +170,18 @@ impl Index {
         let mut options = options();
         options.set_max_open_files(-1);
         let db =
-            DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families(&cache()))
-                .map_err(|e| wrong(&e))?;
-        let index = Index { db, sync: false, locks: Mutex::default(), scratch: Some(scratch) };
+            DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families(&cache()));
+        // It holds RocksDB's log, which nobody reads.
+        let _ = std::fs::remove_dir_all(&scratch);
+        let db = db.map_err(|e| wrong(&e))?;
+        let index = Index { db, sync: false, locks: Mutex::default(), follower: true };
         index.catch_up()?;
         Ok(index)
     }
 
     /// Shows a follower what the running master has written since; the index's owner knows it.
     pub fn catch_up(&self) -> Result<()> {
-        if self.scratch.is_none() {
+        if !self.follower {
             return Ok(());
         }
         self.db.try_catch_up_with_primary().map_err(index_error)
@@ -273,7 +275,7 @@ impl Index {
     /// The index as it is now, for as long as the view lives.
     pub fn view(&self) -> View<'_> {
         // A follower has no snapshots; what it shows changes only when it catches up.
-        View { index: self, snapshot: self.scratch.is_none().then(|| self.db.snapshot()) }
+        View { index: self, snapshot: (!self.follower).then(|| self.db.snapshot()) }
     }
 
     /// Brings all that was written so far to the disk.
@@ -296,14 +298,6 @@ impl Index {
     /// Ends RocksDB's own threads, so that the process can exit.
     pub fn close(&self) {
         self.db.cancel_all_background_work(true);
-    }
-}
-
-impl Drop for Index {
-    fn drop(&mut self) {
-        if let Some(scratch) = &self.scratch {
-            let _ = std::fs::remove_dir_all(scratch);
-        }
     }
 }
 
