@@ -25,7 +25,7 @@ run cargo clippy --release --workspace --all-targets -- -D warnings
 run shellcheck -x ./*.sh mkv .ci/run tests/*.sh bench/*.sh
 run cargo build --release --workspace
 if cargo nextest --version >/dev/null 2>&1; then
-  run cargo nextest run --release --workspace
+  run cargo nextest run --release --workspace --test-threads $(($(nproc) + 1)) # many only wait
 else
   run cargo test --release --workspace
 fi

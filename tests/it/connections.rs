@@ -11,7 +11,9 @@ use socket2::{Domain, Socket, Type};
 
 use crate::client::{Conn, head, until, within};
 use crate::cluster::{Cluster, Setup};
+use crate::faulty::Fault;
 use crate::http::descriptors;
+use crate::values::bytes;
 
 /// A connection on which little is under way: the client has next to no room for answers, and the
 /// size of its packets makes the server's kernel keep little for it.
@@ -414,4 +416,43 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
         c.put(key, "value").expect(201);
         c.holds(key, "value");
     }
+}
+
+/// Were each answered in the call that answered the one before it, 60 of them would need 300 KiB of
+/// stack, on the thread that hears volumes for all.
+#[test]
+fn requests_that_waited_for_their_turn_are_answered_one_call_each() {
+    let small = ["env", "RUST_MIN_STACK=200000"];
+    let c = Setup::new().volumes(1).proxied().launcher(&small).start();
+    c.put("/there", "value").expect(201);
+    c.proxies[0].set("HEAD", Fault::Delay(Duration::from_millis(500)));
+    let mut conn = c.conn();
+    conn.send([head("GET", "/there", &[]), head("GET", "/none", &[]).repeat(60)].concat());
+    conn.answer().expect(302);
+    (0..60).for_each(|_| drop(conn.answer().expect(404)));
+}
+
+#[test]
+fn a_head_takes_5_minutes_at_most() {
+    let c = Setup::new().volumes(1).start();
+    let (mut first, mut later, mut upload) = (c.conn(), c.conn(), c.conn());
+    later.ask("GET", "/none", &[], None).expect(404);
+    let begin = "GET /none HTTP/1.1\r\nDribble: ";
+    let mut heads = vec![first.send(begin), later.send(begin)];
+    // An upload may take longer.
+    let value = bytes(&mut crate::random(), 315 << 10);
+    upload.head("PUT", "/slow", &[("Content-Length", &value.len().to_string())]);
+    let begun = Instant::now();
+    for (part, second) in value.chunks(1 << 10).zip(1..) {
+        std::thread::sleep(Duration::from_secs(second).saturating_sub(begun.elapsed()));
+        upload.send(part);
+        heads.retain_mut(|head| {
+            let closed = head.readable(Duration::ZERO) || head.try_send(b"d").is_err();
+            assert!(!closed || second >= 299, "closed after {second} s");
+            !closed
+        });
+    }
+    assert!(heads.is_empty(), "{} of two heads go on for more than 310 s", heads.len());
+    upload.answer().expect(201);
+    c.holds("/slow", value);
 }
