@@ -25,10 +25,11 @@ use crate::metrics::{Histogram, head};
 use crate::pool::Pool;
 use crate::record::Hash;
 
-/// An upload's unit of work, in bytes: what an upload takes of memory.
-pub const CHUNK: usize = 256 << 10;
+/// An upload's unit of work, in bytes: what an upload takes of memory, and a large one twice.
+pub const CHUNK: usize = 512 << 10;
 
-/// From how many bytes on a value's digest is computed on a thread of its own, while the chunk is sent.
+/// From how many bytes on a value's digest is computed on a thread of its own, while the chunk is
+/// sent and the next one read.
 const LARGE: u64 = 8 << 20;
 
 /// How long a volume may take for a DELETE.
@@ -468,6 +469,8 @@ struct Source<'a> {
     chunked: bool,
     /// Room for a chunk's size line, the chunk, and what ends a chunked body.
     buffer: Arc<Vec<u8>>,
+    /// The buffer of the chunk before, which the digest may still need.
+    before: Option<Arc<Vec<u8>>>,
     /// Where in it the chunk lies as it goes out.
     frame: Range<usize>,
 }
@@ -489,6 +492,7 @@ impl Source<'_> {
             ended: false,
             chunked: false,
             buffer: Arc::new(vec![0; SIZE_LINE + room + LAST_CHUNK.len()]),
+            before: None,
             frame: 0..0,
         }
     }
@@ -497,8 +501,10 @@ impl Source<'_> {
     /// is as long as the client said, and its digest the one it gave.
     fn read(&mut self) -> Result<()> {
         let lost = || Error::Failed("the thread of the digest is lost: try again".into());
-        if let Some(hashing) = self.hashing.take() {
-            self.md5 = Some(hashing.recv().map_err(|_| lost())?);
+        if self.hashing.is_some() {
+            let next = self.before.take();
+            let next = next.unwrap_or_else(|| Arc::new(vec![0; self.buffer.len()]));
+            self.before = Some(std::mem::replace(&mut self.buffer, next));
         }
         let buffer = Arc::get_mut(&mut self.buffer).ok_or_else(lost)?;
         let room = buffer.len() - SIZE_LINE - LAST_CHUNK.len();
@@ -537,6 +543,9 @@ impl Source<'_> {
             buffer[..SIZE_LINE].copy_from_slice(format!("{filled:06x}\r\n").as_bytes());
             buffer[chunk.end..chunk.end + LAST_CHUNK.len()].copy_from_slice(LAST_CHUNK);
         }
+        if let Some(hashing) = self.hashing.take() {
+            self.md5 = Some(hashing.recv().map_err(|_| lost())?);
+        }
         if self.size > LARGE && !self.ended {
             self.hash_aside(chunk);
         } else if let Some(md5) = &mut self.md5 {
@@ -560,7 +569,7 @@ impl Source<'_> {
         let buffer = self.buffer.clone();
         let job = Box::new(move || {
             md5.update(&buffer[chunk]);
-            // Before the next chunk is read into it.
+            // Before the next chunk but one is read into it.
             drop(buffer);
             let _ = done.send(md5);
         });
