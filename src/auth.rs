@@ -10,6 +10,7 @@ use md5::{Digest, Md5};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 
 use crate::error::{Error, Result};
+use crate::pool::lock;
 use crate::record::Hash;
 use crate::volumes::Volumes;
 
@@ -82,7 +83,7 @@ impl Gate {
 
     /// What is remembered of these credentials.
     pub fn remembered(&self, credentials: &Credentials) -> Option<bool> {
-        let known = self.known.lock().unwrap_or_else(|e| e.into_inner());
+        let known = lock(&self.known);
         let (at, right) = known.get(&self.digest(credentials))?;
         (at.elapsed() < if *right { YES } else { NO }).then_some(*right)
     }
@@ -99,14 +100,14 @@ impl Gate {
                     );
                 }
                 Ok(right) => {
-                    let mut known = self.known.lock().unwrap_or_else(|e| e.into_inner());
+                    let mut known = lock(&self.known);
                     if known.len() >= MOST {
                         known.clear();
                     }
                     known.insert(self.digest(credentials), (Instant::now(), right));
                     return Ok(right);
                 }
-                Err(error) => failed = error,
+                Err(error) => failed = Error::Unavailable(error.to_string()),
             }
         }
         Err(failed)
@@ -114,7 +115,7 @@ impl Gate {
 
     /// A volume has just said no to these credentials.
     pub fn forget(&self, credentials: &Credentials) {
-        self.known.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.digest(credentials));
+        lock(&self.known).remove(&self.digest(credentials));
     }
 
     fn digest(&self, credentials: &Credentials) -> Hash {

@@ -32,8 +32,8 @@ pub enum Error {
     KeyTooLong(usize),
     /// A volume answered with a status that is none of the good ones.
     Refused { volume: String, status: u16 },
-    /// A volume gave no answer.
-    Unreachable { volume: String, why: String },
+    /// A volume gave no answer. `late`: it has the request, and may carry it out yet.
+    Unreachable { volume: String, why: String, late: bool },
     /// The master is stopping or full, or another part that should answer does not.
     Unavailable(String),
     /// The index could not be read or written, or holds what does not decode.
@@ -113,7 +113,7 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
-            Error::Unreachable { volume, why } => {
+            Error::Unreachable { volume, why, .. } => {
                 write!(f, "volume {volume} gives no answer ({why}): is its nginx running?")
             }
         }

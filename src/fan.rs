@@ -10,12 +10,14 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, epoll, poll};
 use rustix::net::{RecvFlags, recv};
+
+use crate::pool::lock;
 
 /// How long a volume may make no progress: nginx can be silent for long while the disk writes back.
 pub const STALL: Duration = Duration::from_secs(60);
@@ -51,19 +53,11 @@ impl Line {
         if let Some((_, addresses)) = known.filter(|(at, _)| at.elapsed() < RESOLVED) {
             return Ok(addresses);
         }
-        let port = if self.host.rsplit(']').next().is_some_and(|end| end.contains(':')) {
-            ""
-        } else {
-            ":80"
-        };
+        let has_port = self.host.rsplit(']').next().is_some_and(|end| end.contains(':'));
+        let port = if has_port { "" } else { ":80" };
         let addresses: Vec<_> = format!("{}{port}", self.host).to_socket_addrs()?.collect();
         *lock(&self.addresses) = Some((Instant::now(), addresses.clone()));
         Ok(addresses)
-    }
-
-    /// Resolves anew next time: the volume may have moved.
-    pub fn forget_addresses(&self) {
-        *lock(&self.addresses) = None;
     }
 
     fn connect(&self) -> io::Result<TcpStream> {
@@ -78,7 +72,8 @@ impl Line {
                 Err(e) => failed = e,
             }
         }
-        self.forget_addresses();
+        // Resolves anew next time: the volume may have moved.
+        *lock(&self.addresses) = None;
         Err(failed)
     }
 
@@ -102,17 +97,13 @@ impl Line {
     }
 }
 
-fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
-    value.lock().unwrap_or_else(|e| e.into_inner())
-}
-
 /// A volume's answer.
 #[derive(Debug, Default)]
 pub struct Answer {
     pub status: u16,
     /// Its Content-Length.
     pub length: Option<u64>,
-    /// The body of a 200, where it was asked for.
+    /// The body of a GET's 200.
     pub body: Vec<u8>,
 }
 
@@ -143,8 +134,6 @@ pub struct Exchange {
     /// All of the request is sent.
     pub whole: bool,
     input: Vec<u8>,
-    /// The body is of interest.
-    collects: bool,
     incoming: Option<Incoming>,
     pub outcome: Option<io::Result<Answer>>,
 }
@@ -162,15 +151,9 @@ impl Exchange {
             first: true,
             whole: false,
             input: Vec::new(),
-            collects: false,
             incoming: None,
             outcome: None,
         }
-    }
-
-    /// Has the body of the answer read, too.
-    pub fn collect(self) -> Exchange {
-        Exchange { collects: true, ..self }
     }
 
     fn connect(&mut self) {
@@ -284,7 +267,7 @@ impl Exchange {
         let chunked = header("transfer-encoding").is_some();
         let answer = Answer { status, length, body: Vec::new() };
         self.input.drain(..end);
-        if self.collects && status == 200 {
+        if self.head.starts_with(b"GET ") && status == 200 {
             let left = if chunked { 0 } else { body };
             self.incoming = Some(Incoming { answer, chunked, left, chunk: None, stays });
             return self.read_body();

@@ -14,7 +14,6 @@
 //!   whose body was not read is answered by `abort`, on the socket itself, which is then closed;
 //! - a chunked body that is cut looks whole: `Body` asks the socket before it believes an end.
 
-use std::cell::RefCell;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt::Display;
@@ -34,10 +33,10 @@ use tiny_http::{Request, Server};
 
 use crate::error::{Error, Result};
 use crate::list::Page;
-use crate::pool::{Job, Pool};
+use crate::pool::{Job, Pool, lock};
 use crate::record::{Hash, unhex};
 use crate::route::{Command, route};
-use crate::store::{Reply, ReplyBody, Store, Upload, now};
+use crate::store::{Reply, ReplyBody, Store, Upload};
 
 /// What is progress in a body, in bytes: a client that sends one byte a second holds the key's lock.
 const PROGRESS: usize = 1 << 10;
@@ -73,7 +72,7 @@ const LOOK_AFTER: usize = SEND_BUFFER / 8;
 const SERVERS: usize = 2;
 
 /// How often `accept` is given something to do. It would fail after `STALL` without.
-const PING: Duration = Duration::from_secs(20);
+const PING: Duration = Duration::from_secs(10);
 
 /// How often the connections are counted, if there are many.
 const CENSUS: Duration = Duration::from_secs(1);
@@ -290,7 +289,7 @@ fn listen(host: &str, port: u16) -> Result<TcpListener> {
 
 impl Http {
     fn conns(&self) -> MutexGuard<'_, HashMap<SocketAddr, Conn>> {
-        self.conns.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.conns)
     }
 
     /// Makes a server: an accept thread of tiny_http's and a thread that receives.
@@ -331,7 +330,7 @@ impl Http {
         if conns.len() >= most {
             drop(conns);
             // Many of them may be gone by now.
-            let (at, cost) = *self.counted.lock().unwrap_or_else(|e| e.into_inner());
+            let (at, cost) = *lock(&self.counted);
             if at.elapsed() > cost * 10 {
                 self.census();
             }
@@ -398,9 +397,8 @@ impl Http {
             // a thread that hears volumes for all.
             let http = self.clone();
             let turn = Turn::new(peer);
-            if let Err(job) = self.workers.run(Box::new(move || http.handle(request, turn))) {
-                job();
-            }
+            let job = Box::new(move || http.handle(request, turn));
+            self.workers.run(job).unwrap_or_else(|job| job());
         }
     }
 
@@ -441,15 +439,8 @@ impl Http {
             return self.queue(request, turn, head, command, true);
         }
         // Many of these may wait for a volume that hangs; UNLINK and what else there is go on.
-        let long = matches!(
-            command,
-            Ok(Command::Get { .. }
-                | Command::Put { .. }
-                | Command::Delete(_)
-                | Command::Relink(_)
-                | Command::Rebalance(_)
-                | Command::List(_))
-        );
+        let short =
+            matches!(command, Ok(Command::Unlink(_) | Command::Metrics | Command::Health) | Err(_));
         let error = match (client, &command) {
             (Some(Err(error)), _) => error,
             (Some(Ok(_)), Err(error)) => error.clone(),
@@ -462,7 +453,7 @@ impl Http {
                     None => http.queue(request, turn, head, command, true),
                 });
             }
-            _ => return self.queue(request, turn, head, command, long),
+            _ => return self.queue(request, turn, head, command, !short),
         };
         if head.has_body() {
             self.abort(request, turn, error.into());
@@ -541,32 +532,17 @@ impl Http {
             },
         };
         self.count(&request, turn, &reply);
-        let without_body = request.method().as_str() == "HEAD";
-        let mut size = 0;
-        let sent = match page {
-            None => {
-                let text = if let ReplyBody::Text(text) = &reply.body { text.as_str() } else { "" };
-                let mut bytes = response(&reply, text.len() as u64, turn.last);
-                if !without_body {
-                    bytes.extend_from_slice(text.as_bytes());
-                }
-                size += bytes.len();
-                let mut writer = request.into_writer();
-                writer
-                    .write_all(&bytes)
-                    .and_then(|()| writer.flush())
-                    .map_err(|e| Error::Failed(e.to_string()))
-            }
-            Some(page) => {
-                let bytes = response(&reply, page.length, turn.last);
-                size += bytes.len() + page.length as usize;
-                let mut writer = io::BufWriter::with_capacity(64 << 10, request.into_writer());
-                let broken = |e: io::Error| Error::Failed(e.to_string());
-                let sent =
-                    writer.write_all(&bytes).map_err(broken).and_then(|()| page.write(&mut writer));
-                sent.and_then(|()| writer.flush().map_err(broken))
-            }
-        };
+        let (length, buffer) =
+            page.as_ref().map_or((None, 0), |page| (Some(page.length), 64 << 10));
+        let bytes = response(&request, &reply, length, turn.last);
+        let size = bytes.len() + length.unwrap_or(0) as usize;
+        let mut writer = io::BufWriter::with_capacity(buffer, request.into_writer());
+        let broken = |e: io::Error| Error::Failed(e.to_string());
+        let sent = writer.write_all(&bytes).map_err(broken);
+        let sent = sent.and_then(|()| page.map_or(Ok(()), |page| page.write(&mut writer)));
+        let sent = sent.and_then(|()| writer.flush().map_err(broken));
+        // The connection's next answer waits for this.
+        drop(writer);
         if let Err(error) = sent {
             log::debug!("an answer to {} was not sent: {error}", turn.peer);
             self.close(turn.peer);
@@ -583,11 +559,7 @@ impl Http {
         if let Some(conn) = self.conns().get_mut(&peer) {
             conn.closed = true;
         }
-        let text = if let ReplyBody::Text(text) = &reply.body { text.as_str() } else { "" };
-        let mut bytes = response(&reply, text.len() as u64, true);
-        if request.method().as_str() != "HEAD" {
-            bytes.extend_from_slice(text.as_bytes());
-        }
+        let bytes = response(&request, &reply, None, true);
         let http = self.clone();
         let job = Box::new(move || {
             http.end(request, peer, |socket| {
@@ -607,9 +579,7 @@ impl Http {
     fn discard(self: &Arc<Self>, request: Request, peer: SocketAddr) {
         let http = self.clone();
         let job = Box::new(move || http.end(request, peer, |_| ()));
-        if let Err(job) = self.store.volumes.pool.run(job) {
-            job();
-        }
+        self.store.volumes.pool.run(job).unwrap_or_else(|job| job());
     }
 
     /// Closes a connection, with some last words, and drops its request.
@@ -760,14 +730,11 @@ impl Http {
             let stuck = before.values().filter(due).count();
             let mut connections = stuck * SERVERS;
             if begun >= ping_at {
-                connections += SERVERS;
+                // One accept thread may take several.
+                connections += 2 * SERVERS;
                 ping_at = begun + PING;
             }
-            for _ in 0..connections {
-                if self.connect().is_err() {
-                    break;
-                }
-            }
+            let _ = (0..connections).try_for_each(|_| self.connect().map(drop));
             let rest = (begun.elapsed() * 300).clamp(LOOK_AGAIN * 2, Duration::from_millis(100));
             let soon = before.values().filter(is_new).count() > 0;
             std::thread::sleep(if soon { LOOK_AGAIN } else { rest });
@@ -825,7 +792,7 @@ impl Http {
         for peer in close {
             self.close(peer);
         }
-        let mut counted = self.counted.lock().unwrap_or_else(|e| e.into_inner());
+        let mut counted = lock(&self.counted);
         *counted = (Instant::now(), begun.elapsed());
     }
 
@@ -937,50 +904,24 @@ fn content_md5(text: &str) -> Result<Hash> {
     })
 }
 
-/// A response's head, in one piece.
-fn response(reply: &Reply, length: u64, close: bool) -> Vec<u8> {
-    let reason = match reply.status {
-        200 => "OK",
-        201 => "Created",
-        204 => "No Content",
-        302 => "Found",
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        409 => "Conflict",
-        410 => "Gone",
-        411 => "Length Required",
-        413 => "Content Too Large",
-        414 => "URI Too Long",
-        500 => "Internal Server Error",
-        503 => "Service Unavailable",
-        _ => "",
-    };
-    let mut text = format!("HTTP/1.1 {} {reason}\r\nDate: {}\r\n", reply.status, date());
+/// A response in one piece; of a page, whose length this is, its head.
+fn response(request: &Request, reply: &Reply, page: Option<u64>, close: bool) -> Vec<u8> {
+    let reason = tiny_http::StatusCode(reply.status).default_reason_phrase();
+    let date = httpdate::fmt_http_date(SystemTime::now());
+    let body = if let ReplyBody::Text(text) = &reply.body { text.as_str() } else { "" };
+    let mut text = format!("HTTP/1.1 {} {reason}\r\nDate: {date}\r\n", reply.status);
     for (name, value) in &reply.headers {
-        text.push_str(name);
-        text.push_str(": ");
-        text.push_str(value);
-        text.push_str("\r\n");
+        text.extend([*name, ": ", value.as_str(), "\r\n"]);
     }
     if reply.status != 204 {
+        let length = page.unwrap_or(body.len() as u64);
         text.push_str(&format!("Content-Length: {length}\r\n"));
     }
     text.push_str(if close { "Connection: close\r\n\r\n" } else { "\r\n" });
+    if request.method().as_str() != "HEAD" {
+        text.push_str(body);
+    }
     text.into_bytes()
-}
-
-/// The time as HTTP writes it, made once a second.
-fn date() -> String {
-    thread_local!(static LAST: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) });
-    LAST.with_borrow_mut(|(at, text)| {
-        if *at != now() {
-            (*at, *text) = (now(), httpdate::fmt_http_date(SystemTime::now()));
-        }
-        text.clone()
-    })
 }
 
 /// Reads what the client still sends: were the connection cut with bytes unread, the client could

@@ -113,18 +113,8 @@ fn refuse_used(folder: &Path) -> Result<()> {
     if !folder.exists() {
         return Ok(());
     }
-    let index = Index::open(folder, false, false)?;
-    let mut used = false;
-    index.view().records(b"", b"", |_, _| {
-        used = true;
-        Ok(false)
-    })?;
-    index.view().debris(b"", |_, _, _| {
-        used = true;
-        Ok(())
-    })?;
     let text = format!("the index {} is not empty: give another -db", folder.display());
-    if used { Err(Error::Failed(text)) } else { Ok(()) }
+    if Index::open(folder, false, false)?.is_empty()? { Ok(()) } else { Err(Error::Failed(text)) }
 }
 
 fn remove(folder: &Path) -> io::Result<()> {

@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator,
-    DBRecoveryMode, LogLevel, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
+    DBRecoveryMode, LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch,
+    WriteOptions,
 };
 use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Error, Result};
+use crate::pool::lock;
 use crate::record::{Debris, Record};
 
 const DEBRIS: &str = "debris";
@@ -50,13 +52,8 @@ pub fn lock_dir(dir: &Path, create: bool) -> Result<DirLock> {
         std::fs::create_dir_all(dir).map_err(wrong)?;
     }
     let path = dir.join("lock");
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(wrong)?;
+    let file = File::options().read(true).append(true).create(true).open(path);
+    let mut file = file.map_err(wrong)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
         let _ = file.read_to_string(&mut holder);
@@ -161,11 +158,9 @@ impl Index {
         if !folder.join("CURRENT").exists() {
             return Err(wrong(&"there is none: check -db"));
         }
-        let scratch = std::env::temp_dir().join(format!(
-            "mkv-follow-{}-{:x}",
-            std::process::id(),
-            fastrand::u32(..)
-        ));
+        let scratch = std::env::temp_dir().join(format!("mkv-follow-{:x}", fastrand::u64(..)));
+        let no_scratch = |e| Error::Failed(format!("{}: {e}: set TMPDIR", scratch.display()));
+        std::fs::create_dir(&scratch).map_err(no_scratch)?;
         // A follower has to keep open what the primary may delete.
         let mut options = options();
         options.set_max_open_files(-1);
@@ -188,9 +183,7 @@ impl Index {
     }
 
     fn debris_family(&self) -> &ColumnFamily {
-        self.db
-            .cf_handle(DEBRIS)
-            .expect("the family is in the list that the database was opened with")
+        self.db.cf_handle(DEBRIS).expect("the database was opened with it")
     }
 
     /// What the index holds for a key.
@@ -220,39 +213,32 @@ impl Index {
 
     /// One entry of debris.
     pub fn debris_entry(&self, key: &[u8], version: u64) -> Result<Option<Debris>> {
-        let found = self
-            .db
-            .get_pinned_cf(self.debris_family(), debris_name(key, version))
-            .map_err(index_error)?;
+        let found = self.db.get_pinned_cf(self.debris_family(), debris_name(key, version));
+        let found = found.map_err(index_error)?;
         found.map(|text| decode(key, Debris::decode(&text), &text)).transpose()
     }
 
     /// Takes a key's lock, which every writer of the key holds; `None`: another writer has it. The
     /// cleaner is waited for: it is no writer that a client could know of.
     pub fn lock(&self, key: &[u8]) -> Option<KeyLock<'_>> {
-        self.take_lock(key, false, |by_cleaner| by_cleaner)
+        self.take_lock(key, false)
     }
 
     /// Takes a key's lock for the cleaner, which gives way to writers, and to its own other threads,
     /// but waits a little for them.
     pub fn lock_to_clean(&self, key: &[u8]) -> Option<KeyLock<'_>> {
-        self.take_lock(key, true, |_| true)
+        self.take_lock(key, true)
     }
 
-    fn take_lock(
-        &self,
-        key: &[u8],
-        cleaner: bool,
-        wait: impl Fn(bool) -> bool,
-    ) -> Option<KeyLock<'_>> {
+    fn take_lock(&self, key: &[u8], cleaner: bool) -> Option<KeyLock<'_>> {
         let begun = Instant::now();
         loop {
-            match self.locks.lock().unwrap_or_else(|e| e.into_inner()).entry(key.to_vec()) {
+            match lock(&self.locks).entry(key.to_vec()) {
                 Entry::Vacant(entry) => {
                     entry.insert(cleaner);
                     return Some(KeyLock { index: self, key: key.to_vec() });
                 }
-                Entry::Occupied(entry) if !wait(*entry.get()) => return None,
+                Entry::Occupied(entry) if !cleaner && !*entry.get() => return None,
                 Entry::Occupied(_) => {}
             }
             if begun.elapsed() > if cleaner { CLEANER_WAITS } else { CLIENT_WAITS } {
@@ -264,7 +250,7 @@ impl Index {
 
     /// The number of keys that are locked now.
     pub fn locked(&self) -> usize {
-        self.locks.lock().unwrap_or_else(|e| e.into_inner()).len()
+        lock(&self.locks).len()
     }
 
     /// Begins a change: entries that are written together or not at all.
@@ -278,6 +264,19 @@ impl Index {
         View { index: self, snapshot: (!self.follower).then(|| self.db.snapshot()) }
     }
 
+    /// Whether there is neither a record nor debris.
+    pub fn is_empty(&self) -> Result<bool> {
+        let mut empty = true;
+        let view = self.view();
+        for family in [None, Some(self.debris_family())] {
+            let mut rows = view.rows(family, b"");
+            rows.seek_to_first();
+            rows.status().map_err(index_error)?;
+            empty &= !rows.valid();
+        }
+        Ok(empty)
+    }
+
     /// Brings all that was written so far to the disk.
     pub fn sync(&self) -> Result<()> {
         self.db.flush_wal(true).map_err(index_error)
@@ -285,9 +284,7 @@ impl Index {
 
     /// Whether the index takes a write: one that changes nothing.
     pub fn probe(&self) -> Result<()> {
-        let mut batch = WriteBatch::default();
-        batch.delete_cf(self.debris_family(), b"");
-        self.db.write(batch).map_err(index_error)
+        self.change().drop_debris(b"", 0).commit()
     }
 
     /// RocksDB's estimate of the number of keys.
@@ -308,7 +305,7 @@ pub struct KeyLock<'a> {
 
 impl Drop for KeyLock<'_> {
     fn drop(&mut self) {
-        self.index.locks.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.key);
+        lock(&self.index.locks).remove(&self.key);
     }
 }
 
@@ -418,11 +415,7 @@ impl View<'_> {
 /// tombstones of the whole index to find that its prefix has ended.
 fn within(prefix: &[u8]) -> ReadOptions {
     let mut options = ReadOptions::default();
-    if let Some(last) = prefix.iter().rposition(|byte| *byte < 0xff) {
-        let mut end = prefix[..=last].to_vec();
-        end[last] += 1;
-        options.set_iterate_upper_bound(end);
-    }
+    options.set_iterate_range(PrefixRange(prefix));
     options
 }
 

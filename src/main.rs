@@ -53,6 +53,8 @@ mod store;
 mod verify;
 mod volumes;
 
+use std::io::Write;
+
 use error::Result;
 use index::Index;
 use options::{Mode, Options, USAGE};
@@ -73,7 +75,13 @@ fn run(options: Options) -> Result<()> {
     env_logger::Builder::new().filter_module("mkv", level).init();
     // One line in the log. tiny_http's threads panic where a client resets its connection at once.
     std::panic::set_hook(Box::new(|panic| {
-        let quiet = panic.location().is_some_and(|at| at.file().contains("tiny_http"));
+        let place = panic.location().map_or("", |at| at.file());
+        // `println!`: what reads the output has ended, as `head` does.
+        if place.ends_with("std/src/io/stdio.rs") {
+            let _ = writeln!(std::io::stderr(), "mkv: the output cannot be written: {panic}");
+            std::process::exit(1);
+        }
+        let quiet = place.contains("tiny_http");
         log::log!(if quiet { log::Level::Debug } else { log::Level::Error }, "{panic}");
     }));
     schedule_as_batch();

@@ -6,6 +6,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::pool::lock;
+
 /// Upper bounds of the buckets, in seconds.
 const BOUNDS: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
@@ -33,11 +35,8 @@ impl Histogram {
             let bound = BOUNDS.get(n).map_or("+Inf".into(), f64::to_string);
             let _ = writeln!(text, "{name}_bucket{{{labels},le=\"{bound}\"}} {sum}");
         }
-        let _ = writeln!(
-            text,
-            "{name}_sum{{{labels}}} {}\n{name}_count{{{labels}}} {sum}",
-            self.seconds
-        );
+        let seconds = self.seconds;
+        let _ = writeln!(text, "{name}_sum{{{labels}}} {seconds}\n{name}_count{{{labels}}} {sum}");
     }
 }
 
@@ -84,14 +83,9 @@ impl Metrics {
             let _ = writeln!(text, "mkv_errors_total{{kind=\"{kind}\"}} {count}");
         }
         let get = |value: &AtomicU64| value.load(Ordering::Relaxed);
-        plain(
-            text,
-            "mkv_received_bytes_total",
-            "counter",
-            "Bytes of values received.",
-            get(&self.received),
-        );
-        plain(text, "mkv_sent_bytes_total", "counter", "Bytes of answers sent.", get(&self.sent));
+        let (received, sent) = (get(&self.received), get(&self.sent));
+        plain(text, "mkv_received_bytes_total", "counter", "Bytes of values received.", received);
+        plain(text, "mkv_sent_bytes_total", "counter", "Bytes of answers sent.", sent);
         plain(text, "mkv_uploads", "gauge", "Uploads under way.", get(&self.uploads));
         plain(text, "mkv_connections", "gauge", "Connections of clients.", get(&self.connections));
     }
@@ -106,10 +100,6 @@ pub fn head(text: &mut String, name: &str, kind: &str, help: &str) {
 pub fn plain(text: &mut String, name: &str, kind: &str, help: &str, value: u64) {
     head(text, name, kind, help);
     let _ = writeln!(text, "{name} {value}");
-}
-
-fn lock<T>(value: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    value.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::record::is_volume;
+use crate::record::{is_volume, volume_of};
 
 pub const USAGE: &str = "\
 mkv, a distributed key-value store: plain files behind nginx, one small index
@@ -90,22 +90,8 @@ pub struct Options {
 }
 
 /// Flags that stand alone, or have `=true` or `=false` behind them.
-const SWITCHES: [&str; 14] = [
-    "v",
-    "version",
-    "help",
-    "h",
-    "protect",
-    "basicauth",
-    "md5sum",
-    "sync",
-    "rehash",
-    "dry-run",
-    "deep",
-    "repair",
-    "strays",
-    "dry_run",
-];
+const SWITCHES: &str =
+    "v version help h protect basicauth md5sum sync rehash dry-run deep repair strays";
 
 /// Parses and checks the words of the command line, the program's name left out.
 pub fn parse(words: impl Iterator<Item = String>) -> Result<Options> {
@@ -133,12 +119,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Options> {
         maxconns: flags.number("maxconns", 4096, 1, 1_000_000)?,
         rehash: flags.switch("rehash", false)?,
         from: flags.last("from")?.map(PathBuf::from),
-        lost: flags
-            .all("lost")?
-            .iter()
-            .flat_map(|list| list.split(','))
-            .map(String::from)
-            .collect(),
+        lost: flags.all("lost")?.join(",").split(',').map(String::from).collect(),
         dry_run: flags.switch("dry-run", false)?,
         settle: flags.time("settle", Duration::from_secs(60))?,
         deep: flags.switch("deep", false)?,
@@ -174,6 +155,11 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Options> {
 }
 
 impl Options {
+    /// Whether a replica lies on a volume, or subvolume, that `-lost` names.
+    pub fn is_lost(&self, replica: &str) -> bool {
+        self.lost.iter().any(|lost| lost == replica || lost == volume_of(replica))
+    }
+
     /// Everything that can be known to be wrong before the first side effect.
     fn check(&self) -> Result<()> {
         if matches!(self.mode, Mode::Help | Mode::Version) {
@@ -230,7 +216,7 @@ fn double_dash(word: String) -> std::ffi::OsString {
     else {
         return word.into();
     };
-    let bare = SWITCHES.contains(&name);
+    let bare = SWITCHES.split(' ').any(|switch| switch == name);
     format!("--{name}{}", if bare { "=true" } else { "" }).into()
 }
 

@@ -8,6 +8,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+/// Locks what is whole after each change to it, so that a panic elsewhere does not matter.
+pub fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 pub type Job = Box<dyn FnOnce() + Send>;
 
 /// How long a thread without work waits for some before it ends.
@@ -42,7 +47,7 @@ impl Pool {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.0.state)
     }
 
     /// Runs the job on a thread that waits, or on a new one. Gives the job back where the machine

@@ -15,8 +15,9 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::index::decode;
 use crate::placement::path;
+use crate::pool::lock;
 use crate::progress::Progress;
-use crate::record::{Debris, Record};
+use crate::record::{Debris, Record, volume_of};
 use crate::store::{NOT_FOUND, Store, now};
 use crate::volumes::Value;
 
@@ -30,7 +31,7 @@ const LISTED: u64 = 100;
 const BATCH: usize = 4096;
 
 /// What one key needs.
-struct Plan {
+pub struct Plan {
     /// Replicas of the record that are there, in the right length.
     sources: Vec<String>,
     length: u64,
@@ -39,27 +40,27 @@ struct Plan {
     wanted: Vec<String>,
 }
 
-impl Store {
-    /// Whether a replica lies on a volume, or subvolume, that `-lost` names.
-    pub fn is_lost(&self, replica: &str) -> bool {
-        let volume = replica.split('/').next();
-        self.options.lost.iter().any(|lost| lost == replica || Some(lost.as_str()) == volume)
+impl Plan {
+    fn is_needed(&self, record: &Record) -> bool {
+        !self.copies.is_empty() || self.wanted != record.replicas
     }
+}
 
-    /// Moves one key's replicas to where placement wants them. `true`: there was something to do.
-    pub fn rebalance(&self, key: &[u8], auth: Option<&str>) -> Result<bool> {
+impl Store {
+    /// Moves one key's replicas to where placement wants them. `None`: there was nothing to do.
+    pub fn rebalance(&self, key: &[u8], auth: Option<&str>) -> Result<Option<Plan>> {
         let _lock = self.index.lock(key).ok_or(Error::Locked)?;
         let record = self.index.get(key)?.ok_or(NOT_FOUND)?;
         let plan = self.plan(key, &record, auth)?;
-        if plan.copies.is_empty() && plan.wanted == record.replicas {
-            return Ok(false);
+        if !plan.is_needed(&record) {
+            return Ok(None);
         }
-        self.copy(key, &record, &plan, auth)?;
+        self.secure(key, &record, &plan, auth)?;
         let mut copied = self.index.debris_entry(key, record.version)?.unwrap_or_default();
-        copied.replicas.retain(|replica| !plan.wanted.contains(replica) && !self.is_lost(replica));
-        let surplus =
-            record.replicas.iter().filter(|r| !plan.wanted.contains(r) && !self.is_lost(r));
-        let surplus: Vec<String> = surplus.cloned().collect();
+        copied
+            .replicas
+            .retain(|replica| !plan.wanted.contains(replica) && !self.options.is_lost(replica));
+        let surplus: Vec<String> = self.surplus(&record, &plan).cloned().collect();
         if !surplus.is_empty() {
             copied.grow(&Debris {
                 until: 0,
@@ -68,8 +69,8 @@ impl Store {
             });
         }
         let change = self.index.change().set_debris(key, record.version, &copied);
-        change.put(key, &Record { replicas: plan.wanted, ..record }).commit()?;
-        Ok(true)
+        change.put(key, &Record { replicas: plan.wanted.clone(), ..record }).commit()?;
+        Ok(Some(plan))
     }
 
     /// Copies what is missing: from the first source whose bytes are the record's.
@@ -78,7 +79,6 @@ impl Store {
         key: &[u8],
         record: &Record,
         sources: &[String],
-        length: u64,
         copies: &[String],
         auth: Option<&str>,
     ) -> Result<()> {
@@ -86,7 +86,7 @@ impl Store {
         let mut failed = Error::Gone;
         for source in sources {
             let opened = match self.volumes.read(source, &blob, auth) {
-                Ok(Some(opened)) if opened.length == length => opened,
+                Ok(Some(opened)) if record.size.is_none_or(|size| size == opened.length) => opened,
                 Ok(_) => continue,
                 Err(error) => {
                     failed = error;
@@ -96,7 +96,7 @@ impl Store {
             let mut body = opened.body;
             let value = Value {
                 body: &mut body,
-                length: Some(length),
+                length: Some(opened.length),
                 expected: record.hash,
                 md5sum: false,
                 time: record.time.or(opened.time).unwrap_or_else(now),
@@ -109,6 +109,7 @@ impl Store {
                         "{source} is no good source for \"{}\": {why}",
                         key.escape_ascii()
                     ));
+                    log::warn!("{failed}");
                 }
                 Err(error) => return Err(error),
             }
@@ -116,29 +117,60 @@ impl Store {
         Err(failed)
     }
 
-    fn copy(&self, key: &[u8], record: &Record, plan: &Plan, auth: Option<&str>) -> Result<()> {
-        if plan.copies.is_empty() {
+    /// Sees to it that the value is whole where it is to be, before anything else of it may go: by
+    /// copies from a good source or, where there is nothing to copy, by reading what stays.
+    fn secure(&self, key: &[u8], record: &Record, plan: &Plan, auth: Option<&str>) -> Result<()> {
+        if !plan.copies.is_empty() {
+            if self.may_be_deleted(key) {
+                let text = "a deletion of this key got no answer: try again in an hour";
+                return Err(Error::Unavailable(text.into()));
+            }
+            return self.restore(key, record, &plan.sources, &plan.copies, auth);
+        }
+        if record.hash.is_none() || self.surplus(record, plan).next().is_none() {
             return Ok(());
         }
-        self.restore(key, record, &plan.sources, plan.length, &plan.copies, auth)
+        let blob = path(key, record.version);
+        for replica in &plan.wanted {
+            let digest = self.volumes.digest(replica, &blob, auth)?;
+            if digest.map(|(hash, _)| hash) == record.hash {
+                return Ok(());
+            }
+        }
+        Err(Error::Failed("what stays has other bytes: mkv verify -deep -repair mends it".into()))
     }
 
-    /// Finds out which replicas exist and what has to be copied. A volume that gives no answer is an
-    /// error, unless it is lost.
-    fn plan(&self, key: &[u8], record: &Record, auth: Option<&str>) -> Result<Plan> {
-        let blob = path(key, record.version);
-        let wanted = self.place(key);
-        let mut there = Vec::new();
-        for replica in &record.replicas {
-            if self.is_lost(replica) {
-                continue;
-            }
+    /// The replicas that the plan has no more use for.
+    fn surplus<'a>(&self, record: &'a Record, plan: &Plan) -> impl Iterator<Item = &'a String> {
+        record.replicas.iter().filter(|r| !plan.wanted.contains(r) && !self.options.is_lost(r))
+    }
+
+    /// Those of the replicas that have the record's blob, in its length, with that length.
+    pub fn whole<'a>(
+        &self,
+        key: &[u8],
+        record: &Record,
+        replicas: impl Iterator<Item = &'a String>,
+        auth: Option<&str>,
+    ) -> Result<Vec<(String, u64)>> {
+        let (blob, mut there) = (path(key, record.version), Vec::new());
+        for replica in replicas {
             if let Some(length) = self.volumes.head(replica, &blob, auth)?
                 && record.size.is_none_or(|size| size == length)
             {
                 there.push((replica.clone(), length));
             }
         }
+        Ok(there)
+    }
+
+    /// Finds out which replicas exist and what has to be copied. A volume that gives no answer is an
+    /// error, unless it is lost.
+    fn plan(&self, key: &[u8], record: &Record, auth: Option<&str>) -> Result<Plan> {
+        let wanted = self.place(key);
+        let named = || record.replicas.iter().filter(|replica| !self.options.is_lost(replica));
+        self.volumes.check_distinct(named().chain(&wanted))?;
+        let there = self.whole(key, record, named(), auth)?;
         let Some(&(_, length)) = there.first() else { return Err(Error::Gone) };
         // Without a digest and a size, the replicas have to agree on what the value is.
         if record.hash.is_none() && there.iter().any(|(_, other)| *other != length) {
@@ -166,8 +198,17 @@ struct Counts {
     volumes: Mutex<BTreeMap<String, (u64, u64)>>,
 }
 
+impl Counts {
+    fn fail(&self, progress: &Progress, all: bool, text: &str) {
+        if self.failed.fetch_add(1, Ordering::Relaxed) < LISTED || all {
+            progress.say(text);
+        }
+    }
+}
+
 /// `mkv rebalance`: all keys, then the surplus.
 pub fn run(store: &Arc<Store>) -> Result<()> {
+    store.volumes.check_distinct(store.options.volumes.iter())?;
     let counts = Counts::default();
     let progress = Progress::new(store.index.estimate(), "keys");
     let threads = rayon::ThreadPoolBuilder::new().num_threads(WIDTH).build();
@@ -180,7 +221,10 @@ pub fn run(store: &Arc<Store>) -> Result<()> {
         batch.clear();
     };
     store.index.view().records(b"", b"", |key, text| {
-        batch.push((key.to_vec(), decode(key, Record::decode(text), text)?));
+        match decode(key, Record::decode(text), text) {
+            Ok(record) => batch.push((key.to_vec(), record)),
+            Err(error) => counts.fail(&progress, store.options.verbose, &error.to_string()),
+        }
         if batch.len() == BATCH {
             work(&mut batch);
         }
@@ -198,7 +242,7 @@ pub fn run(store: &Arc<Store>) -> Result<()> {
         get(&counts.bytes),
         get(&counts.failed)
     );
-    for (volume, (copies, bytes)) in &*counts.volumes.lock().unwrap_or_else(|e| e.into_inner()) {
+    for (volume, (copies, bytes)) in &*lock(&counts.volumes) {
         println!("  {volume}: {copies} copies, {bytes} bytes");
     }
     if get(&counts.failed) > LISTED && !store.options.verbose {
@@ -221,31 +265,27 @@ impl Store {
         counts.keys.fetch_add(1, Ordering::Relaxed);
         progress.add(1);
         let auth = self.own_auth();
-        let moved = self.plan(key, record, auth).and_then(|plan| {
-            let needed = !plan.copies.is_empty() || plan.wanted != record.replicas;
-            if needed && !self.options.dry_run {
-                self.rebalance(key, auth)?;
-            }
-            Ok((needed, plan))
-        });
+        let moved = if self.options.dry_run {
+            self.plan(key, record, auth)
+                .map(|plan| Some(plan).filter(|plan| plan.is_needed(record)))
+        } else {
+            self.rebalance(key, auth)
+        };
         match moved {
-            Ok((false, _)) => {}
-            Ok((true, plan)) => {
+            Ok(None) => {}
+            Ok(Some(plan)) => {
                 counts.moved.fetch_add(1, Ordering::Relaxed);
                 counts.copies.fetch_add(plan.copies.len() as u64, Ordering::Relaxed);
                 counts.bytes.fetch_add(plan.length * plan.copies.len() as u64, Ordering::Relaxed);
-                let mut volumes = counts.volumes.lock().unwrap_or_else(|e| e.into_inner());
+                let mut volumes = lock(&counts.volumes);
                 for copy in &plan.copies {
-                    let volume = copy.split('/').next().unwrap_or(copy);
-                    let entry = volumes.entry(volume.to_string()).or_default();
+                    let entry = volumes.entry(volume_of(copy).to_string()).or_default();
                     *entry = (entry.0 + 1, entry.1 + plan.length);
                 }
             }
             Err(error) => {
-                let n = counts.failed.fetch_add(1, Ordering::Relaxed);
-                if n < LISTED || self.options.verbose {
-                    progress.say(&format!("\"{}\": {error}", key.escape_ascii()));
-                }
+                let text = format!("\"{}\": {error}", key.escape_ascii());
+                counts.fail(progress, self.options.verbose, &text);
             }
         }
     }
@@ -258,7 +298,7 @@ impl Store {
         let mut lost = Vec::new();
         self.index.view().debris(b"", |key, version, mut entry| {
             let before = entry.replicas.len();
-            entry.replicas.retain(|replica| !self.is_lost(replica));
+            entry.replicas.retain(|replica| !self.options.is_lost(replica));
             until = until.max(entry.wait);
             if entry.replicas.len() < before {
                 lost.push((key.to_vec(), version, entry));
@@ -268,7 +308,7 @@ impl Store {
         for (key, version, entry) in lost {
             self.index.change().set_debris(&key, version, &entry).commit()?;
         }
-        let wait = until.saturating_sub(now());
+        let wait = until.saturating_sub(now()).min(self.options.settle.as_secs());
         if wait > 0 {
             println!("waiting {wait} s before what was replaced is deleted");
             std::thread::sleep(std::time::Duration::from_secs(wait));

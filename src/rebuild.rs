@@ -17,7 +17,8 @@ use crate::error::{Error, Result};
 use crate::index::{Index, decode, folder, lock_dir};
 use crate::options::Options;
 use crate::placement::{path, place};
-use crate::record::Record;
+use crate::pool::lock;
+use crate::record::{Hash, Record, volume_of};
 use crate::scan::{Blob, Found, scan, show};
 use crate::volumes::Volumes;
 
@@ -26,6 +27,7 @@ pub fn run(options: &Options) -> Result<()> {
     let _lock = lock_dir(&options.db, true)?;
     let (index, fresh) = (folder(&options.db)?, options.db.join("index.new"));
     let old = old_index(options, &index)?;
+    let unread = old.is_none() && index.exists();
     remove(&fresh)?;
     let rebuild = Rebuild {
         options,
@@ -39,10 +41,11 @@ pub fn run(options: &Options) -> Result<()> {
         listed: Mutex::default(),
         findings: Mutex::default(),
         replicas: AtomicU64::new(0),
+        under: AtomicU64::new(0),
     };
     rebuild.carry_debris()?;
     let there: Vec<String> =
-        options.volumes.iter().filter(|volume| !rebuild.is_lost(volume)).cloned().collect();
+        options.volumes.iter().filter(|volume| !options.is_lost(volume)).cloned().collect();
     scan(&rebuild.volumes, &there, rebuild.auth.as_deref(), |found| rebuild.index(found))?;
     rebuild.check_empty_volumes()?;
     rebuild.keep_lost_keys()?;
@@ -51,7 +54,7 @@ pub fn run(options: &Options) -> Result<()> {
     drop(rebuild);
     swap(&options.db, &index, &fresh)?;
     println!("the new index holds {keys} keys");
-    if failed {
+    if failed || unread {
         Err(Error::Failed("the index is rebuilt, but see what is named above".into()))
     } else {
         Ok(())
@@ -67,9 +70,13 @@ fn old_index(options: &Options, index: &Path) -> Result<Option<Index>> {
     if !index.exists() {
         return Ok(None);
     }
-    Ok(Index::follow(index)
-        .inspect_err(|e| eprintln!("{e}: its unlinked states, hashes and debris are lost"))
-        .ok())
+    match Index::follow(index) {
+        Err(Error::Index(text)) => {
+            eprintln!("{text}: its unlinked states, hashes and debris are lost");
+            Ok(None)
+        }
+        opened => opened.map(Some),
+    }
 }
 
 fn remove(folder: &Path) -> Result<()> {
@@ -102,8 +109,8 @@ fn swap(db: &Path, index: &Path, fresh: &Path) -> Result<()> {
 struct Findings {
     strays: BTreeSet<String>,
     conflicts: BTreeSet<String>,
+    doubtful: BTreeSet<String>,
     stale: BTreeSet<String>,
-    under: BTreeSet<String>,
     lost: BTreeSet<String>,
     unhashed: BTreeSet<String>,
 }
@@ -118,24 +125,21 @@ struct Rebuild<'a> {
     listed: Mutex<HashSet<String>>,
     findings: Mutex<Findings>,
     replicas: AtomicU64,
+    /// Keys with fewer replicas than asked for.
+    under: AtomicU64,
 }
 
 impl Rebuild<'_> {
     fn note(&self, f: impl FnOnce(&mut Findings)) {
-        f(&mut self.findings.lock().unwrap_or_else(|e| e.into_inner()));
+        f(&mut lock(&self.findings));
     }
 
     fn carry_debris(&self) -> Result<()> {
         let Some(old) = &self.old else { return Ok(()) };
         old.view().debris(b"", |key, version, mut entry| {
-            entry.replicas.retain(|replica| !self.is_lost(replica));
+            entry.replicas.retain(|replica| !self.options.is_lost(replica));
             self.new.change().set_debris(key, version, &entry).commit()
         })
-    }
-
-    fn is_lost(&self, replica: &str) -> bool {
-        let volume = replica.split('/').next();
-        self.options.lost.iter().any(|lost| lost == replica || Some(lost.as_str()) == volume)
     }
 
     /// Writes the records of one prefix.
@@ -146,7 +150,7 @@ impl Rebuild<'_> {
         let mut change = self.new.change();
         for (key, blobs) in found.keys {
             {
-                let mut listed = self.listed.lock().unwrap_or_else(|e| e.into_inner());
+                let mut listed = lock(&self.listed);
                 for blob in &blobs {
                     if !listed.contains(&blob.replica) {
                         listed.insert(blob.replica.clone());
@@ -156,7 +160,8 @@ impl Rebuild<'_> {
             if let Some(record) = self.record(&key, blobs)? {
                 self.replicas.fetch_add(record.replicas.len() as u64, Ordering::Relaxed);
                 if record.replicas.len() < self.options.replicas {
-                    self.note(|f| _ = f.under.insert(name(&key)));
+                    self.under.fetch_add(1, Ordering::Relaxed);
+                    log::info!("{} has fewer replicas than asked for", name(&key));
                 }
                 change = change.put(&key, &record);
             }
@@ -165,10 +170,29 @@ impl Rebuild<'_> {
     }
 
     /// The record of a key with these blobs; `None`: they are all debris.
-    fn record(&self, key: &[u8], mut blobs: Vec<Blob>) -> Result<Option<Record>> {
+    fn record(&self, key: &[u8], blobs: Vec<Blob>) -> Result<Option<Record>> {
         let old = self.old.as_ref().map_or(Ok(None), |old| old.get(key))?;
+        // No value is empty: this is what a power cut leaves.
+        let (empty, mut blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(|b| b.size == 0);
+        for Blob { replica, version, .. } in empty {
+            self.note(|f| _ = f.strays.insert(format!("{replica}{} is empty", path(key, version))));
+        }
         for (version, entry) in self.old.as_ref().map_or(Ok(Vec::new()), |old| old.debris(key))? {
             let kept = old.as_ref().filter(|old| old.version == version);
+            let is_there = |replica: &&String| {
+                blobs.iter().any(|blob| blob.version == version && blob.replica == **replica)
+            };
+            let lost = |replica: &&String| self.options.is_lost(replica);
+            let (there, missing): (Vec<_>, Vec<_>) = entry.replicas.iter().partition(is_there);
+            let complete = !there.is_empty() && missing.iter().all(lost);
+            if self.options.from.is_some() && kept.is_none() && complete {
+                // A write that was under way when an old copy was made, and is a value since? Or one
+                // that never ended? The cleaner must not be the one to decide.
+                self.note(|f| {
+                    _ = f.doubtful.insert(format!("{} {}", name(key), path(key, version)))
+                });
+                self.new.change().drop_debris(key, version).commit()?;
+            }
             blobs.retain(|blob| {
                 blob.version != version
                     || !entry.replicas.contains(&blob.replica)
@@ -196,6 +220,11 @@ impl Rebuild<'_> {
             self.note(|f| _ = f.stale.insert(format!("{} {}", name(key), path(key, version))));
         }
         let Some(blobs) = chosen else { return Ok(None) };
+        // Under a plain name an old copy's record may be that of another value of the same length.
+        let old = old.filter(|old| {
+            let as_old = |time| blobs.iter().any(|blob| blob.time == time);
+            self.options.from.is_none() || old.time.is_none_or(as_old)
+        });
         let (size, time, mut replicas) = self.agree(key, blobs, old.as_ref());
         let wanted =
             place(key, &self.options.volumes, self.options.replicas, self.options.subvolumes);
@@ -224,14 +253,15 @@ impl Rebuild<'_> {
         for blob in blobs {
             sizes.entry(blob.size).or_default().push(blob);
         }
-        if sizes.len() > 1 {
+        let known = old.and_then(|old| old.size);
+        if sizes.len() > 1 || known.is_some_and(|known| !sizes.contains_key(&known)) {
             let text = sizes.iter().flat_map(|(size, blobs)| {
                 blobs.iter().map(move |b| format!(" {} on {}", size, b.replica))
             });
+            let text = text.chain(known.map(|size| format!(" {size} in the old index")));
             let text = format!("{}:{}", name(key), text.collect::<Vec<_>>().join(","));
             self.note(|f| _ = f.conflicts.insert(text));
         }
-        let known = old.and_then(|old| old.size);
         let newest = |blobs: &[Blob]| blobs.iter().map(|blob| blob.time).max().unwrap_or(0);
         let rank = |size: u64, blobs: &[Blob]| (known == Some(size), blobs.len(), newest(blobs));
         let best = sizes.into_iter().max_by_key(|(size, blobs)| rank(*size, blobs));
@@ -240,15 +270,20 @@ impl Rebuild<'_> {
         (size, oldest, blobs.into_iter().map(|blob| blob.replica).collect())
     }
 
-    /// The md5 of a record's blob, from the first replica that can be read.
-    fn hash(&self, key: &[u8], record: &Record) -> Result<Option<crate::record::Hash>> {
-        let blob = path(key, record.version);
+    /// The md5 of a record's blob, on which two replicas have to agree: one alone may have rotted.
+    /// Where only one can be read it is that one's.
+    fn hash(&self, key: &[u8], record: &Record) -> Result<Option<Hash>> {
+        let (blob, mut read) = (path(key, record.version), Vec::new());
         for replica in &record.replicas {
             match self.volumes.digest(replica, &blob, self.auth.as_deref()) {
-                Ok(Some((hash, size))) if Some(size) == record.size => return Ok(Some(hash)),
+                Ok(Some((hash, _))) if read.contains(&hash) => return Ok(Some(hash)),
+                Ok(Some((hash, size))) if Some(size) == record.size => read.push(hash),
                 Ok(_) => {}
                 Err(error) => eprintln!("{error}"),
             }
+        }
+        if let [hash] = read[..] {
+            return Ok(Some(hash));
         }
         self.note(|f| _ = f.unhashed.insert(name(key)));
         Ok(None)
@@ -257,22 +292,18 @@ impl Rebuild<'_> {
     /// A disk that is not mounted lists nothing, just as an empty one does: that must not cost keys.
     fn check_empty_volumes(&self) -> Result<()> {
         let Some(old) = &self.old else { return Ok(()) };
-        let listed = self.listed.lock().unwrap_or_else(|e| e.into_inner());
+        let listed = lock(&self.listed);
         let mut empty = BTreeSet::new();
         old.view().records(b"", b"", |key, text| {
             for replica in decode(key, Record::decode(text), text)?.replicas {
-                if !listed.contains(&replica)
-                    && !self.is_lost(&replica)
-                    && !empty.contains(&replica)
-                {
+                if !listed.contains(&replica) && !self.options.is_lost(&replica) {
                     empty.insert(replica);
                 }
             }
             Ok(true)
         })?;
         let Some(first) = empty.first() else { return Ok(()) };
-        let unknown =
-            !self.options.volumes.iter().any(|v| Some(v.as_str()) == first.split('/').next());
+        let unknown = !self.options.volumes.iter().any(|volume| volume == volume_of(first));
         let why =
             if unknown { "is not in -volumes." } else { "lists no blob: is its disk mounted?" };
         let lost: Vec<String> = empty.iter().map(|replica| format!("-lost {replica}")).collect();
@@ -297,7 +328,7 @@ impl Rebuild<'_> {
 
     /// Prints the summary: the number of keys, and whether something asks for a bad exit status.
     fn report(&self, begun: Instant) -> Result<(u64, bool)> {
-        let findings = self.findings.lock().unwrap_or_else(|e| e.into_inner());
+        let findings = lock(&self.findings);
         let all = self.options.verbose;
         show("names that are no blob, not indexed", &findings.strays, all);
         show("other versions of keys, not indexed", &findings.stale, all);
@@ -306,11 +337,17 @@ impl Rebuild<'_> {
             &findings.conflicts,
             all,
         );
+        show(
+            "blobs that -from calls unfinished or deleted, not indexed and left alone",
+            &findings.doubtful,
+            all,
+        );
         show("keys that no blob was found for, their records kept", &findings.lost, all);
-        show("keys whose blobs could not be read for their md5", &findings.unhashed, all);
-        if all {
-            show("keys with fewer replicas than asked for", &findings.under, all);
-        }
+        show(
+            "keys whose blobs cannot be read for their md5, or do not agree on it",
+            &findings.unhashed,
+            all,
+        );
         let mut keys = 0;
         self.new.view().records(b"", b"", |_, _| {
             keys += 1;
@@ -319,11 +356,12 @@ impl Rebuild<'_> {
         println!(
             "{keys} keys, {} replicas, {} under-replicated, {} skipped, {:.1} s",
             self.replicas.load(Ordering::Relaxed),
-            findings.under.len(),
+            self.under.load(Ordering::Relaxed),
             findings.strays.len() + findings.stale.len(),
             begun.elapsed().as_secs_f64()
         );
-        Ok((keys, !findings.lost.is_empty() || !findings.unhashed.is_empty()))
+        let named = [&findings.lost, &findings.unhashed, &findings.doubtful];
+        Ok((keys, named.iter().any(|names| !names.is_empty())))
     }
 }
 

@@ -60,6 +60,11 @@ impl Record {
         self.state == State::Live
     }
 
+    /// Whether the blob of this version on this replica is the value.
+    pub fn names(&self, version: u64, replica: &String) -> bool {
+        self.version == version && self.replicas.contains(replica)
+    }
+
     /// Decodes a record; `None`: it is none.
     pub fn decode(text: &[u8]) -> Option<Record> {
         let mut rest = std::str::from_utf8(text).ok()?;
@@ -132,34 +137,23 @@ impl Debris {
 }
 
 /// Lower-case hex.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+pub fn hex(hash: &Hash) -> String {
+    format!("{:032x}", u128::from_be_bytes(*hash))
 }
 
 /// The digest that 32 lower-case hex digits stand for.
 pub fn unhex(text: &str) -> Option<Hash> {
-    let digits: Vec<u8> = text.bytes().map(hex_digit).collect::<Option<_>>()?;
-    let bytes: Vec<u8> = digits.chunks(2).map(|pair| pair[0] << 4 | pair[pair.len() - 1]).collect();
-    bytes.try_into().ok().filter(|_| text.len() == 32)
+    digits(text, 32).map(u128::to_be_bytes)
 }
 
 /// The number that exactly 16 lower-case hex digits stand for.
 pub fn number(text: &str) -> Option<u64> {
-    if text.len() != 16 {
-        return None;
-    }
-    text.bytes().try_fold(0, |n, digit| Some(n << 4 | u64::from(hex_digit(digit)?)))
+    digits(text, 16).map(|number| number as u64)
 }
 
-fn hex_digit(byte: u8) -> Option<u8> {
-    match byte {
-        b'0'..=b'9' => Some(byte - b'0'),
-        b'a'..=b'f' => Some(byte - b'a' + 10),
-        _ => None,
-    }
+fn digits(text: &str, count: usize) -> Option<u128> {
+    let lower = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    u128::from_str_radix(text, 16).ok().filter(|_| lower && text.len() == count)
 }
 
 fn put_number(text: &mut String, tag: &str, value: Option<u64>) {
@@ -190,6 +184,11 @@ fn take_number(rest: &mut &str, tag: &str) -> Option<Option<u64>> {
 
 fn volumes(text: &str) -> Option<Vec<String>> {
     text.split(',').map(|name| is_volume(name).then(|| name.to_string())).collect()
+}
+
+/// The volume that a replica lies on.
+pub fn volume_of(replica: &str) -> &str {
+    replica.split('/').next().unwrap_or(replica)
 }
 
 /// Whether a volume, with or without a subvolume, may have this name.

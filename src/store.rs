@@ -6,8 +6,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -18,6 +19,7 @@ use crate::index::Index;
 use crate::metrics::{Metrics, plain};
 use crate::options::Options;
 use crate::placement::{path, place};
+use crate::pool::lock;
 use crate::record::{Debris, Hash, Record, State, hex};
 use crate::route::{Command, List};
 use crate::scan::has_blobs;
@@ -32,8 +34,8 @@ const CRASHED: u64 = 10;
 /// For how long the plain name of a key is avoided after a volume could not use it, in seconds.
 const CONFLICT: u64 = 60;
 
-/// For how long the plain name of a key is avoided after a deletion there that got no answer.
-const UNANSWERED: Duration = Duration::from_secs(60);
+/// For how long a deletion that got no answer may yet be done.
+const UNANSWERED: Duration = Duration::from_secs(LATE);
 
 /// How often the cleaner looks again at what it could not clear.
 const CLEAN_EVERY: Duration = Duration::from_secs(5);
@@ -53,9 +55,11 @@ pub struct Store {
     dirty: AtomicBool,
     /// The keys whose blob of the plain name the cleaner is deleting without their locks.
     cleaning: Mutex<HashSet<Vec<u8>>>,
-    /// The keys with a deletion of the blob of the plain name that got no answer, and may yet be done
-    /// by one of the volume's processes when another has answered the next; and when that was.
+    /// The keys with a deletion of a blob that got no answer, and may yet be done by one of the
+    /// volume's processes when another has answered the next; and when that was.
     unanswered: Mutex<HashMap<Vec<u8>, Instant>>,
+    /// When a master started that found debris: what the one before it had sent may yet be done.
+    crashed: OnceLock<Instant>,
     /// Wakes the cleaner.
     wake: Sender<()>,
     woken: Receiver<()>,
@@ -134,6 +138,7 @@ impl Store {
             dirty: AtomicBool::new(false),
             cleaning: Mutex::default(),
             unanswered: Mutex::default(),
+            crashed: OnceLock::new(),
             wake,
             woken,
         })
@@ -141,6 +146,7 @@ impl Store {
 
     /// What has to hold before anybody is served.
     pub fn check(&self) -> Result<()> {
+        self.volumes.check_distinct(self.options.volumes.iter())?;
         if self.gate.is_some() && self.own_auth.is_none() {
             log::warn!("without -userpass the cleaner cannot delete: debris waits");
         }
@@ -154,6 +160,7 @@ impl Store {
             let until = entry.until.max(now() + CRASHED);
             let taken = std::mem::replace(&mut change, self.index.change());
             change = taken.set_debris(key, version, &Debris { until, ..entry });
+            self.crashed.get_or_init(Instant::now);
             Ok(())
         })?;
         change.commit()
@@ -205,7 +212,8 @@ impl Store {
         self.volumes.scout(&replicas, &blob, auth.as_deref().or(self.own_auth()), move |found| {
             then(match found {
                 Some((replica, length)) if record.size.is_none_or(|size| size == length) => {
-                    Some(Ok(store.redirect(&key, &record, &replica, &path, client.as_ref())))
+                    let blob = format!("{replica}{path}");
+                    Some(Ok(store.redirect(&key, &record, &blob, client.as_ref())))
                 }
                 _ => None,
             })
@@ -219,9 +227,9 @@ impl Store {
         upload: Upload,
         client: Option<&Credentials>,
     ) -> Result<Reply> {
-        let auth = client.map(|client| client.header.as_str()).or(self.own_auth());
+        let auth = self.auth_of(client);
         let mut reply = match command {
-            Command::Get { key, path } => self.get(&key, &path, client, auth),
+            Command::Get { key, path } => self.get(&key, &path, client),
             Command::Put { key, replace } => self.put(&key, replace, upload, auth),
             Command::Delete(key) => self.delete(&key, auth),
             Command::Unlink(key) => self.unlink(&key),
@@ -251,20 +259,9 @@ impl Store {
         let mut text = String::new();
         self.metrics.write(&mut text);
         self.volumes.write_metrics(&mut text);
-        plain(
-            &mut text,
-            "mkv_locks",
-            "gauge",
-            "Keys that are being written.",
-            self.index.locked() as u64,
-        );
-        plain(
-            &mut text,
-            "mkv_keys",
-            "gauge",
-            "Keys in the index, an estimate.",
-            self.index.estimate(),
-        );
+        let (locked, keys) = (self.index.locked() as u64, self.index.estimate());
+        plain(&mut text, "mkv_locks", "gauge", "Keys that are being written.", locked);
+        plain(&mut text, "mkv_keys", "gauge", "Keys in the index, an estimate.", keys);
         text
     }
 
@@ -295,21 +292,12 @@ impl Store {
         Ok(Reply { headers, ..Reply::empty(302) })
     }
 
-    fn get(
-        &self,
-        key: &[u8],
-        target: &str,
-        client: Option<&Credentials>,
-        auth: Option<&str>,
-    ) -> Result<Reply> {
+    fn get(&self, key: &[u8], target: &str, client: Option<&Credentials>) -> Result<Reply> {
         let mut found = self.index.get(key)?;
         loop {
             let Some(record) = found.filter(Record::live) else { return self.not_here(target) };
-            match self.find(key, &record, auth) {
-                Ok(replica) => {
-                    let blob = path(key, record.version);
-                    return Ok(self.redirect(key, &record, &replica, &blob, client));
-                }
+            match self.find(key, &record, self.auth_of(client)) {
+                Ok(blob) => return Ok(self.redirect(key, &record, &blob, client)),
                 Err(error) => {
                     found = self.index.get(key)?;
                     // Otherwise it was replaced in the meantime, or deleted.
@@ -321,23 +309,20 @@ impl Store {
         }
     }
 
-    /// Sends a reader to a replica.
+    /// Sends a reader to a blob: the URL's part behind `http://`.
     fn redirect(
         &self,
         key: &[u8],
         record: &Record,
-        replica: &str,
         blob: &str,
         client: Option<&Credentials>,
     ) -> Reply {
         let placed = self.place(key);
         let balance = if record.replicas == placed { "balanced" } else { "unbalanced" };
+        // As the original does: clients drop the header when they are sent to another port.
+        let user = client.map_or("", |client| &client.url);
         let mut headers = vec![
-            // As the original does: clients drop the header when they are sent to another port.
-            (
-                "Location",
-                format!("http://{}{replica}{blob}", client.map_or("", |client| &client.url)),
-            ),
+            ("Location", format!("http://{user}{blob}")),
             ("Key-Volumes", record.replicas.join(",")),
             ("Key-Balance", balance.to_string()),
         ];
@@ -346,13 +331,13 @@ impl Store {
         Reply { headers, ..Reply::empty(302) }
     }
 
-    /// A replica that has the blob in the record's length.
+    /// A blob in the record's length, as `host:port/path`.
     fn find(&self, key: &[u8], record: &Record, auth: Option<&str>) -> Result<String> {
         let (blob, mut silent) = (path(key, record.version), None);
         for replica in self.volumes.shuffled(&record.replicas) {
             match self.volumes.head(&replica, &blob, auth) {
                 Ok(Some(length)) if record.size.is_none_or(|size| size == length) => {
-                    return Ok(replica);
+                    return Ok(format!("{replica}{blob}"));
                 }
                 Ok(found) => {
                     let found = found.map_or("has no blob".into(), |n| format!("has {n} bytes"));
@@ -364,7 +349,7 @@ impl Store {
         Err(match silent {
             None => Error::Gone,
             Some(Error::Refused { volume, status }) if status != 401 && status != 403 => {
-                Error::Unreachable { volume, why: format!("it answered {status}") }
+                Error::Unreachable { volume, why: format!("it answered {status}"), late: false }
             }
             Some(error) => error,
         })
@@ -436,7 +421,7 @@ impl Store {
             let conflict =
                 version == 0 && matches!(failed.error, Error::Refused { status: 409, .. });
             if conflict || !failed.late.is_empty() {
-                new.until = now() + if conflict { CONFLICT } else { LATE };
+                new.until = now() + if failed.late.is_empty() { CONFLICT } else { LATE };
                 self.index.change().grow_debris(key, version, &new)?.commit()?;
             }
             // What cannot be cleared now, the cleaner clears.
@@ -454,8 +439,9 @@ impl Store {
         let versions = debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version));
         let highest = match versions.max() {
             Some(highest) => highest,
-            None if self.cleaning().contains(key) => 0,
-            None if self.unanswered().get(key).is_some_and(|at| at.elapsed() < UNANSWERED) => 0,
+            None if lock(&self.cleaning).contains(key) => 0,
+            None if self.may_be_deleted(key) => 0,
+            None if self.crashed.get().is_some_and(|at| at.elapsed() < UNANSWERED) => 0,
             None => return Ok(0),
         };
         let micros = SystemTime::now()
@@ -552,13 +538,10 @@ impl Store {
     /// that the record names is no debris, whatever the entry says.
     fn unwanted(&self, key: &[u8], version: u64, replicas: &[String]) -> Result<Vec<String>> {
         let entry = self.index.debris_entry(key, version)?.unwrap_or_default();
-        let record = self.index.get(key)?.filter(|record| record.version == version);
-        let kept = record.map_or(Vec::new(), |record| record.replicas);
-        Ok(replicas
-            .iter()
-            .filter(|r| entry.replicas.contains(r) && !kept.contains(r))
-            .cloned()
-            .collect())
+        let record = self.index.get(key)?;
+        let kept = |r: &String| record.as_ref().is_some_and(|record| record.names(version, r));
+        let unwanted = replicas.iter().filter(|r| entry.replicas.contains(r) && !kept(r));
+        Ok(unwanted.cloned().collect())
     }
 
     /// Deletes blobs: the replicas where they are gone for good, and an error if one said no.
@@ -579,8 +562,8 @@ impl Store {
                 Ok(false) if now() < until => {}
                 Ok(_) => gone.push(replica),
                 Err(error) => {
-                    if version == 0 && matches!(error, Error::Unreachable { .. }) {
-                        self.unanswered().insert(key.to_vec(), Instant::now());
+                    if matches!(error, Error::Unreachable { late: true, .. }) {
+                        lock(&self.unanswered).insert(key.to_vec(), Instant::now());
                     }
                     failed = Some(error);
                 }
@@ -593,10 +576,10 @@ impl Store {
     /// takes the entry with it. The caller holds the key's lock.
     pub fn forget(&self, key: &[u8], version: u64, gone: &[String]) -> Result<()> {
         let Some(mut entry) = self.index.debris_entry(key, version)? else { return Ok(()) };
-        let record = self.index.get(key)?.filter(|record| record.version == version);
-        let kept = record.map_or(Vec::new(), |record| record.replicas);
+        let record = self.index.get(key)?;
+        let kept = |r: &String| record.as_ref().is_some_and(|record| record.names(version, r));
         let before = entry.replicas.len();
-        entry.replicas.retain(|replica| !gone.contains(replica) && !kept.contains(replica));
+        entry.replicas.retain(|replica| !gone.contains(replica) && !kept(replica));
         if entry.replicas.len() == before {
             return Ok(());
         }
@@ -608,19 +591,26 @@ impl Store {
     /// Only the record's own version can be written again, by a rebalance.
     fn clean_entry(&self, key: &[u8], version: u64, entry: &Debris) -> Result<()> {
         let auth = self.own_auth();
-        let Some(lock) = self.index.lock_to_clean(key) else { return Ok(()) };
-        if self.index.get(key)?.is_some_and(|record| record.version == version) {
+        let Some(held) = self.index.lock_to_clean(key) else { return Ok(()) };
+        if let Some(record) = self.index.get(key)?.filter(|record| record.version == version) {
+            // What a rebalance replaced goes only when what took its place is seen to be there: a
+            // power cut on a volume may have cost the copies.
+            let whole = || self.whole(key, &record, record.replicas.iter(), auth);
+            if entry.wait > 0 && whole().map_or(0, |there| there.len()) < record.replicas.len() {
+                log::warn!("surplus of \"{}\" stays: a replica is missing", key.escape_ascii());
+                return Ok(());
+            }
             return self.clear(key, version, &entry.replicas, auth).map(drop);
         }
         let targets = self.unwanted(key, version, &entry.replicas)?;
         // A DELETE may take the entry away in between, but not for the plain name to be used again.
         if version == 0 {
-            self.cleaning().insert(key.to_vec());
+            lock(&self.cleaning).insert(key.to_vec());
         }
-        drop(lock);
+        drop(held);
         let cleaned = self.clean_unlocked(key, version, targets);
         if version == 0 {
-            self.cleaning().remove(key);
+            lock(&self.cleaning).remove(key);
         }
         cleaned
     }
@@ -635,25 +625,15 @@ impl Store {
         self.forget(key, version, &gone)
     }
 
-    fn cleaning(&self) -> MutexGuard<'_, HashSet<Vec<u8>>> {
-        self.cleaning.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    fn unanswered(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Instant>> {
-        self.unanswered.lock().unwrap_or_else(|e| e.into_inner())
+    /// Whether a deletion of a blob of this key may yet be done.
+    pub fn may_be_deleted(&self, key: &[u8]) -> bool {
+        lock(&self.unanswered).get(key).is_some_and(|at| at.elapsed() < UNANSWERED)
     }
 
     /// Says so where the index is empty and the volumes are not: with a mistyped `-db` a PUT takes the
     /// place of another store's blob. (What does not answer now is no matter.)
     pub fn look_for_blobs(&self) {
-        let is_empty = || {
-            let (view, mut found) = (self.index.view(), false);
-            let records = view.records(b"", b"", |_, _| {
-                found = true;
-                Ok(false)
-            });
-            records.is_ok() && !found && view.debris(b"", |_, _, _| Err(NOT_FOUND)).is_ok()
-        };
+        let is_empty = || self.index.is_empty() == Ok(true);
         if !is_empty() {
             return;
         }
@@ -674,11 +654,12 @@ impl Store {
         let may = self.gate.is_none() || self.own_auth.is_some();
         loop {
             let begun = Instant::now();
-            match if may { self.clean_once() } else { Ok(()) } {
-                Ok(()) => {}
-                Err(error) => log::error!("cleaner: {error}"),
+            // A panic, which the log has, ends this round and not the cleaner.
+            let round = AssertUnwindSafe(|| if may { self.clean_once() } else { Ok(()) });
+            if let Ok(Err(error)) = catch_unwind(round) {
+                log::error!("cleaner: {error}");
             }
-            self.unanswered().retain(|_, at| at.elapsed() < UNANSWERED);
+            lock(&self.unanswered).retain(|_, at| at.elapsed() < UNANSWERED);
             let _ = self.woken.recv_timeout(CLEAN_EVERY);
             // Deletes that come one by one are taken together.
             std::thread::sleep(Duration::from_millis(20).min(begun.elapsed()));
@@ -689,24 +670,21 @@ impl Store {
     pub fn clean_once(self: &Arc<Store>) -> Result<()> {
         let view = self.index.view();
         let mut batch = Vec::new();
-        let mut synced = false;
         let time = now();
-        let mut flush = |batch: &mut Vec<(Vec<u8>, u64, Debris)>| -> Result<()> {
-            // What this view shows is on disk before a blob is deleted because of it: a power cut
+        let flush = |batch: &mut Vec<(Vec<u8>, u64, Debris)>| -> Result<()> {
+            // What was written so far is on disk before a blob is deleted because of it: a power cut
             // cannot undo the flip that made the blob debris.
-            if !synced && !batch.is_empty() {
+            if !batch.is_empty() {
                 self.index.sync()?;
-                synced = true;
             }
             let store = self.clone();
             let clear = move |(key, version, entry): (Vec<u8>, u64, Debris)| {
-                store.clean_entry(&key, version, &entry)
+                // One key that cannot be cleared does not keep the others from it.
+                if let Err(error) = store.clean_entry(&key, version, &entry) {
+                    log::error!("cleaner: \"{}\": {error}", key.escape_ascii());
+                }
             };
-            self.volumes
-                .pool
-                .each(std::mem::take(batch), clear)
-                .into_iter()
-                .collect::<Result<Vec<_>>>()?;
+            self.volumes.pool.each(std::mem::take(batch), clear);
             Ok(())
         };
         view.debris(b"", |key, version, entry| {
@@ -716,6 +694,11 @@ impl Store {
             if batch.len() >= CLEAN_WIDTH { flush(&mut batch) } else { Ok(()) }
         })?;
         flush(&mut batch)
+    }
+
+    /// What is shown to volumes on behalf of a client.
+    fn auth_of<'a>(&'a self, client: Option<&'a Credentials>) -> Option<&'a str> {
+        client.map(|client| client.header.as_str()).or(self.own_auth())
     }
 
     /// The credentials that the master itself shows to volumes.

@@ -17,8 +17,9 @@ use crate::error::{Error, Result};
 use crate::index::{Index, decode, folder, is_locked, lock_dir};
 use crate::options::Options;
 use crate::placement::path;
+use crate::pool::lock;
 use crate::rebuild::name;
-use crate::record::{Debris, Hash, Record};
+use crate::record::{Debris, Hash, Record, volume_of};
 use crate::scan::{Blob, scan, show};
 use crate::store::{Store, now};
 
@@ -102,6 +103,7 @@ pub fn run(options: Options) -> Result<()> {
         suspects: Mutex::default(),
         strays: Mutex::default(),
     };
+    verify.store.volumes.check_distinct(verify.store.options.volumes.iter())?;
     verify.look_at_listings()?;
     verify.look_at_index(records)?;
     let mut findings = verify.look_again()?;
@@ -131,7 +133,7 @@ fn age(index: &Index) -> Result<(u64, u64)> {
 
 impl Verify {
     fn suspect(&self, key: &[u8], blobs: Vec<Blob>) {
-        let mut suspects = self.suspects.lock().unwrap_or_else(|e| e.into_inner());
+        let mut suspects = lock(&self.suspects);
         suspects.entry(key.to_vec()).or_default().extend(blobs);
     }
 
@@ -139,15 +141,12 @@ impl Verify {
         let options = &self.store.options;
         scan(&self.store.volumes, &options.volumes, self.store.own_auth(), |found| {
             if !found.strays.is_empty() {
-                self.strays.lock().unwrap_or_else(|e| e.into_inner()).extend(found.strays);
+                lock(&self.strays).extend(found.strays);
             }
             for (key, blobs) in found.keys {
                 let record = self.store.index.get(&key)?;
-                let named = |record: &Record| {
-                    blobs.iter().any(|b| {
-                        b.version == record.version && record.replicas.contains(&b.replica)
-                    })
-                };
+                let named =
+                    |record: &Record| blobs.iter().any(|b| record.names(b.version, &b.replica));
                 let count =
                     if record.as_ref().is_some_and(named) { &self.seen } else { &self.unknown };
                 count.fetch_add(1, Ordering::Relaxed);
@@ -176,7 +175,7 @@ impl Verify {
             let absent = batch.par_iter().map(|(key, record)| {
                 let blob = path(key, record.version);
                 for replica in &record.replicas {
-                    if self.store.volumes.head(replica, &blob, self.store.own_auth())?.is_some() {
+                    if self.size(replica, &blob)?.is_some() {
                         return Ok(());
                     }
                 }
@@ -201,7 +200,7 @@ impl Verify {
     /// Looks at every suspect once more, asking the volumes themselves; and again as long as the
     /// index changes under it: what a running master writes just now is no finding.
     fn look_again(&self) -> Result<BTreeSet<Finding>> {
-        let suspects = self.suspects.lock().unwrap_or_else(|e| e.into_inner());
+        let suspects = lock(&self.suspects);
         let mut keys: Vec<&Vec<u8>> = suspects.keys().collect();
         let mut confirmed = BTreeSet::new();
         let state = |key: &[u8]| Ok((self.store.index.get(key)?, self.store.index.debris(key)?));
@@ -246,6 +245,18 @@ impl Verify {
         Ok(confirmed)
     }
 
+    /// The length of the blob on this replica, in bytes; `None`: it is not there, or not readable.
+    fn size(&self, replica: &str, blob: &str) -> Result<Option<u64>> {
+        self.readable(replica, self.store.volumes.head(replica, blob, self.store.own_auth()))
+    }
+
+    /// What a volume refuses, or breaks off, that answers else: a file that cannot be read is no
+    /// replica, and no reason to look at nothing else.
+    fn readable<T>(&self, replica: &str, answer: Result<Option<T>>) -> Result<Option<T>> {
+        let answers = || self.store.volumes.admits(replica, self.store.own_auth()) == Ok(true);
+        answer.or_else(|error| if answers() { Ok(None) } else { Err(error) })
+    }
+
     fn look(&self, key: &[u8], listed: &[Blob]) -> Result<Vec<Finding>> {
         let record = self.store.index.get(key)?;
         let debris = self.store.index.debris(key)?;
@@ -261,9 +272,7 @@ impl Verify {
         }
         let mut blobs = Vec::new();
         for ((replica, version), time) in places {
-            if let Some(size) =
-                self.store.volumes.head(&replica, &path(key, version), self.store.own_auth())?
-            {
+            if let Some(size) = self.size(&replica, &path(key, version))? {
                 blobs.push(Blob { replica, version, size, time });
             }
         }
@@ -288,9 +297,8 @@ impl Verify {
             });
         };
         for (version, entry) in debris {
-            let kept = record.filter(|record| record.version == *version);
             for replica in &entry.replicas {
-                if !kept.is_some_and(|record| record.replicas.contains(replica)) {
+                if !record.is_some_and(|record| record.names(*version, replica)) {
                     add(Kind::Debris, *version, replica);
                 }
             }
@@ -302,12 +310,7 @@ impl Verify {
         };
         for blob in blobs {
             let kind = match record {
-                Some(record)
-                    if record.version == blob.version
-                        && record.replicas.contains(&blob.replica) =>
-                {
-                    continue;
-                }
+                Some(record) if record.names(blob.version, &blob.replica) => continue,
                 _ if is_debris(blob) => continue,
                 Some(record) if record.version == blob.version => Kind::Surplus,
                 Some(record) if record.version < blob.version => Kind::Newer,
@@ -324,13 +327,15 @@ impl Verify {
                 .find(|blob| blob.version == record.version && blob.replica == *replica)
             {
                 None => add(Kind::Missing, record.version, replica),
-                Some(blob) if record.size.is_some_and(|size| size != blob.size) => {
+                // No value is empty.
+                Some(blob) if record.size.map_or(blob.size == 0, |size| size != blob.size) => {
                     add(Kind::WrongSize, record.version, replica);
                 }
                 Some(blob) => sound.push(blob),
             }
         }
-        if self.store.options.deep {
+        let differ = sound.windows(2).any(|pair| pair[0].size != pair[1].size);
+        if self.store.options.deep || differ {
             for replica in self.wrong_bytes(key, record, &sound)? {
                 add(Kind::WrongHash, record.version, &replica);
             }
@@ -343,11 +348,9 @@ impl Verify {
     fn wrong_bytes(&self, key: &[u8], record: &Record, blobs: &[&Blob]) -> Result<Vec<String>> {
         let mut digests: HashMap<Option<Hash>, Vec<String>> = HashMap::new();
         for blob in blobs {
-            let digest = self.store.volumes.digest(
-                &blob.replica,
-                &path(key, record.version),
-                self.store.own_auth(),
-            )?;
+            let (volumes, auth) = (&self.store.volumes, self.store.own_auth());
+            let digest = volumes.digest(&blob.replica, &path(key, record.version), auth);
+            let digest = self.readable(&blob.replica, digest)?;
             digests.entry(digest.map(|(hash, _)| hash)).or_default().push(blob.replica.clone());
         }
         let right = record.hash.or_else(|| {
@@ -407,7 +410,7 @@ impl Verify {
         let mut sources: Vec<Blob> =
             sound.into_iter().filter(|blob| !bad.contains(&blob.replica)).collect();
         if record.hash.is_some() {
-            sources.extend(self.there(key, &record, of(&[Kind::Surplus]).iter())?);
+            sources.extend(self.there(key, &record, of(&[Kind::Surplus, Kind::Debris]).iter())?);
         }
         let Some(length) = record.size.or(sources.first().map(|blob| blob.size)) else {
             return Err(Error::Gone);
@@ -421,7 +424,7 @@ impl Verify {
             ));
         }
         let sources: Vec<String> = sources.into_iter().map(|blob| blob.replica).collect();
-        store.restore(key, &record, &sources, length, &bad, auth)?;
+        store.restore(key, &record, &sources, &bad, auth)?;
         store.forget(key, record.version, &[])
     }
 
@@ -435,7 +438,7 @@ impl Verify {
         let blob = path(key, record.version);
         let mut there = Vec::new();
         for replica in replicas {
-            if let Some(size) = self.store.volumes.head(replica, &blob, self.store.own_auth())? {
+            if let Some(size) = self.size(replica, &blob)? {
                 there.push(Blob {
                     replica: replica.clone(),
                     version: record.version,
@@ -453,10 +456,8 @@ impl Verify {
         let surplus: Vec<_> =
             findings.iter().filter(|f| matches!(f.kind, Kind::Surplus | Kind::Stale)).collect();
         if let Some(record) = store.index.get(key)?.filter(|_| !surplus.is_empty()) {
-            let known = |replica: &&String| {
-                let volume = replica.split('/').next();
-                store.options.volumes.iter().any(|v| Some(v.as_str()) == volume)
-            };
+            let known =
+                |replica: &&String| store.options.volumes.iter().any(|v| v == volume_of(replica));
             if let Some(stranger) = record.replicas.iter().find(|replica| !known(replica)) {
                 return Err(Error::Failed(format!(
                     "its record names {stranger}, which is not in -volumes: check -db"
@@ -470,6 +471,21 @@ impl Verify {
                 ));
             }
             for finding in surplus {
+                // A newer index than this one may name it.
+                if finding.kind == Kind::Surplus && store.place(key).contains(&finding.replica) {
+                    return Err(Error::Failed(
+                        "a surplus replica lies where it is wanted: mkv rebalance takes it up"
+                            .into(),
+                    ));
+                }
+                let other = self.there(key, &record, [&finding.replica].into_iter())?;
+                let all: Vec<_> = there.iter().chain(&other).collect();
+                if record.hash.is_none() && !self.wrong_bytes(key, &record, &all)?.is_empty() {
+                    return Err(Error::Failed(
+                        "a surplus replica has other bytes, and no hash tells which are right"
+                            .into(),
+                    ));
+                }
                 store.volumes.delete(&finding.replica, &path(key, finding.version), auth)?;
             }
         }
@@ -492,7 +508,7 @@ impl Verify {
                 seen + unknown
             )));
         }
-        let suspects = self.suspects.lock().unwrap_or_else(|e| e.into_inner());
+        let suspects = lock(&self.suspects);
         let old = |finding: &&Finding| {
             let listed = suspects.get(&finding.key).into_iter().flatten();
             let age = listed
@@ -524,7 +540,7 @@ impl Verify {
                 all,
             );
         }
-        let strays = self.strays.lock().unwrap_or_else(|e| e.into_inner());
+        let strays = lock(&self.strays);
         show("names that are no blob", &strays, all);
         let wrong: HashSet<&[u8]> = findings
             .iter()

@@ -7,8 +7,8 @@
 //! - it follows redirects, calls a 404 an error and keeps 3 connections: settings, below.
 
 use std::collections::HashMap;
-use std::fmt::Write;
 use std::io::{self, Read};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, RwLock, mpsc};
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -22,8 +22,8 @@ use crate::error::{Error, Result};
 use crate::fan::{self, Answer, Exchange, Line, STALL, Scout, Then};
 use crate::listing::{self, Entry};
 use crate::metrics::{Histogram, head};
-use crate::pool::Pool;
-use crate::record::Hash;
+use crate::pool::{Pool, lock};
+use crate::record::{Hash, volume_of};
 
 /// An upload's unit of work, in bytes: what an upload takes of memory, and a large one twice.
 pub const CHUNK: usize = 512 << 10;
@@ -96,7 +96,7 @@ impl Volumes {
     }
 
     fn volume(&self, replica: &str) -> Arc<Volume> {
-        let name = replica.split('/').next().unwrap_or(replica);
+        let name = volume_of(replica);
         if let Some(volume) = self.known.read().unwrap_or_else(|e| e.into_inner()).get(name) {
             return volume.clone();
         }
@@ -114,24 +114,14 @@ impl Volumes {
     /// What is known of each volume that was asked for something, as Prometheus text.
     pub fn write_metrics(&self, text: &mut String) {
         let known = self.known.read().unwrap_or_else(|e| e.into_inner());
-        head(
-            text,
-            "mkv_volume_up",
-            "gauge",
-            "Whether the volume gave an answer when it was last asked.",
-        );
+        head(text, "mkv_volume_up", "gauge", "Whether the volume answered when last asked.");
         for (name, volume) in &*known {
-            let up = volume.down.lock().unwrap_or_else(|e| e.into_inner()).is_none();
+            let up = lock(&volume.down).is_none();
             text.push_str(&format!("mkv_volume_up{{volume=\"{name}\"}} {}\n", up as u8));
         }
-        head(
-            text,
-            "mkv_volume_seconds",
-            "histogram",
-            "From a request to a volume to its answer's head.",
-        );
+        head(text, "mkv_volume_seconds", "histogram", "From a request to its answer's head.");
         for (name, volume) in &*known {
-            let latency = volume.latency.lock().unwrap_or_else(|e| e.into_inner());
+            let latency = lock(&volume.latency);
             latency.write(text, "mkv_volume_seconds", &format!("volume=\"{name}\""));
         }
     }
@@ -152,40 +142,36 @@ impl Volumes {
         replicas: &[&str],
         path: &str,
         auth: Option<&str>,
-        limit: Duration,
     ) -> Vec<Result<Answer>> {
         let begun = Instant::now();
+        let limit = match method {
+            "GET" => STALL,
+            "DELETE" => DELETE,
+            _ => self.timeout,
+        };
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
         let mut fan: Vec<_> = targets
-            .map(|(replica, volume)| exchange(volume, method, replica, path, auth, ""))
-            .map(|exchange| if method == "GET" { exchange.collect() } else { exchange })
+            .map(|(replica, volume)| volume.exchange(method, replica, path, auth, ""))
             .collect();
         fan::send(&mut fan, &[], true);
-        fan::finish(&mut fan, &[], begun + limit, limit);
-        let outcomes = fan.into_iter().map(|exchange| exchange.outcome);
-        let outcomes = outcomes.map(|o| o.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())));
-        let answer = |((outcome, volume), replica): ((io::Result<Answer>, &Arc<Volume>), &&str)| {
+        fan::finish(&mut fan, &[], Instant::now() + limit, limit);
+        let answer = |((exchange, volume), replica): ((Exchange, &Arc<Volume>), &&str)| {
+            let Exchange { outcome, whole, .. } = exchange;
+            let outcome = outcome.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
             volume.note(replica, begun.elapsed(), outcome.as_ref().err());
-            outcome.map_err(|e| unreachable(replica, &e.to_string()))
+            outcome.map_err(|e| Error::Unreachable {
+                volume: replica.to_string(),
+                why: e.to_string(),
+                late: whole && e.kind() == io::ErrorKind::TimedOut,
+            })
         };
-        outcomes.zip(&volumes).zip(replicas).map(answer).collect()
-    }
-
-    fn ask_one(
-        &self,
-        method: &str,
-        replica: &str,
-        path: &str,
-        auth: Option<&str>,
-    ) -> Result<Answer> {
-        let limit = if method == "DELETE" { DELETE } else { self.timeout };
-        self.ask(method, &[replica], path, auth, limit).remove(0)
+        fan.into_iter().zip(&volumes).zip(replicas).map(answer).collect()
     }
 
     /// The length in bytes of the blob on this replica; `None`: it is not there.
     pub fn head(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<Option<u64>> {
-        match self.ask_one("HEAD", replica, path, auth)? {
+        match self.ask("HEAD", &[replica], path, auth).remove(0)? {
             Answer { status: 200, length: Some(length), .. } => Ok(Some(length)),
             Answer { status: 200, .. } => {
                 Err(unreachable(replica, "its HEAD has no Content-Length"))
@@ -213,7 +199,7 @@ impl Volumes {
             Some((replica, self.volume(replica))).filter(|(_, volume)| !volume.is_down())
         });
         let (Some(scout), Some((replica, volume))) = (scout, up) else { return then(None) };
-        let exchange = exchange(&volume, "HEAD", replica, path, auth, "");
+        let exchange = volume.exchange("HEAD", replica, path, auth, "");
         let (replica, begun) = (replica.clone(), Instant::now());
         let heard: Then = Box::new(move |outcome| match outcome {
             Some(Ok(Answer { status: 200, length: Some(length), .. })) => {
@@ -229,9 +215,28 @@ impl Volumes {
         scout.ask(exchange, begun + self.timeout, heard);
     }
 
+    /// An error where two of these volumes, or volumes of these replicas, are one server under two
+    /// names: what look like two replicas would be one file, and to delete one would be to delete both.
+    pub fn check_distinct<'a>(&self, replicas: impl Iterator<Item = &'a String>) -> Result<()> {
+        let mut known: HashMap<SocketAddr, &str> = HashMap::new();
+        for replica in replicas {
+            let name = volume_of(replica);
+            // One that cannot be resolved now cannot be asked for anything either.
+            for address in self.volume(name).line.addresses().unwrap_or_default() {
+                let other = known.insert(address, name).filter(|other| *other != name);
+                if let Some(other) = other {
+                    return Err(Error::Failed(format!(
+                        "{other} and {name} are names of one server, {address}: a volume has one name, which is changed by mkv rebuild"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Whether the volume lets in who shows this, or nothing.
     pub fn admits(&self, volume: &str, auth: Option<&str>) -> Result<bool> {
-        match self.ask_one("HEAD", volume, "/", auth)?.status {
+        match self.ask("HEAD", &[volume], "/", auth).remove(0)?.status {
             200 => Ok(true),
             401 | 403 => Ok(false),
             status => Err(Error::Refused { volume: volume.into(), status }),
@@ -240,7 +245,7 @@ impl Volumes {
 
     /// Deletes a blob. `true`: it was there and is gone; `false`: it was not there.
     pub fn delete(&self, replica: &str, path: &str, auth: Option<&str>) -> Result<bool> {
-        deleted(replica, self.ask_one("DELETE", replica, path, auth))
+        deleted(replica, self.ask("DELETE", &[replica], path, auth).remove(0))
     }
 
     /// Deletes a blob from several replicas at the same time. `patient`: asks a volume that gave no
@@ -255,7 +260,7 @@ impl Volumes {
         let asked = |replica: &&String| patient || !self.volume(replica).is_down();
         let (ask, skip): (Vec<_>, Vec<_>) = replicas.iter().partition(asked);
         let names: Vec<&str> = ask.iter().map(|replica| replica.as_str()).collect();
-        let mut answers = self.ask("DELETE", &names, path, auth, DELETE).into_iter();
+        let mut answers = self.ask("DELETE", &names, path, auth).into_iter();
         let outcome = |replica: &String| {
             let silent = || Err(unreachable(replica, "it gave none just now"));
             let answer = if skip.contains(&replica) { None } else { answers.next() };
@@ -269,7 +274,7 @@ impl Volumes {
     pub fn check_silent(&self, replicas: &[String], auth: Option<&str>) -> Result<()> {
         for replica in replicas {
             let volume = self.volume(replica);
-            let silent = volume.down.lock().unwrap_or_else(|e| e.into_inner()).is_some();
+            let silent = lock(&volume.down).is_some();
             if silent && let Err(error @ Error::Unreachable { .. }) = self.admits(replica, auth) {
                 return Err(error);
             }
@@ -303,7 +308,7 @@ impl Volumes {
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
         let mut fan: Vec<_> = targets
-            .map(|(replica, volume)| exchange(volume, "PUT", replica, path, auth, &headers))
+            .map(|(replica, volume)| volume.exchange("PUT", replica, path, auth, &headers))
             .collect();
         loop {
             let ended = source.ended;
@@ -414,35 +419,23 @@ impl Volumes {
         folder: &str,
         auth: Option<&str>,
     ) -> Result<Vec<Vec<Entry>>> {
-        let mut listings = self.list_once(replicas, folder, auth);
-        for attempt in 1..5 {
-            for (replica, listing) in replicas.iter().zip(&mut listings) {
+        let read = |replica: &str, answer: Result<Answer>| match answer? {
+            Answer { status: 200, body, .. } => listing::parse(&body)
+                .map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}"))),
+            Answer { status, .. } => Err(Error::Refused { volume: replica.into(), status }),
+        };
+        let listing = |(replica, answer): (&&str, Result<Answer>)| {
+            let mut listing = read(replica, answer);
+            for attempt in 1..5 {
                 if listing.is_err() {
                     std::thread::sleep(Duration::from_millis(attempt * attempt * 50));
-                    *listing = self.list_once(&[replica], folder, auth).remove(0);
+                    listing = read(replica, self.ask("GET", &[replica], folder, auth).remove(0));
                 }
             }
-        }
-        let named = |(listing, replica): (Result<Vec<Entry>>, &&str)| {
             let why = |e| Error::Failed(format!("no listing of http://{replica}{folder}: {e}"));
             listing.map_err(why)
         };
-        listings.into_iter().zip(replicas).map(named).collect()
-    }
-
-    fn list_once(
-        &self,
-        replicas: &[&str],
-        folder: &str,
-        auth: Option<&str>,
-    ) -> Vec<Result<Vec<Entry>>> {
-        let answers = self.ask("GET", replicas, folder, auth, STALL).into_iter();
-        let listing = |(answer, replica): (Result<Answer>, &&str)| match answer? {
-            Answer { status: 200, body, .. } => listing::parse(&body)
-                .map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}"))),
-            Answer { status, .. } => Err(Error::Refused { volume: replica.to_string(), status }),
-        };
-        answers.zip(replicas).map(listing).collect()
+        replicas.iter().zip(self.ask("GET", replicas, folder, auth)).map(listing).collect()
     }
 }
 
@@ -573,9 +566,7 @@ impl Source<'_> {
             drop(buffer);
             let _ = done.send(md5);
         });
-        if let Err(job) = self.pool.run(job) {
-            job();
-        }
+        self.pool.run(job).unwrap_or_else(|job| job());
         self.hashing = Some(hashing);
     }
 
@@ -594,15 +585,30 @@ impl Source<'_> {
 }
 
 impl Volume {
+    /// A request to a replica; `headers`: whole lines beside Host and Authorization.
+    fn exchange(
+        &self,
+        method: &str,
+        replica: &str,
+        path: &str,
+        auth: Option<&str>,
+        headers: &str,
+    ) -> Exchange {
+        let folder = replica.find('/').map_or("", |at| &replica[at..]);
+        let auth = auth.map_or(String::new(), |auth| format!("Authorization: {auth}\r\n"));
+        let lines = format!("{headers}{auth}");
+        Exchange::new(&self.line, method, &format!("{folder}{path}"), &lines)
+    }
+
     fn is_down(&self) -> bool {
-        let down = self.down.lock().unwrap_or_else(|e| e.into_inner());
+        let down = lock(&self.down);
         down.is_some_and(|since| since.elapsed() < DOWN)
     }
 
     /// Remembers whether the volume gave an answer, and after what time.
     fn note(&self, replica: &str, time: Duration, error: Option<&io::Error>) {
-        self.latency.lock().unwrap_or_else(|e| e.into_inner()).observe(time);
-        let mut down = self.down.lock().unwrap_or_else(|e| e.into_inner());
+        lock(&self.latency).observe(time);
+        let mut down = lock(&self.down);
         match (error, &*down) {
             (Some(e), None) => log::warn!("volume {replica} gives no answer: {e}"),
             (None, Some(_)) => log::warn!("volume {replica} answers again"),
@@ -613,7 +619,7 @@ impl Volume {
 }
 
 fn unreachable(replica: &str, why: &str) -> Error {
-    Error::Unreachable { volume: replica.into(), why: why.into() }
+    Error::Unreachable { volume: replica.into(), why: why.into(), late: false }
 }
 
 fn deleted(replica: &str, answer: Result<Answer>) -> Result<bool> {
@@ -623,23 +629,6 @@ fn deleted(replica: &str, answer: Result<Answer>) -> Result<bool> {
         404 | 409 => Ok(false),
         status => Err(Error::Refused { volume: replica.into(), status }),
     }
-}
-
-/// A request to a replica; `headers`: whole lines beside Host and Authorization.
-fn exchange(
-    volume: &Volume,
-    method: &str,
-    replica: &str,
-    path: &str,
-    auth: Option<&str>,
-    headers: &str,
-) -> Exchange {
-    let folder = replica.find('/').map_or("", |at| &replica[at..]);
-    let mut lines = headers.to_string();
-    if let Some(auth) = auth {
-        let _ = write!(lines, "Authorization: {auth}\r\n");
-    }
-    Exchange::new(&volume.line, method, &format!("{folder}{path}"), &lines)
 }
 
 /// An agent for one volume.

@@ -21,6 +21,9 @@ mod error;
 #[path = "../../src/index.rs"]
 mod index;
 #[allow(dead_code)]
+#[path = "../../src/pool.rs"]
+mod pool;
+#[allow(dead_code)]
 #[path = "../../src/record.rs"]
 mod record;
 

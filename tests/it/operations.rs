@@ -298,7 +298,8 @@ fn a_record_that_does_not_decode_is_dumped_as_it_is_and_stops_what_would_act_on_
     open().put("/broken", "HASHxyz").unwrap();
     assert_eq!(record(&c.dump(), "/broken"), Some("HASHxyz"));
     let dump = c.dump();
-    for command in [&["rebalance"][..], &["verify"], &["verify", "-repair"], &["rebuild"]] {
+    c.mkv(&["rebalance"]).fails(&["1 keys could not"]).says("/broken").says("1 keys: 0 moved");
+    for command in [&["verify"][..], &["verify", "-repair"], &["rebuild"]] {
         c.mkv(command).fails(&["/broken"]);
         assert_eq!(c.dump(), dump, "{command:?}");
     }

@@ -105,12 +105,16 @@ fn an_old_index_that_does_not_open_is_what_rebuild_is_for() {
         fs::write(file, "damaged").unwrap();
     }
     let temporary = c.folder.join("tmp");
+    let before = c.index_files();
+    let ran = c.mkv_command(&["rebuild"]).env("TMPDIR", &temporary).output().unwrap();
+    assert!(!ran.status.success() && String::from_utf8_lossy(&ran.stderr).contains("TMPDIR"));
+    c.index_is(&before);
     fs::create_dir(&temporary).unwrap();
     let command = &mut c.mkv_command(&["rebuild", "-rehash"]);
     let ran = command.env("TMPDIR", &temporary).output().unwrap();
     let said = String::from_utf8_lossy(&ran.stderr);
     let told = said.contains("unlinked states, hashes and debris are lost");
-    assert!(ran.status.success() && told, "{said}");
+    assert!(ran.status.code() == Some(1) && told, "{said}");
     fs::remove_dir(&temporary).expect("nothing is left there");
     assert_eq!(c.dump(), dump.replace("DELETED", ""));
     c.start_master();
@@ -193,7 +197,117 @@ fn a_blob_that_cannot_be_read_for_its_md5_is_named_unless_another_replica_can() 
     c.holds(KEY, "value");
 }
 
+/// The first replica has rotted: its md5 must not become the one that the others are measured by.
+#[test]
+fn rehash_takes_an_md5_that_two_replicas_have() {
+    let (mut c, dump) = store(Setup::new());
+    let path = golden::path(KEY.as_bytes(), 0);
+    let files: Vec<_> = replicas(&dump, KEY).iter().map(|r| c.file(r, &path)).collect();
+    flip_a_bit(&files[0]);
+    fs::remove_dir_all(c.db()).unwrap();
+    c.mkv(&["rebuild", "-rehash"]).expect(0);
+    assert_eq!(record(&c.dump(), KEY), record(&dump, KEY));
+    c.mkv(&["verify", "-deep", "-repair"]).expect(0);
+    assert!(files.iter().all(|file| fs::read(file).unwrap() == b"value"));
+    // Of two that differ nobody knows.
+    flip_a_bit(&files[0]);
+    fs::remove_file(&files[1]).unwrap();
+    fs::remove_dir_all(c.db()).unwrap();
+    let ran = c.mkv(&["rebuild", "-rehash"]).fails(&["see what is named above"]);
+    ran.says("do not agree on it: 1");
+    assert!(record(&c.dump(), KEY).unwrap().starts_with("SIZE"));
+    fs::write(&files[0], "value").unwrap();
+    fs::write(&files[1], "value").unwrap();
+    c.mkv(&["rebuild", "-rehash"]).expect(0);
+    c.start_master();
+    c.ask("UNLINK", "/unlinked").expect(204);
+    c.stop_master();
+    is_intact(&mut c);
+}
+
+/// What a power cut on two of three volumes leaves.
+#[test]
+fn an_empty_blob_is_no_value() {
+    let (mut c, dump) = store(Setup::new());
+    let path = golden::path(KEY.as_bytes(), 0);
+    let files: Vec<_> = replicas(&dump, KEY).iter().map(|r| c.file(r, &path)).collect();
+    files[..2].iter().for_each(|file| fs::write(file, "").unwrap());
+    for old in [true, false] {
+        if !old {
+            fs::remove_dir_all(c.db()).unwrap();
+        }
+        let ran = c.mkv(&["rebuild"]).expect(0).says("1 under-replicated").says("2 skipped");
+        ran.says("is empty");
+        assert_eq!(replicas(&c.dump(), KEY), replicas(&dump, KEY)[2..]);
+    }
+    files[..2].iter().for_each(|file| fs::write(file, "value").unwrap());
+    c.mkv(&["rebuild"]).expect(0);
+    c.start_master();
+    c.holds(KEY, "value");
+}
+
 // Histories.
+
+/// What was under way when a copy of the index was made is a value by now, or is none: `rebuild` must
+/// not give it to the cleaner.
+#[test]
+fn a_write_that_a_copy_of_the_index_saw_unfinished_is_left_alone() {
+    let mut c = Setup::new().proxied().start();
+    c.put("/other", "other").expect(201);
+    c.put("/replaced", "old").expect(201);
+    on_all(&c, |proxy| proxy.set("PUT", Fault::HoldAnswer));
+    let mut put = begin(&c, "PUT", "value");
+    let mut replace = c.conn();
+    replace.head("REPLACE", "/replaced", &[("Content-Length", "3")]).send("new");
+    on_all(&c, |proxy| proxy.wait_held("PUT", 2));
+    copy_folder(&c.db(), &c.folder.join("copy"));
+    on_all(&c, Faulty::behave);
+    put.answer().expect(201);
+    replace.answer().expect(201);
+    c.cleaned();
+    c.stop_master();
+    let (disks, dump) = (c.disks(), c.dump());
+    fs::remove_dir_all(c.db()).unwrap();
+    let from = c.folder.join("copy");
+    let ran = c.mkv(&["rebuild", "-from", from.to_str().unwrap()]);
+    let ran = ran.fails(&["see what is named above"]).says("left alone: 2");
+    ran.says("no blob was found for, their records kept: 1").says("/replaced");
+    c.start_master();
+    c.cleaned();
+    c.holds("/other", "other");
+    c.disks_are(&disks);
+    // The volumes alone tell all of it.
+    c.stop_master();
+    fs::remove_dir_all(c.db()).unwrap();
+    c.mkv(&["rebuild", "-rehash"]).expect(0);
+    assert_eq!(c.dump(), dump);
+    c.start_master();
+    c.holds(KEY, "value");
+    c.holds("/replaced", "new");
+}
+
+/// Fixed lengths and plain names: the copy's record is that of the value before.
+#[test]
+fn a_copy_of_the_index_tells_nothing_of_a_value_that_was_written_anew() {
+    let mut c = Setup::new().volumes(2).start();
+    c.put(KEY, "value 1").expect(201);
+    c.ask("UNLINK", KEY).expect(204);
+    c.stop_master();
+    copy_folder(&c.db(), &c.folder.join("copy"));
+    c.start_master();
+    c.ask("DELETE", KEY).expect(204);
+    let second = now();
+    crate::client::until("the next second has come", || now() > second);
+    c.put(KEY, "value 2").expect(201);
+    c.stop_master();
+    let dump = c.dump();
+    fs::remove_dir_all(c.db()).unwrap();
+    let from = c.folder.join("copy");
+    c.mkv(&["rebuild", "-rehash", "-from", from.to_str().unwrap()]).expect(0);
+    assert_eq!(c.dump(), dump);
+    c.start_master();
+    c.holds(KEY, "value 2");
+}
 
 #[test]
 fn a_put_killed_before_its_flip_is_no_key_after_a_rebuild() {

@@ -1,6 +1,7 @@
 //! `mkv verify`: what it finds, what `-repair` mends, and what neither may ever cost.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -500,6 +501,32 @@ fn nothing_is_removed_of_a_key_whose_replicas_are_not_all_whole() {
     c.proxies[volume].behave();
     c.mkv(&["verify", "-repair"]).expect(0);
     c.disks_are(&disks);
+}
+
+/// A bad sector, as far as a test can make one.
+#[test]
+fn a_blob_that_cannot_be_read_is_a_replica_that_is_missing() {
+    let (c, disks) = store(Setup::new().replicas(2));
+    let file = files_of(&c, KEY, 0).remove(0);
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o000)).unwrap();
+    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).says("replicas missing: 1");
+    c.mkv(&["verify", "-deep", "-repair"]).expect(0);
+    c.disks_are(&disks);
+}
+
+#[test]
+fn a_surplus_replica_with_other_bytes_stays_where_no_hash_tells_which_is_right() {
+    let mut c = Setup::new().replicas(2).flags(&["-md5sum=false"]).start();
+    c.put(KEY, "value").expect(201);
+    c.stop_master();
+    let surplus = elsewhere(&c, KEY);
+    let plain = golden::path(KEY.as_bytes(), 0);
+    c.plant(&surplus, &plain, "other", 1000);
+    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("no hash tells");
+    assert!(c.file(&surplus, &plain).exists());
+    c.plant(&surplus, &plain, "value", 1000);
+    c.mkv(&["verify", "-repair"]).expect(0);
+    assert_eq!(c.blobs().len(), 2);
 }
 
 #[test]
