@@ -25,12 +25,13 @@ use crate::metrics::{Histogram, head};
 use crate::pool::{Pool, lock};
 use crate::record::{Hash, volume_of};
 
-/// An upload's unit of work, in bytes: what an upload takes of memory, and a large one twice.
+/// An upload's unit of work, in bytes.
 pub const CHUNK: usize = 512 << 10;
 
-/// From how many bytes on a value's digest is computed on a thread of its own, while the chunk is
-/// sent and the next one read.
+/// From how many bytes on a value's digest is computed on a thread of its own, while chunks are sent
+/// and others read; and how many chunks of it are in memory then.
 const LARGE: u64 = 8 << 20;
+const CHUNKS: usize = 2;
 
 /// How long a volume may take for a DELETE.
 const DELETE: Duration = Duration::from_secs(10);
@@ -453,8 +454,7 @@ struct Source<'a> {
     value: Value<'a>,
     pool: Pool,
     md5: Option<Md5>,
-    /// Where the digest comes back from while a thread is at it.
-    hashing: Option<mpsc::Receiver<Md5>>,
+    hashing: Option<Hashing>,
     hash: Option<Hash>,
     size: u64,
     ended: bool,
@@ -462,10 +462,17 @@ struct Source<'a> {
     chunked: bool,
     /// Room for a chunk's size line, the chunk, and what ends a chunked body.
     buffer: Arc<Vec<u8>>,
-    /// The buffer of the chunk before, which the digest may still need.
-    before: Option<Arc<Vec<u8>>>,
     /// Where in it the chunk lies as it goes out.
     frame: Range<usize>,
+}
+
+/// The digest of a large value, on a thread of its own.
+struct Hashing {
+    chunks: mpsc::Sender<(Arc<Vec<u8>>, Range<usize>)>,
+    /// Buffers whose chunk is done, in their order, and those that were never used.
+    free: mpsc::Receiver<Arc<Vec<u8>>>,
+    /// Comes when there are no more chunks.
+    md5: mpsc::Receiver<Md5>,
 }
 
 const SIZE_LINE: usize = 8;
@@ -485,7 +492,6 @@ impl Source<'_> {
             ended: false,
             chunked: false,
             buffer: Arc::new(vec![0; SIZE_LINE + room + LAST_CHUNK.len()]),
-            before: None,
             frame: 0..0,
         }
     }
@@ -494,10 +500,8 @@ impl Source<'_> {
     /// is as long as the client said, and its digest the one it gave.
     fn read(&mut self) -> Result<()> {
         let lost = || Error::Failed("the thread of the digest is lost: try again".into());
-        if self.hashing.is_some() {
-            let next = self.before.take();
-            let next = next.unwrap_or_else(|| Arc::new(vec![0; self.buffer.len()]));
-            self.before = Some(std::mem::replace(&mut self.buffer, next));
+        if let Some(hashing) = &self.hashing {
+            self.buffer = hashing.free.recv().map_err(|_| lost())?;
         }
         let buffer = Arc::get_mut(&mut self.buffer).ok_or_else(lost)?;
         let room = buffer.len() - SIZE_LINE - LAST_CHUNK.len();
@@ -536,15 +540,21 @@ impl Source<'_> {
             buffer[..SIZE_LINE].copy_from_slice(format!("{filled:06x}\r\n").as_bytes());
             buffer[chunk.end..chunk.end + LAST_CHUNK.len()].copy_from_slice(LAST_CHUNK);
         }
-        if let Some(hashing) = self.hashing.take() {
-            self.md5 = Some(hashing.recv().map_err(|_| lost())?);
+        if self.size > LARGE && !self.ended && self.hashing.is_none() {
+            self.hash_aside();
         }
-        if self.size > LARGE && !self.ended {
-            self.hash_aside(chunk);
-        } else if let Some(md5) = &mut self.md5 {
-            md5.update(&buffer[chunk]);
+        match (&self.hashing, &mut self.md5) {
+            (Some(hashing), _) => {
+                hashing.chunks.send((self.buffer.clone(), chunk)).map_err(|_| lost())?;
+            }
+            (None, Some(md5)) => md5.update(&self.buffer[chunk]),
+            (None, None) => {}
         }
         if self.ended {
+            if let Some(Hashing { chunks, md5, .. }) = self.hashing.take() {
+                drop(chunks);
+                self.md5 = Some(md5.recv().map_err(|_| lost())?);
+            }
             self.hash = self.md5.take().map(|md5| md5.finalize().into());
             if self.value.expected.is_some() && self.value.expected != self.hash {
                 return Err(Error::BadRequest(
@@ -555,19 +565,31 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// Has a chunk's part of the digest computed while it is sent.
-    fn hash_aside(&mut self, chunk: Range<usize>) {
+    /// Has the digest computed from here on while other things are done.
+    fn hash_aside(&mut self) {
         let Some(mut md5) = self.md5.take() else { return };
-        let (done, hashing) = mpsc::channel();
-        let buffer = self.buffer.clone();
+        let (chunks, work) = mpsc::channel::<(Arc<Vec<u8>>, Range<usize>)>();
+        let (done, free) = mpsc::channel();
+        let (finish, digest) = mpsc::channel();
+        for _ in 1..CHUNKS {
+            let _ = done.send(Arc::new(vec![0; self.buffer.len()]));
+        }
         let job = Box::new(move || {
-            md5.update(&buffer[chunk]);
-            // Before the next chunk but one is read into it.
-            drop(buffer);
-            let _ = done.send(md5);
+            for (buffer, chunk) in work {
+                md5.update(&buffer[chunk]);
+                let _ = done.send(buffer);
+            }
+            let _ = finish.send(md5);
         });
-        self.pool.run(job).unwrap_or_else(|job| job());
-        self.hashing = Some(hashing);
+        match self.pool.run(job) {
+            Ok(()) => self.hashing = Some(Hashing { chunks, free, md5: digest }),
+            // No thread can be had: what has been digested comes back at once.
+            Err(job) => {
+                drop(chunks);
+                job();
+                self.md5 = digest.recv().ok();
+            }
+        }
     }
 
     /// The header line that says how the body is framed.
