@@ -107,11 +107,14 @@ impl fmt::Display for Error {
             Error::TooMany => f.write_str("over 1,000,000 keys: add &limit=N and follow next"),
             Error::KeyTooLong(n) => write!(f, "the key has {n} bytes, 1024 are allowed"),
             Error::Refused { volume, status } => {
-                write!(f, "volume {volume} answered {status}: see its nginx error log")?;
-                if *status == 500 {
-                    f.write_str(", is its disk full or read-only?")?;
-                }
-                Ok(())
+                let why = match status {
+                    401 => "give a user and password that it accepts, with -userpass",
+                    403 => "its nginx may not read or write there, see owner and mode",
+                    409 => "a folder lies where the blob belongs, or a blob where its folder does",
+                    500 => "see its nginx error log, is its disk full or read-only?",
+                    _ => "see its nginx error log",
+                };
+                write!(f, "volume {volume} answered {status}: {why}")
             }
             Error::Unreachable { volume, why, .. } => {
                 write!(f, "volume {volume} gives no answer ({why}): is its nginx running?")

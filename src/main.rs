@@ -78,7 +78,7 @@ fn run(options: Options) -> Result<()> {
         let place = panic.location().map_or("", |at| at.file());
         // `println!`: what reads the output has ended, as `head` does.
         if place.ends_with("std/src/io/stdio.rs") {
-            let _ = writeln!(std::io::stderr(), "mkv: the output cannot be written: {panic}");
+            let _ = writeln!(std::io::stderr(), "mkv: the output cannot be written");
             std::process::exit(1);
         }
         let quiet = place.contains("tiny_http");

@@ -119,7 +119,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Options> {
         maxconns: flags.number("maxconns", 4096, 1, 1_000_000)?,
         rehash: flags.switch("rehash", false)?,
         from: flags.last("from")?.map(PathBuf::from),
-        lost: flags.all("lost")?.join(",").split(',').map(String::from).collect(),
+        lost: flags.all("lost")?.iter().flat_map(|l| l.split(',')).map(String::from).collect(),
         dry_run: flags.switch("dry-run", false)?,
         settle: flags.time("settle", Duration::from_secs(60))?,
         deep: flags.switch("deep", false)?,
@@ -150,6 +150,21 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Options> {
         [word] => return usage(format!("{word}: no such command, see mkv -help")),
         [..] => return usage(format!("one command at a time, not {}", rest.join(" and "))),
     };
+    let command = rest.first().map_or("", String::as_str);
+    for (flag, given, commands) in [
+        ("-rehash", options.rehash, "rebuild"),
+        ("-from", options.from.is_some(), "rebuild"),
+        ("-lost", !options.lost.is_empty(), "rebuild or rebalance"),
+        ("-dry-run", options.dry_run, "rebalance"),
+        ("-deep", options.deep, "verify"),
+        ("-repair", options.repair, "verify"),
+        ("-leveldb", options.leveldb.is_some(), "import"),
+    ] {
+        let known = command.is_empty() || commands.split(" or ").any(|known| known == command);
+        if given && !known {
+            return usage(format!("{flag}: only for {commands}"));
+        }
+    }
     options.check()?;
     Ok(options)
 }
@@ -339,6 +354,9 @@ mod tests {
             ("server -db /x -volumes a:1 -replicas 1 -subvolumes", "-subvolumes"),
             ("server -db /x -volumes a:1 -replicas 1 -frobnicate", "-frobnicate"),
             ("verify -db /x -volumes a:1 -replicas 1 -strays", "-strays"),
+            ("verify -db /x -volumes a:1 -replicas 1 -repair -dry-run", "-dry-run"),
+            ("server -db /x -volumes a:1 -replicas 1 -lost a:1", "-lost"),
+            ("dump -db /x -rehash", "-rehash"),
             ("serve -db /x", "serve"),
             ("server rebuild -db /x", "rebuild"),
             ("-db /x", "server"),

@@ -43,6 +43,7 @@ pub fn run(options: &Options) -> Result<()> {
         replicas: AtomicU64::new(0),
         under: AtomicU64::new(0),
     };
+    rebuild.volumes.check_distinct(options.volumes.iter().filter(|v| !options.is_lost(v)))?;
     rebuild.carry_debris()?;
     let there: Vec<String> =
         options.volumes.iter().filter(|volume| !options.is_lost(volume)).cloned().collect();
@@ -212,7 +213,11 @@ impl Rebuild<'_> {
         let ranked = ranked
             .max_by_key(|(version, blobs)| (blobs.len(), **version))
             .map(|(version, _)| *version);
-        let there = known.filter(|known| versions.contains_key(known)).or(ranked);
+        // A whole newer version is what replaced that of an old copy.
+        let replaced = ranked.filter(|version| {
+            self.options.from.is_some() && versions[version].len() >= self.options.replicas
+        });
+        let there = replaced.or(known.filter(|known| versions.contains_key(known))).or(ranked);
         let version = there.or(known).unwrap_or(0);
         let old = old.filter(|old| old.version == version);
         let chosen = versions.remove(&version);

@@ -179,7 +179,8 @@ pub fn show(title: &str, names: &BTreeSet<String>, all: bool) {
     println!("{title}: {}", names.len());
     let most = if all { names.len() } else { 10 };
     for name in names.iter().take(most) {
-        println!("  {name}");
+        // A file's name may be meant to look like a line of ours.
+        println!("  {}", name.replace(char::is_control, "\u{fffd}"));
     }
     if names.len() > most {
         println!("  … and {} more, -v shows all", names.len() - most);

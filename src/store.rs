@@ -595,9 +595,11 @@ impl Store {
         if let Some(record) = self.index.get(key)?.filter(|record| record.version == version) {
             // What a rebalance replaced goes only when what took its place is seen to be there: a
             // power cut on a volume may have cost the copies.
+            let silent = record.replicas.iter().any(|replica| self.volumes.is_down(replica));
             let whole = || self.whole(key, &record, record.replicas.iter(), auth);
-            if entry.wait > 0 && whole().map_or(0, |there| there.len()) < record.replicas.len() {
-                log::warn!("surplus of \"{}\" stays: a replica is missing", key.escape_ascii());
+            let are_there = || whole().is_ok_and(|there| there.len() == record.replicas.len());
+            if entry.wait > 0 && (silent || !are_there()) {
+                log::info!("surplus of \"{}\" stays: a replica is missing", key.escape_ascii());
                 return Ok(());
             }
             return self.clear(key, version, &entry.replicas, auth).map(drop);

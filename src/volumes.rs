@@ -127,10 +127,15 @@ impl Volumes {
         }
     }
 
+    /// Whether the volume of this replica was silent just now.
+    pub fn is_down(&self, replica: &str) -> bool {
+        self.volume(replica).is_down()
+    }
+
     /// Replicas in random order; those on volumes that were silent just now come last.
     pub fn shuffled(&self, replicas: &[String]) -> Vec<String> {
         let mut order: Vec<(bool, u32, &String)> =
-            replicas.iter().map(|r| (self.volume(r).is_down(), fastrand::u32(..), r)).collect();
+            replicas.iter().map(|r| (self.is_down(r), fastrand::u32(..), r)).collect();
         order.sort();
         order.into_iter().map(|(_, _, replica)| replica.clone()).collect()
     }
@@ -223,7 +228,8 @@ impl Volumes {
         for replica in replicas {
             let name = volume_of(replica);
             // One that cannot be resolved now cannot be asked for anything either.
-            for address in self.volume(name).line.addresses().unwrap_or_default() {
+            for mut address in self.volume(name).line.addresses().unwrap_or_default() {
+                address.set_ip(address.ip().to_canonical());
                 let other = known.insert(address, name).filter(|other| *other != name);
                 if let Some(other) = other {
                     return Err(Error::Failed(format!(
@@ -258,7 +264,7 @@ impl Volumes {
         patient: bool,
         auth: Option<&str>,
     ) -> Vec<Result<bool>> {
-        let asked = |replica: &&String| patient || !self.volume(replica).is_down();
+        let asked = |replica: &&String| patient || !self.is_down(replica);
         let (ask, skip): (Vec<_>, Vec<_>) = replicas.iter().partition(asked);
         let names: Vec<&str> = ask.iter().map(|replica| replica.as_str()).collect();
         let mut answers = self.ask("DELETE", &names, path, auth).into_iter();

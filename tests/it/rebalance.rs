@@ -509,7 +509,7 @@ fn a_volume_under_another_name_is_no_other_volume() {
     c.stop_master();
     // Both names at once.
     c.names = names.iter().cloned().chain([alias(&names[0])]).collect();
-    for command in [&["rebalance"][..], &["verify", "-repair"]] {
+    for command in [&["rebalance"][..], &["verify", "-repair"], &["rebuild"]] {
         c.mkv(command).fails(&[told]);
     }
     assert!(c.try_start_master().unwrap_err().contains(told));

@@ -286,6 +286,31 @@ fn a_write_that_a_copy_of_the_index_saw_unfinished_is_left_alone() {
     c.holds("/replaced", "new");
 }
 
+/// The master is stopped before what was replaced is cleared.
+#[test]
+fn a_whole_newer_version_is_what_replaced_that_of_an_old_copy() {
+    let mut c = Setup::new().proxied().start();
+    c.put(KEY, "old").expect(201);
+    c.stop_master();
+    copy_folder(&c.db(), &c.folder.join("copy"));
+    c.start_master();
+    on_all(&c, |proxy| proxy.set("DELETE", Fault::Answer(503)));
+    c.replace(KEY, "new").expect(201);
+    c.stop_master();
+    on_all(&c, Faulty::behave);
+    assert_eq!(c.blobs().len(), 6);
+    let dump = c.dump();
+    fs::remove_dir_all(c.db()).unwrap();
+    let from = c.folder.join("copy");
+    let ran = c.mkv(&["rebuild", "-rehash", "-from", from.to_str().unwrap()]).expect(0);
+    ran.says("other versions of keys, not indexed: 1");
+    assert_eq!(c.dump(), dump);
+    c.mkv(&["verify", "-repair"]).expect(0);
+    c.start_master();
+    c.holds(KEY, "new");
+    assert_eq!(c.blobs().len(), 3);
+}
+
 /// Fixed lengths and plain names: the copy's record is that of the value before.
 #[test]
 fn a_copy_of_the_index_tells_nothing_of_a_value_that_was_written_anew() {
