@@ -174,7 +174,7 @@ mod tests {
     use crate::leveldb::log_records;
 
     fn fixture(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goleveldb").join(name)
+        Path::new("tests/goleveldb").join(name)
     }
 
     /// A folder of this test's own, empty.

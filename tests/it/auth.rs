@@ -110,7 +110,7 @@ impl Store {
         let (host, port) = self.names[n].split_once(':').expect("host:port");
         let mut command = bound_to_us("TERM");
         command
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("volume.sh"))
+            .arg("./volume.sh")
             .arg(self.folder.join(format!("v{n}")))
             .env("BIND", host)
             .env("PORT", port)

@@ -61,7 +61,7 @@ impl Drop for Place {
 }
 
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goleveldb")
+    PathBuf::from("tests/goleveldb")
 }
 
 fn mkv(words: &[&str]) -> Output {

@@ -269,8 +269,7 @@ fn path(folder: &Path, name: &str) -> String {
 
 /// front.conf with its lines marked HERE set, and temporary files of its own.
 fn configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> String {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("front.conf"))
-        .expect("front.conf is there");
+    let text = fs::read_to_string("front.conf").expect("front.conf is there");
     let mut set = 0;
     let mut lines: Vec<String> = Vec::new();
     for line in text.lines() {
