@@ -18,6 +18,7 @@ use crate::placement::path;
 use crate::pool::lock;
 use crate::progress::Progress;
 use crate::record::{Debris, Record, volume_of};
+use crate::scan::threads;
 use crate::store::{NOT_FOUND, Store, now};
 use crate::volumes::Value;
 
@@ -211,8 +212,7 @@ pub fn run(store: &Arc<Store>) -> Result<()> {
     store.volumes.check_distinct(store.options.volumes.iter())?;
     let counts = Counts::default();
     let progress = Progress::new(store.index.estimate(), "keys");
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(WIDTH).build();
-    let threads = threads.map_err(|e| Error::Failed(format!("no thread can be started: {e}")))?;
+    let threads = threads(WIDTH)?;
     let mut batch: Vec<(Vec<u8>, Record)> = Vec::new();
     let work = |batch: &mut Vec<(Vec<u8>, Record)>| {
         threads.install(|| {

@@ -19,7 +19,7 @@ use crate::options::Options;
 use crate::placement::{path, place};
 use crate::pool::lock;
 use crate::record::{Hash, Record, volume_of};
-use crate::scan::{Blob, Found, scan, show};
+use crate::scan::{Blob, Findings, Found, scan};
 use crate::volumes::Volumes;
 
 pub fn run(options: &Options) -> Result<()> {
@@ -39,7 +39,7 @@ pub fn run(options: &Options) -> Result<()> {
         new: Index::open(&fresh, true, false)?,
         old,
         listed: Mutex::default(),
-        findings: Mutex::default(),
+        findings: Findings::new(options.verbose),
         replicas: AtomicU64::new(0),
         under: AtomicU64::new(0),
     };
@@ -106,15 +106,13 @@ fn swap(db: &Path, index: &Path, fresh: &Path) -> Result<()> {
     std::fs::File::open(db).and_then(|dir| dir.sync_all()).map_err(wrong)
 }
 
-#[derive(Default)]
-struct Findings {
-    strays: BTreeSet<String>,
-    conflicts: BTreeSet<String>,
-    doubtful: BTreeSet<String>,
-    stale: BTreeSet<String>,
-    lost: BTreeSet<String>,
-    unhashed: BTreeSet<String>,
-}
+// What it finds.
+const STRAYS: &str = "names that are no blob, not indexed";
+const STALE: &str = "other versions of keys, not indexed";
+const CONFLICTS: &str = "replicas of different lengths under one name, the majority taken";
+const DOUBTFUL: &str = "blobs that -from calls unfinished or deleted, not indexed and left alone";
+const LOST: &str = "keys that no blob was found for, their records kept";
+const UNHASHED: &str = "keys whose blobs cannot be read for their md5, or do not agree on it";
 
 struct Rebuild<'a> {
     options: &'a Options,
@@ -124,17 +122,13 @@ struct Rebuild<'a> {
     old: Option<Index>,
     /// The volumes and subvolumes on which a blob was listed.
     listed: Mutex<HashSet<String>>,
-    findings: Mutex<Findings>,
+    findings: Findings,
     replicas: AtomicU64,
     /// Keys with fewer replicas than asked for.
     under: AtomicU64,
 }
 
 impl Rebuild<'_> {
-    fn note(&self, f: impl FnOnce(&mut Findings)) {
-        f(&mut lock(&self.findings));
-    }
-
     fn carry_debris(&self) -> Result<()> {
         let Some(old) = &self.old else { return Ok(()) };
         old.view().debris(b"", |key, version, mut entry| {
@@ -145,8 +139,8 @@ impl Rebuild<'_> {
 
     /// Writes the records of one prefix.
     fn index(&self, found: Found) -> Result<()> {
-        if !found.strays.is_empty() {
-            self.note(|findings| findings.strays.extend(found.strays));
+        for stray in found.strays {
+            self.findings.add(STRAYS, stray);
         }
         let mut change = self.new.change();
         for (key, blobs) in found.keys {
@@ -176,7 +170,7 @@ impl Rebuild<'_> {
         // No value is empty: this is what a power cut leaves.
         let (empty, mut blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(|b| b.size == 0);
         for Blob { replica, version, .. } in empty {
-            self.note(|f| _ = f.strays.insert(format!("{replica}{} is empty", path(key, version))));
+            self.findings.add(STRAYS, format!("{replica}{} is empty", path(key, version)));
         }
         for (version, entry) in self.old.as_ref().map_or(Ok(Vec::new()), |old| old.debris(key))? {
             let kept = old.as_ref().filter(|old| old.version == version);
@@ -189,9 +183,7 @@ impl Rebuild<'_> {
             if self.options.from.is_some() && kept.is_none() && complete {
                 // A write that was under way when an old copy was made, and is a value since? Or one
                 // that never ended? The cleaner must not be the one to decide.
-                self.note(|f| {
-                    _ = f.doubtful.insert(format!("{} {}", name(key), path(key, version)))
-                });
+                self.findings.add(DOUBTFUL, format!("{} {}", name(key), path(key, version)));
                 self.new.change().drop_debris(key, version).commit()?;
             }
             blobs.retain(|blob| {
@@ -222,7 +214,7 @@ impl Rebuild<'_> {
         let old = old.filter(|old| old.version == version);
         let chosen = versions.remove(&version);
         for version in versions.into_keys() {
-            self.note(|f| _ = f.stale.insert(format!("{} {}", name(key), path(key, version))));
+            self.findings.add(STALE, format!("{} {}", name(key), path(key, version)));
         }
         let Some(blobs) = chosen else { return Ok(None) };
         // Under a plain name an old copy's record may be that of another value of the same length.
@@ -265,7 +257,7 @@ impl Rebuild<'_> {
             });
             let text = text.chain(known.map(|size| format!(" {size} in the old index")));
             let text = format!("{}:{}", name(key), text.collect::<Vec<_>>().join(","));
-            self.note(|f| _ = f.conflicts.insert(text));
+            self.findings.add(CONFLICTS, text);
         }
         let newest = |blobs: &[Blob]| blobs.iter().map(|blob| blob.time).max().unwrap_or(0);
         let rank = |size: u64, blobs: &[Blob]| (known == Some(size), blobs.len(), newest(blobs));
@@ -290,7 +282,7 @@ impl Rebuild<'_> {
         if let [hash] = read[..] {
             return Ok(Some(hash));
         }
-        self.note(|f| _ = f.unhashed.insert(name(key)));
+        self.findings.add(UNHASHED, name(key));
         Ok(None)
     }
 
@@ -325,7 +317,7 @@ impl Rebuild<'_> {
             if self.new.get(key)?.is_none() {
                 let record = decode(key, Record::decode(text), text)?;
                 self.new.change().put(key, &record).commit()?;
-                self.note(|f| _ = f.lost.insert(name(key)));
+                self.findings.add(LOST, name(key));
             }
             Ok(true)
         })
@@ -333,26 +325,8 @@ impl Rebuild<'_> {
 
     /// Prints the summary: the number of keys, and whether something asks for a bad exit status.
     fn report(&self, begun: Instant) -> Result<(u64, bool)> {
-        let findings = lock(&self.findings);
-        let all = self.options.verbose;
-        show("names that are no blob, not indexed", &findings.strays, all);
-        show("other versions of keys, not indexed", &findings.stale, all);
-        show(
-            "replicas of different lengths under one name, the majority taken",
-            &findings.conflicts,
-            all,
-        );
-        show(
-            "blobs that -from calls unfinished or deleted, not indexed and left alone",
-            &findings.doubtful,
-            all,
-        );
-        show("keys that no blob was found for, their records kept", &findings.lost, all);
-        show(
-            "keys whose blobs cannot be read for their md5, or do not agree on it",
-            &findings.unhashed,
-            all,
-        );
+        let findings = &self.findings;
+        findings.show();
         let mut keys = 0;
         self.new.view().records(b"", b"", |_, _| {
             keys += 1;
@@ -362,11 +336,10 @@ impl Rebuild<'_> {
             "{keys} keys, {} replicas, {} under-replicated, {} skipped, {:.1} s",
             self.replicas.load(Ordering::Relaxed),
             self.under.load(Ordering::Relaxed),
-            findings.strays.len() + findings.stale.len(),
+            findings.count(STRAYS) + findings.count(STALE),
             begun.elapsed().as_secs_f64()
         );
-        let named = [&findings.lost, &findings.unhashed, &findings.doubtful];
-        Ok((keys, named.iter().any(|names| !names.is_empty())))
+        Ok((keys, [LOST, UNHASHED, DOUBTFUL].iter().any(|kind| findings.count(kind) > 0)))
     }
 }
 

@@ -5,12 +5,14 @@
 //! Nothing is asked for that a listing did not name.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Mutex;
 
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::listing::Entry;
 use crate::placement::key_of;
+use crate::pool::lock;
 use crate::progress::Progress;
 use crate::volumes::Volumes;
 
@@ -47,9 +49,7 @@ pub fn scan(
     f: impl Fn(Found) -> Result<()> + Sync,
 ) -> Result<()> {
     let scanner = Scanner { volumes, auth };
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(WIDTH).build();
-    let threads = threads.map_err(|e| Error::Failed(format!("no thread can be started: {e}")))?;
-    threads.install(|| {
+    threads(WIDTH)?.install(|| {
         let mut strays = Found::default();
         // First byte to the places where it has a folder.
         let mut firsts: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -171,18 +171,51 @@ fn is_base64(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"+-_=~".contains(&byte)
 }
 
-/// Names to show: all of them, or the first and how many more there are.
-pub fn show(title: &str, names: &BTreeSet<String>, all: bool) {
-    if names.is_empty() {
-        return;
+/// Threads for work that waits for volumes more than it computes.
+pub fn threads(width: usize) -> Result<rayon::ThreadPool> {
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(width).build();
+    threads.map_err(|e| Error::Failed(format!("no thread can be started: {e}")))
+}
+
+/// Findings that are shown of a kind without `-v`.
+const SHOWN: usize = 10;
+
+/// What a run finds, by what it is called: how many, and their names, or the first of them.
+pub struct Findings {
+    all: bool,
+    kinds: Mutex<BTreeMap<&'static str, (usize, BTreeSet<String>)>>,
+}
+
+impl Findings {
+    /// `all`: every name is kept and shown.
+    pub fn new(all: bool) -> Findings {
+        Findings { all, kinds: Mutex::default() }
     }
-    println!("{title}: {}", names.len());
-    let most = if all { names.len() } else { 10 };
-    for name in names.iter().take(most) {
-        // A file's name may be meant to look like a line of ours.
-        println!("  {}", name.replace(char::is_control, "\u{fffd}"));
+
+    pub fn add(&self, kind: &'static str, name: String) {
+        let mut kinds = lock(&self.kinds);
+        let (count, names) = kinds.entry(kind).or_default();
+        *count += 1;
+        names.insert(name);
+        if !self.all && names.len() > SHOWN {
+            names.pop_last();
+        }
     }
-    if names.len() > most {
-        println!("  … and {} more, -v shows all", names.len() - most);
+
+    pub fn count(&self, kind: &str) -> usize {
+        lock(&self.kinds).get(kind).map_or(0, |(count, _)| *count)
+    }
+
+    pub fn show(&self) {
+        for (kind, (count, names)) in &*lock(&self.kinds) {
+            println!("{kind}: {count}");
+            for name in names {
+                // A file's name may be meant to look like a line of ours.
+                println!("  {}", name.replace(char::is_control, "\u{fffd}"));
+            }
+            if *count > names.len() {
+                println!("  … and {} more, -v shows all", count - names.len());
+            }
+        }
     }
 }

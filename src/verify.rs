@@ -1,13 +1,15 @@
 //! `mkv verify`: the index against the volumes, and repair.
 //!
 //! First every listing is compared with the index, then what is in the index and in no listing is
-//! asked for. Each suspect is looked at again, after the index has caught up with a running master:
-//! only what is still wrong is a finding. With `-repair`, whole replicas are restored first; what is
-//! too much of a key goes only when all replicas of its record were just seen whole, and nothing
-//! goes that is newer than the index or that the index does not know, but for `-strays`.
+//! asked for. The suspects are looked at again, some thousands at a time, after the index has caught
+//! up with a running master: only what is still wrong is a finding. With `-repair`, whole replicas
+//! are restored first; what is too much of a key goes only when all replicas of its record were just
+//! seen whole, and nothing goes that is newer than the index or that the index does not know, but
+//! for `-strays`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::mem::take;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,13 +20,15 @@ use crate::index::{Index, decode, folder, is_locked, lock_dir};
 use crate::options::Options;
 use crate::placement::path;
 use crate::pool::lock;
+use crate::progress::Progress;
 use crate::rebuild::name;
 use crate::record::{Debris, Hash, Record, volume_of};
-use crate::scan::{Blob, scan, show};
+use crate::scan::{Blob, Findings, scan, threads};
 use crate::store::{Store, now};
 
-/// Keys of the index that are asked for at the same time.
+/// Keys that are looked at together, and how many of them at the same time.
 const BATCH: usize = 4096;
+const WIDTH: usize = 16;
 
 /// How often a key is looked at that changes while it is looked at, and how often running a finding
 /// has to be the same where a master runs: the same key may be written again and again.
@@ -58,13 +62,17 @@ impl Kind {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Finding {
     kind: Kind,
-    key: Vec<u8>,
     version: u64,
     replica: String,
 }
+
+const STRAYS: &str = "names that are no blob";
+
+/// A key to look at again, and the blobs that were listed for it and that its record does not name.
+type Suspect = (Vec<u8>, Vec<Blob>);
 
 struct Verify {
     store: Arc<Store>,
@@ -72,14 +80,14 @@ struct Verify {
     running: bool,
     /// When the index was last written, in seconds since 1970.
     newest: u64,
-    /// A listing shows what is newer than the index: it is an old copy, or another store's.
-    ahead: AtomicBool,
+    /// A blob that is newer than the index: it is an old copy, or another store's.
+    ahead: Mutex<Option<String>>,
     /// Keys with a blob in some listing that their record names.
     seen: AtomicU64,
+    /// Keys with other blobs only, debris left aside.
     unknown: AtomicU64,
-    /// Keys to look at again, and the blobs that were listed for them.
-    suspects: Mutex<HashMap<Vec<u8>, Vec<Blob>>>,
-    strays: Mutex<BTreeSet<String>>,
+    suspects: Mutex<BTreeMap<Vec<u8>, Vec<Blob>>>,
+    findings: Findings,
 }
 
 pub fn run(options: Options) -> Result<()> {
@@ -94,24 +102,17 @@ pub fn run(options: Options) -> Result<()> {
         return Err(Error::Failed("-repair: the index is empty, so every blob would look superfluous: check -db, or run mkv rebuild".into()));
     }
     let verify = Verify {
-        store: Store::new(options, index),
         running,
         newest,
-        ahead: AtomicBool::new(false),
+        ahead: Mutex::default(),
         seen: AtomicU64::new(0),
         unknown: AtomicU64::new(0),
         suspects: Mutex::default(),
-        strays: Mutex::default(),
+        findings: Findings::new(options.verbose),
+        store: Store::new(options, index),
     };
     verify.store.volumes.check_distinct(verify.store.options.volumes.iter())?;
-    verify.look_at_listings()?;
-    verify.look_at_index(records)?;
-    let mut findings = verify.look_again()?;
-    if verify.store.options.repair && !findings.is_empty() {
-        verify.repair(&findings)?;
-        findings = verify.look_again()?;
-    }
-    verify.report(&findings, records)
+    threads(WIDTH)?.install(|| verify.all(records))
 }
 
 /// The number of records, and the latest time in them or in debris, in seconds since 1970.
@@ -133,30 +134,92 @@ fn age(index: &Index) -> Result<(u64, u64)> {
 }
 
 impl Verify {
+    fn all(&self, records: u64) -> Result<()> {
+        self.look_at_listings()?;
+        self.look_at_index(records)?;
+        let options = &self.store.options;
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let (seen, unknown) = (get(&self.seen), get(&self.unknown));
+        let ahead = lock(&self.ahead).take().filter(|_| options.repair);
+        if let Some(blob) = &ahead {
+            eprintln!(
+                "the volumes hold what is newer than this index, http://{blob} for one: check -db. Nothing is removed"
+            );
+        } else if options.strays && unknown > seen {
+            // An index that knows fewer keys than it does not is not the index of these volumes.
+            return Err(Error::Failed(format!(
+                "-strays: the index knows {seen} of the {} keys on the volumes: nothing is removed; check -db",
+                seen + unknown
+            )));
+        }
+        let mut suspects = take(&mut *lock(&self.suspects));
+        let progress = Progress::new(suspects.len() as u64, "keys to look at again");
+        let mut wrong = 0;
+        while !suspects.is_empty() {
+            let batch: Vec<_> = (0..BATCH).map_while(|_| suspects.pop_first()).collect();
+            match self.look_and_mend(&batch, ahead.is_some(), &progress) {
+                Ok(count) => wrong += count,
+                Err(error) => {
+                    self.findings.show();
+                    return Err(error);
+                }
+            }
+            progress.add(batch.len() as u64);
+        }
+        progress.end();
+        self.report(records, wrong)
+    }
+
+    /// Notes what is wrong with these keys, and is still after a repair; the number of keys.
+    fn look_and_mend(&self, batch: &[Suspect], ahead: bool, progress: &Progress) -> Result<usize> {
+        let mut found = self.look_again(batch.iter().collect())?;
+        if self.store.options.repair {
+            found.par_iter().for_each(|(suspect, findings)| {
+                if let Err(error) = self.repair(suspect, findings, ahead) {
+                    progress.say(&format!("{} is not repaired: {error}", name(&suspect.0)));
+                }
+            });
+            found = self.look_again(found.into_iter().map(|(suspect, _)| suspect).collect())?;
+        }
+        Ok(found.iter().filter(|(suspect, findings)| self.note(&suspect.0, findings)).count())
+    }
+
+    /// The listings come first: what they show of a key is kept.
     fn suspect(&self, key: &[u8], blobs: Vec<Blob>) {
-        let mut suspects = lock(&self.suspects);
-        suspects.entry(key.to_vec()).or_default().extend(blobs);
+        lock(&self.suspects).entry(key.to_vec()).or_insert(blobs);
     }
 
     fn look_at_listings(&self) -> Result<()> {
         let options = &self.store.options;
         scan(&self.store.volumes, &options.volumes, self.store.own_auth(), |found| {
-            if !found.strays.is_empty() {
-                lock(&self.strays).extend(found.strays);
+            for stray in found.strays {
+                self.findings.add(STRAYS, stray);
             }
-            for (key, blobs) in found.keys {
+            for (key, mut blobs) in found.keys {
                 let record = self.store.index.get(&key)?;
-                let named =
-                    |record: &Record| blobs.iter().any(|b| record.names(b.version, &b.replica));
-                let count =
-                    if record.as_ref().is_some_and(named) { &self.seen } else { &self.unknown };
-                count.fetch_add(1, Ordering::Relaxed);
-                let sound = record.is_some_and(|record| {
-                    self.examine(&key, &blobs, Some(&record), &[]).is_ok_and(|f| f.is_empty())
-                });
-                if !sound {
-                    self.suspect(&key, blobs);
+                let record = record.as_ref();
+                let unnamed =
+                    |b: &Blob| record.is_none_or(|record| !record.names(b.version, &b.replica));
+                let seen = !blobs.iter().all(unnamed);
+                self.seen.fetch_add(u64::from(seen), Ordering::Relaxed);
+                if self.examine(&key, &blobs, record, &[]).is_ok_and(|found| found.is_empty()) {
+                    continue;
                 }
+                blobs.retain(unnamed);
+                blobs.shrink_to_fit();
+                let mut unknown = false;
+                for Blob { replica, version, time, .. } in &blobs {
+                    let debris = self.store.index.debris_entry(&key, *version)?;
+                    if debris.is_some_and(|entry| entry.replicas.contains(replica)) {
+                        continue;
+                    }
+                    unknown = !seen;
+                    if record.map_or(*time >= self.newest, |record| *version > record.version) {
+                        *lock(&self.ahead) = Some(format!("{replica}{}", path(&key, *version)));
+                    }
+                }
+                self.unknown.fetch_add(u64::from(unknown), Ordering::Relaxed);
+                self.suspect(&key, blobs);
             }
             Ok(())
         })
@@ -198,57 +261,57 @@ impl Verify {
         ask(&mut batch)
     }
 
-    /// Looks at every suspect once more, asking the volumes themselves; and again as long as the
-    /// index changes under it: what a running master writes just now is no finding.
-    fn look_again(&self) -> Result<BTreeSet<Finding>> {
-        let suspects = lock(&self.suspects);
-        let mut keys: Vec<&Vec<u8>> = suspects.keys().collect();
-        let mut confirmed = BTreeSet::new();
+    /// Looks at suspects once more, asking the volumes themselves; and again as long as the index
+    /// changes under it: what a running master writes just now is no finding.
+    fn look_again<'a>(
+        &self,
+        mut left: Vec<&'a Suspect>,
+    ) -> Result<Vec<(&'a Suspect, Vec<Finding>)>> {
+        let mut confirmed = Vec::new();
         let state = |key: &[u8]| Ok((self.store.index.get(key)?, self.store.index.debris(key)?));
-        let mut last: HashMap<&Vec<u8>, (_, _, u64)> = HashMap::new();
+        let mut last: HashMap<&[u8], (_, _, u64)> = HashMap::new();
         let needed = if self.running { STEADY } else { 1 };
         for round in 0..ROUNDS {
             if self.running && round > 0 {
                 std::thread::sleep(Duration::from_millis(100));
             }
             self.store.index.catch_up()?;
-            let looked = keys
+            let looked = left
                 .par_iter()
-                .map(|key| Ok((*key, (state(key)?, self.look(key, &suspects[*key])?))));
+                .map(|suspect| Ok((*suspect, (state(&suspect.0)?, self.look(suspect)?))));
             let looked: Vec<_> = looked.collect::<Result<_>>()?;
             self.store.index.catch_up()?;
-            keys.clear();
-            for (key, (before, findings)) in
+            left.clear();
+            for (suspect, (before, findings)) in
                 looked.into_iter().filter(|(_, (_, findings))| !findings.is_empty())
             {
+                let key = &suspect.0[..];
                 let same = last
                     .remove(key)
                     .filter(|(state, found, _)| *state == before && *found == findings);
                 let times =
                     same.map_or(0, |(_, _, times)| times) + u64::from(state(key)? == before);
                 if times >= needed {
-                    confirmed.extend(findings);
+                    confirmed.push((suspect, findings));
                 } else {
-                    keys.push(key);
+                    left.push(suspect);
                     last.insert(key, (before, findings, times));
                 }
             }
-            if keys.is_empty() {
+            if left.is_empty() {
                 break;
             }
         }
-        let newer = |f: &Finding| match f.kind {
-            Kind::Newer => true,
-            Kind::Unknown => suspects[&f.key].iter().any(|blob| blob.time >= self.newest),
-            _ => false,
-        };
-        self.ahead.store(confirmed.iter().any(newer), Ordering::Relaxed);
         Ok(confirmed)
     }
 
     /// The length of the blob on this replica, in bytes; `None`: it is not there, or not readable.
     fn size(&self, replica: &str, blob: &str) -> Result<Option<u64>> {
-        self.readable(replica, self.store.volumes.head(replica, blob, self.store.own_auth()))
+        match self.store.volumes.head(replica, blob, self.store.own_auth()) {
+            // No answer is no sign that it is not there.
+            Err(error @ Error::Unreachable { .. }) => Err(error),
+            answer => self.readable(replica, answer),
+        }
     }
 
     /// What a volume refuses, or breaks off, that answers else: a file that cannot be read is no
@@ -258,23 +321,21 @@ impl Verify {
         answer.or_else(|error| if answers() { Ok(None) } else { Err(error) })
     }
 
-    fn look(&self, key: &[u8], listed: &[Blob]) -> Result<Vec<Finding>> {
+    fn look(&self, (key, listed): &Suspect) -> Result<Vec<Finding>> {
         let record = self.store.index.get(key)?;
         let debris = self.store.index.debris(key)?;
-        let mut places: BTreeMap<(String, u64), u64> =
-            listed.iter().map(|blob| ((blob.replica.clone(), blob.version), blob.time)).collect();
-        let named = record.iter().map(|record| (record.version, &record.replicas));
+        let mut places: BTreeSet<(u64, &String)> =
+            listed.iter().map(|blob| (blob.version, &blob.replica)).collect();
+        let entries = debris.iter().map(|(version, entry)| (*version, &entry.replicas));
         for (version, replicas) in
-            named.chain(debris.iter().map(|(version, entry)| (*version, &entry.replicas)))
+            record.iter().map(|record| (record.version, &record.replicas)).chain(entries)
         {
-            for replica in replicas {
-                places.entry((replica.clone(), version)).or_default();
-            }
+            places.extend(replicas.iter().map(|replica| (version, replica)));
         }
         let mut blobs = Vec::new();
-        for ((replica, version), time) in places {
-            if let Some(size) = self.size(&replica, &path(key, version))? {
-                blobs.push(Blob { replica, version, size, time });
+        for (version, replica) in places {
+            if let Some(size) = self.size(replica, &path(key, version))? {
+                blobs.push(Blob { replica: replica.clone(), version, size, time: 0 });
             }
         }
         self.examine(key, &blobs, record.as_ref(), &debris)
@@ -290,12 +351,7 @@ impl Verify {
     ) -> Result<Vec<Finding>> {
         let mut findings = BTreeSet::new();
         let mut add = |kind, version, replica: &str| {
-            findings.insert(Finding {
-                kind,
-                key: key.to_vec(),
-                version,
-                replica: replica.to_string(),
-            });
+            findings.insert(Finding { kind, version, replica: replica.to_string() });
         };
         for (version, entry) in debris {
             for replica in &entry.replicas {
@@ -365,34 +421,20 @@ impl Verify {
         Ok(digests.into_values().flatten().collect())
     }
 
-    fn repair(&self, findings: &BTreeSet<Finding>) -> Result<()> {
-        let mut keys: BTreeMap<&[u8], Vec<&Finding>> = BTreeMap::new();
-        for finding in findings {
-            keys.entry(&finding.key).or_default().push(finding);
-        }
-        let ahead = self.ahead.load(Ordering::Relaxed);
-        if ahead {
-            eprintln!(
-                "the volumes hold what is newer than this index: check -db. Nothing is removed"
-            );
-        }
-        for (key, findings) in keys {
-            let repaired = self
-                .restore(key, &findings)
-                .and_then(|()| if ahead { Ok(()) } else { self.remove(key, &findings) });
-            if let Err(error) = repaired {
-                eprintln!("{} is not repaired: {error}", name(key));
+    fn repair(&self, suspect: &Suspect, findings: &[Finding], ahead: bool) -> Result<()> {
+        self.restore(&suspect.0, findings)?;
+        if !ahead {
+            self.remove(&suspect.0, findings)?;
+            if self.store.options.strays {
+                self.remove_strays(suspect, findings)?;
             }
-        }
-        if self.store.options.strays && !ahead {
-            self.remove_strays(findings)?;
         }
         Ok(())
     }
 
     /// Copies what is missing or wrong of a record's replicas, from one that is right or from a
     /// surplus one whose bytes are.
-    fn restore(&self, key: &[u8], findings: &[&Finding]) -> Result<()> {
+    fn restore(&self, key: &[u8], findings: &[Finding]) -> Result<()> {
         let (store, auth) = (&self.store, self.store.own_auth());
         let Some(record) = store.index.get(key)? else { return Ok(()) };
         let of = |kinds: &[Kind]| -> Vec<String> {
@@ -452,7 +494,7 @@ impl Verify {
     }
 
     /// Removes what is too much of a key, once all replicas of its record were seen whole.
-    fn remove(&self, key: &[u8], findings: &[&Finding]) -> Result<()> {
+    fn remove(&self, key: &[u8], findings: &[Finding]) -> Result<()> {
         let (store, auth) = (&self.store, self.store.own_auth());
         let surplus: Vec<_> =
             findings.iter().filter(|f| matches!(f.kind, Kind::Surplus | Kind::Stale)).collect();
@@ -480,6 +522,9 @@ impl Verify {
                     ));
                 }
                 let other = self.there(key, &record, [&finding.replica].into_iter())?;
+                if finding.kind == Kind::Surplus && other.is_empty() {
+                    continue;
+                }
                 let all: Vec<_> = there.iter().chain(&other).collect();
                 if record.hash.is_none() && !self.wrong_bytes(key, &record, &all)?.is_empty() {
                     return Err(Error::Failed(
@@ -498,65 +543,40 @@ impl Verify {
         Ok(())
     }
 
-    /// Removes blobs of unknown keys. An index that knows fewer keys than it does not is not the
-    /// index of these volumes.
-    fn remove_strays(&self, findings: &BTreeSet<Finding>) -> Result<()> {
-        let (seen, unknown) =
-            (self.seen.load(Ordering::Relaxed), self.unknown.load(Ordering::Relaxed));
-        if unknown > seen {
-            return Err(Error::Failed(format!(
-                "-strays: the index knows {seen} of the {} keys on the volumes: nothing is removed; check -db",
-                seen + unknown
-            )));
-        }
-        let suspects = lock(&self.suspects);
-        let old = |finding: &&Finding| {
-            let listed = suspects.get(&finding.key).into_iter().flatten();
-            let age = listed
-                .filter(|b| b.replica == finding.replica && b.version == finding.version)
-                .map(|b| now().saturating_sub(b.time));
-            age.min().is_some_and(|age| age >= self.store.options.grace.as_secs())
-        };
-        for finding in findings.iter().filter(|f| f.kind == Kind::Unknown).filter(old) {
-            let blob = path(&finding.key, finding.version);
-            if let Err(error) =
-                self.store.volumes.delete(&finding.replica, &blob, self.store.own_auth())
-            {
-                eprintln!("{} stays: {error}", name(&finding.key));
+    /// Removes blobs of a key that the index does not know, once they are older than the grace.
+    fn remove_strays(&self, (key, listed): &Suspect, findings: &[Finding]) -> Result<()> {
+        for finding in findings.iter().filter(|f| f.kind == Kind::Unknown) {
+            let mut listed = listed.iter();
+            let blob =
+                listed.find(|b| b.replica == finding.replica && b.version == finding.version);
+            let age = blob.map(|blob| now().saturating_sub(blob.time));
+            if age.is_some_and(|age| age >= self.store.options.grace.as_secs()) {
+                let blob = path(key, finding.version);
+                self.store.volumes.delete(&finding.replica, &blob, self.store.own_auth())?;
             }
         }
         Ok(())
     }
 
-    fn report(&self, findings: &BTreeSet<Finding>, records: u64) -> Result<()> {
-        let all = self.store.options.verbose;
-        let kinds: BTreeSet<Kind> = findings.iter().map(|finding| finding.kind).collect();
-        for kind in &kinds {
-            let line = |f: &Finding| {
-                format!("{} http://{}{}", name(&f.key), f.replica, path(&f.key, f.version))
-            };
-            show(
-                kind.title(),
-                &findings.iter().filter(|f| f.kind == *kind).map(line).collect(),
-                all,
-            );
+    /// Notes what is wrong with a key; whether something of it is a fault.
+    fn note(&self, key: &[u8], findings: &[Finding]) -> bool {
+        for Finding { kind, version, replica } in findings {
+            let text = format!("{} http://{replica}{}", name(key), path(key, *version));
+            self.findings.add(kind.title(), text);
         }
-        let strays = lock(&self.strays);
-        show("names that are no blob", &strays, all);
-        let wrong: HashSet<&[u8]> = findings
-            .iter()
-            .filter(|f| !(self.running && f.kind == Kind::Debris))
-            .map(|f| f.key.as_slice())
-            .collect();
+        findings.iter().any(|f| !(self.running && f.kind == Kind::Debris))
+    }
+
+    fn report(&self, records: u64, wrong: usize) -> Result<()> {
+        self.findings.show();
+        let strays = self.findings.count(STRAYS);
         println!(
-            "{records} keys in the index, {} with findings, {} names that are no blob",
-            wrong.len(),
-            strays.len()
+            "{records} keys in the index, {wrong} with findings, {strays} names that are no blob"
         );
-        if self.running && kinds.contains(&Kind::Debris) {
+        if self.running && self.findings.count(Kind::Debris.title()) > 0 {
             println!("debris is the running master's to clear, and no fault");
         }
-        if wrong.is_empty() && strays.is_empty() {
+        if wrong == 0 && strays == 0 {
             println!("the store is whole");
             return Ok(());
         }

@@ -10,7 +10,9 @@ use crate::client::{Conn, target};
 use crate::cluster::{Cluster, Setup};
 use crate::faulty::{Fault, Faulty};
 use crate::golden;
-use crate::operator::{Disks, Ran, copy_folder, flip_a_bit, now, numbered, replicas, tree};
+use crate::operator::{
+    Disks, Ran, copy_folder, flip_a_bit, now, numbered, replicas, tree, value_of,
+};
 
 const KEY: &str = "/foo/été";
 const KEYS: usize = 33;
@@ -575,6 +577,32 @@ fn strays_go_only_when_they_are_asked_to_and_older_than_the_grace() {
     c.mkv(&["verify", "-repair", "-strays", "-grace", "5m"]).expect(0);
     c.disks_are(&disks);
     c.verified();
+}
+
+#[test]
+fn a_lost_disk_of_more_keys_than_are_looked_at_together_is_mended() {
+    let mut c = Setup::new().subvolumes(1).replicas(2).start();
+    let keys = numbered("/n/", 6500);
+    c.fill(&keys);
+    c.stop_master();
+    let disks = c.disks();
+    let lost: Vec<PathBuf> = c.volumes[0].files().into_values().collect();
+    assert!(lost.len() > 4096, "{}", lost.len());
+    lost.iter().for_each(|file| fs::remove_file(file).unwrap());
+    let line = format!("replicas missing: {}", lost.len());
+    let more = format!("… and {} more", lost.len() - 10);
+    let with_findings = format!("{} with findings", lost.len());
+    c.mkv(&["verify"]).fails(&["not whole"]).says(&line).says(&more).says(&with_findings);
+    // What is newer than the index keeps all that looks superfluous, be it the first and the last.
+    let (first, last) = (elsewhere(&c, "/n/0000"), golden::path(b"/z", 0));
+    c.plant(&first, &golden::path(b"/n/0000", 0), value_of(&keys[0]), 1000);
+    c.plant(&c.names[1], &last, "newer", now() + 1);
+    let unknown = "that the index does not know: 1";
+    let ran = c.mkv(&ALL).fails(&["not whole"]).says("Nothing is removed").says(unknown);
+    ran.says("surplus replicas: 1").says("2 with findings").never_says("missing");
+    fs::remove_file(c.file(&c.names[1], &last)).unwrap();
+    c.mkv(&["verify", "-deep", "-repair"]).expect(0);
+    c.disks_are(&disks);
 }
 
 #[test]
