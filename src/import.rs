@@ -123,7 +123,7 @@ fn remove(folder: &Path) -> io::Result<()> {
 
 /// Makes an index of what the LevelDB holds.
 fn fill(folder: &Path, old: &Path) -> Result<Counts> {
-    let index = Index::open(folder, true, false)?;
+    let index = Index::fresh(folder)?;
     let mut counts = Counts::default();
     read(old, |rows| {
         let mut change = index.change();

@@ -84,6 +84,7 @@ fn run(options: Options) -> Result<()> {
         let quiet = place.contains("tiny_http");
         log::log!(if quiet { log::Level::Debug } else { log::Level::Error }, "{panic}");
     }));
+    memory::keep_malloc_from_hoarding();
     schedule_as_batch();
     match options.mode {
         Mode::Help => println!("{USAGE}"),

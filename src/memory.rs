@@ -1,4 +1,4 @@
-//! Memory: mimalloc, and what is large straight from the kernel.
+//! Memory: mimalloc, and what is large straight from the kernel, RocksDB's too.
 //!
 //! Where a request is dropped with bytes of its body unread, tiny_http allocates as many, zeroed, and
 //! touches few of them. An allocator that takes them from memory it has used before clears them first,
@@ -15,6 +15,16 @@ pub struct Allocator;
 
 /// From how many bytes on a block is pages of its own.
 const LARGE: usize = 128 << 10;
+
+/// RocksDB's memory is malloc's, which takes ever larger blocks from among the small ones once it was
+/// given such blocks back, and keeps them: a master would grow for half an hour.
+pub fn keep_malloc_from_hoarding() {
+    // SAFETY: it sets a number.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE as i32)
+    };
+}
 
 /// The kernel aligns to pages.
 fn is_large(layout: &Layout) -> bool {

@@ -36,7 +36,7 @@ pub fn run(options: &Options) -> Result<()> {
             .userpass
             .as_ref()
             .and_then(|text| Some(Credentials::new(text.as_bytes())?.header)),
-        new: Index::open(&fresh, true, false)?,
+        new: Index::fresh(&fresh)?,
         old,
         listed: Mutex::default(),
         findings: Findings::new(options.verbose),

@@ -82,7 +82,7 @@ fn pass_on(mut from: TcpStream, mut to: TcpStream) {
 
 fn generate(folder: &Path, keys: u64) {
     std::fs::create_dir_all(folder).expect("the folder can be made");
-    let index = index::Index::open(&folder.join("index"), true, false).expect("it opens");
+    let index = index::Index::fresh(&folder.join("index")).expect("it opens");
     let mut random = fastrand::Rng::with_seed(1);
     for first in (0..keys).step_by(BATCH as usize) {
         let mut change = index.change();
