@@ -189,6 +189,9 @@ impl Options {
         if matches!(self.mode, Mode::Dump | Mode::Import) {
             return Ok(());
         }
+        if self.voltimeout.is_zero() {
+            return usage("-voltimeout: 0 leaves a volume no time to answer, 1s is the default");
+        }
         if self.volumes.is_empty() {
             return usage("-volumes: give at least one volume, as host:port,host:port");
         }
@@ -349,6 +352,7 @@ mod tests {
             ("server -db /x -volumes a:1 -replicas 0", "-replicas"),
             ("server -db /x -volumes a:1 -replicas 1 -port 70000", "-port"),
             ("server -db /x -volumes a:1 -replicas 1 -voltimeout 5", "-voltimeout"),
+            ("server -db /x -volumes a:1 -replicas 1 -voltimeout 0s", "-voltimeout"),
             ("server -db /x -volumes a:1 -replicas 1 -protect=maybe", "-protect"),
             ("server -db /x -volumes a:1 -replicas 1 -userpass me", "-userpass"),
             ("server -db /x -volumes a:1 -replicas 1 -subvolumes", "-subvolumes"),

@@ -5,7 +5,7 @@
 //! ones debris. A crash before that batch leaves the copies as debris, one after it the surplus.
 //! The surplus waits until the copies have surely reached their disks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,7 +74,8 @@ impl Store {
         Ok(Some(plan))
     }
 
-    /// Copies what is missing: from the first source whose bytes are the record's.
+    /// Copies what is missing: from the first source whose bytes are the record's. Without a hash all
+    /// sources have to agree: a rotten one that is copied would make the majority.
     pub fn restore(
         &self,
         key: &[u8],
@@ -84,6 +85,19 @@ impl Store {
         auth: Option<&str>,
     ) -> Result<()> {
         let blob = path(key, record.version);
+        if record.hash.is_none() && sources.len() > 1 {
+            let mut digests = HashSet::new();
+            for source in sources {
+                digests.insert(self.volumes.digest(source, &blob, auth)?);
+            }
+            if digests.len() > 1 {
+                let text = format!(
+                    "the replicas of \"{}\" differ, and no hash tells which is right: see mkv verify -deep",
+                    key.escape_ascii()
+                );
+                return Err(Error::Failed(text));
+            }
+        }
         let mut failed = Error::Gone;
         for source in sources {
             let opened = match self.volumes.read(source, &blob, auth) {

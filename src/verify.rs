@@ -35,6 +35,9 @@ const WIDTH: usize = 16;
 const ROUNDS: u64 = 50;
 const STEADY: u64 = 5;
 
+/// How often a volume is asked for a blob before its silence ends the run: a disk may be slow.
+const TRIES: usize = 5;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Missing,
@@ -70,6 +73,7 @@ struct Finding {
 }
 
 const STRAYS: &str = "names that are no blob";
+const NOT_REPAIRED: &str = "keys that are not repaired";
 
 /// A key to look at again, and the blobs that were listed for it and that its record does not name.
 type Suspect = (Vec<u8>, Vec<Blob>);
@@ -101,16 +105,7 @@ pub fn run(options: Options) -> Result<()> {
     if options.repair && records == 0 {
         return Err(Error::Failed("-repair: the index is empty, so every blob would look superfluous: check -db, or run mkv rebuild".into()));
     }
-    let verify = Verify {
-        running,
-        newest,
-        ahead: Mutex::default(),
-        seen: AtomicU64::new(0),
-        unknown: AtomicU64::new(0),
-        suspects: Mutex::default(),
-        findings: Findings::new(options.verbose),
-        store: Store::new(options, index),
-    };
+    let verify = Verify::new(options, index, running, newest);
     verify.store.volumes.check_distinct(verify.store.options.volumes.iter())?;
     threads(WIDTH)?.install(|| verify.all(records))
 }
@@ -134,6 +129,19 @@ fn age(index: &Index) -> Result<(u64, u64)> {
 }
 
 impl Verify {
+    fn new(options: Options, index: Index, running: bool, newest: u64) -> Verify {
+        Verify {
+            running,
+            newest,
+            ahead: Mutex::default(),
+            seen: AtomicU64::new(0),
+            unknown: AtomicU64::new(0),
+            suspects: Mutex::default(),
+            findings: Findings::new(options.verbose),
+            store: Store::new(options, index),
+        }
+    }
+
     fn all(&self, records: u64) -> Result<()> {
         self.look_at_listings()?;
         self.look_at_index(records)?;
@@ -161,10 +169,13 @@ impl Verify {
                 Ok(count) => wrong += count,
                 Err(error) => {
                     self.findings.show();
+                    println!(
+                        "ended early: {} keys are still to be looked at",
+                        batch.len() + suspects.len()
+                    );
                     return Err(error);
                 }
             }
-            progress.add(batch.len() as u64);
         }
         progress.end();
         self.report(records, wrong)
@@ -172,14 +183,31 @@ impl Verify {
 
     /// Notes what is wrong with these keys, and is still after a repair; the number of keys.
     fn look_and_mend(&self, batch: &[Suspect], ahead: bool, progress: &Progress) -> Result<usize> {
+        let options = &self.store.options;
         let mut found = self.look_again(batch.iter().collect())?;
-        if self.store.options.repair {
-            found.par_iter().for_each(|(suspect, findings)| {
-                if let Err(error) = self.repair(suspect, findings, ahead) {
-                    progress.say(&format!("{} is not repaired: {error}", name(&suspect.0)));
+        let suspects = found.iter().map(|(suspect, _)| *suspect).collect();
+        progress.add((batch.len() - if options.repair { found.len() } else { 0 }) as u64);
+        if options.repair {
+            let mend = |(suspect, findings): &(&Suspect, Vec<Finding>)| {
+                progress.add(1);
+                match self.repair(suspect, findings, ahead) {
+                    // As in the listings, a volume that is down ends the run.
+                    Err(Error::Unreachable { volume, why, late }) if !self.answers(&volume) => {
+                        Err(Error::Unreachable { volume, why, late })
+                    }
+                    Err(error) => {
+                        self.findings.add(NOT_REPAIRED, format!("{}: {error}", name(&suspect.0)));
+                        Ok(())
+                    }
+                    Ok(()) => Ok(()),
                 }
-            });
-            found = self.look_again(found.into_iter().map(|(suspect, _)| suspect).collect())?;
+            };
+            found.par_iter().try_for_each(mend)?;
+            found = self.look_again(suspects)?;
+        } else if self.running && !found.is_empty() {
+            // RocksDB's follower may miss what was deleted just before a master's restart.
+            let index = Index::follow(&folder(&options.db)?)?;
+            found = Verify::new(options.clone(), index, true, self.newest).look_again(suspects)?;
         }
         Ok(found.iter().filter(|(suspect, findings)| self.note(&suspect.0, findings)).count())
     }
@@ -307,18 +335,26 @@ impl Verify {
 
     /// The length of the blob on this replica, in bytes; `None`: it is not there, or not readable.
     fn size(&self, replica: &str, blob: &str) -> Result<Option<u64>> {
-        match self.store.volumes.head(replica, blob, self.store.own_auth()) {
-            // No answer is no sign that it is not there.
-            Err(error @ Error::Unreachable { .. }) => Err(error),
-            answer => self.readable(replica, answer),
+        let ask = || self.store.volumes.head(replica, blob, self.store.own_auth());
+        let silent = |answer: &Result<_>| matches!(answer, Err(Error::Unreachable { .. }));
+        let mut answer = ask();
+        for _ in 1..TRIES {
+            if silent(&answer) {
+                answer = ask();
+            }
         }
+        // No answer is no sign that it is not there.
+        if silent(&answer) { answer } else { self.readable(replica, answer) }
     }
 
     /// What a volume refuses, or breaks off, that answers else: a file that cannot be read is no
     /// replica, and no reason to look at nothing else.
     fn readable<T>(&self, replica: &str, answer: Result<Option<T>>) -> Result<Option<T>> {
-        let answers = || self.store.volumes.admits(replica, self.store.own_auth()) == Ok(true);
-        answer.or_else(|error| if answers() { Ok(None) } else { Err(error) })
+        answer.or_else(|error| if self.answers(replica) { Ok(None) } else { Err(error) })
+    }
+
+    fn answers(&self, replica: &str) -> bool {
+        self.store.volumes.admits(replica, self.store.own_auth()) == Ok(true)
     }
 
     fn look(&self, (key, listed): &Suspect) -> Result<Vec<Finding>> {
@@ -450,18 +486,17 @@ impl Verify {
         if bad.is_empty() {
             return Ok(());
         }
+        let any = !sound.is_empty() || !of(&[Kind::WrongSize, Kind::WrongHash]).is_empty();
         let mut sources: Vec<Blob> =
             sound.into_iter().filter(|blob| !bad.contains(&blob.replica)).collect();
         if record.hash.is_some() {
             sources.extend(self.there(key, &record, of(&[Kind::Surplus, Kind::Debris]).iter())?);
         }
-        let Some(length) = record.size.or(sources.first().map(|blob| blob.size)) else {
-            return Err(Error::Gone);
-        };
         if sources.is_empty() {
-            return Err(Error::Gone);
+            let text = "none of its replicas is known to hold the right bytes";
+            return Err(if any { Error::Failed(text.into()) } else { Error::Gone });
         }
-        if record.size.is_none() && sources.iter().any(|blob| blob.size != length) {
+        if record.size.is_none() && sources.iter().any(|blob| blob.size != sources[0].size) {
             return Err(Error::Failed(
                 "its replicas differ in length, and the index does not know which is right".into(),
             ));

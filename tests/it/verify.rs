@@ -263,6 +263,20 @@ fn verify_beside_a_running_master_under_writes_has_no_findings() {
 }
 
 #[test]
+fn what_is_deleted_before_the_master_is_restarted_is_not_missing() {
+    let mut c = Setup::new().proxied().start();
+    c.put(KEY, "value").expect(201);
+    c.put("/deleted", "value").expect(201);
+    on_all(&c, |proxy| proxy.set("GET", Fault::HoldRequest));
+    let verify = c.begin(&["verify"]);
+    crate::client::until("it lists", || held(&c, "GET"));
+    c.ask("DELETE", "/deleted").expect(204);
+    c.restart_master();
+    on_all(&c, |proxy| proxy.release("GET"));
+    verify.ends().expect(0).says("the store is whole");
+}
+
+#[test]
 fn debris_is_a_running_masters_business_and_a_finding_without_one() {
     let mut c = Setup::new().proxied().start();
     c.put("/other", "other").expect(201);
@@ -498,7 +512,7 @@ fn nothing_is_removed_of_a_key_whose_replicas_are_not_all_whole() {
     fs::remove_file(&missing).unwrap();
     let volume = c.holder(KEY, 1);
     c.proxies[volume].set("PUT", Fault::Answer(500));
-    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("is not repaired");
+    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("keys that are not repaired: 1");
     assert!(surplus.exists() && !missing.exists() && c.debris().is_empty());
     c.proxies[volume].behave();
     c.mkv(&["verify", "-repair"]).expect(0);
@@ -529,6 +543,29 @@ fn a_surplus_replica_with_other_bytes_stays_where_no_hash_tells_which_is_right()
     c.plant(&surplus, &plain, "value", 1000);
     c.mkv(&["verify", "-repair"]).expect(0);
     assert_eq!(c.blobs().len(), 2);
+}
+
+#[test]
+fn of_replicas_that_differ_none_is_copied_where_no_hash_tells_which_is_right() {
+    let mut c = Setup::new().flags(&["-md5sum=false"]).start();
+    c.put(KEY, "value").expect(201);
+    c.stop_master();
+    let files = files_of(&c, KEY, 0);
+    flip_a_bit(&files[0]);
+    fs::remove_file(&files[1]).unwrap();
+    let disks = c.disks();
+    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("no hash tells which is right");
+    c.disks_are(&disks);
+    let deep = c.mkv(&["verify", "-deep", "-repair"]).fails(&["not whole"]);
+    deep.says("none of its replicas is known to hold the right bytes");
+    c.mkv(&["rebalance"]).fails(&["1 keys"]).says("no hash tells which is right");
+    c.disks_are(&disks);
+    c.start_master();
+    assert!(c.ask("REBALANCE", KEY).expect(500).text().contains("no hash tells"));
+    c.disks_are(&disks);
+    fs::remove_file(&files[0]).unwrap();
+    c.ask("REBALANCE", KEY).expect(204);
+    c.holds(KEY, "value");
 }
 
 #[test]
