@@ -74,8 +74,7 @@ impl Store {
         Ok(Some(plan))
     }
 
-    /// Copies what is missing: from the first source whose bytes are the record's. Without a hash all
-    /// sources have to agree: a rotten one that is copied would make the majority.
+    /// Copies what is missing: from the first source whose bytes are the record's.
     pub fn restore(
         &self,
         key: &[u8],
@@ -85,19 +84,7 @@ impl Store {
         auth: Option<&str>,
     ) -> Result<()> {
         let blob = path(key, record.version);
-        if record.hash.is_none() && sources.len() > 1 {
-            let mut digests = HashSet::new();
-            for source in sources {
-                digests.insert(self.volumes.digest(source, &blob, auth)?);
-            }
-            if digests.len() > 1 {
-                let text = format!(
-                    "the replicas of \"{}\" differ, and no hash tells which is right: see mkv verify -deep",
-                    key.escape_ascii()
-                );
-                return Err(Error::Failed(text));
-            }
-        }
+        self.check_agree(key, record, sources, auth)?;
         let mut failed = Error::Gone;
         for source in sources {
             let opened = match self.volumes.read(source, &blob, auth) {
@@ -132,6 +119,31 @@ impl Store {
         Err(failed)
     }
 
+    /// Without a hash all replicas have to hold the same bytes: to copy a rotten one, or to remove one
+    /// of those that are right, could make a majority of the rotten.
+    fn check_agree(
+        &self,
+        key: &[u8],
+        record: &Record,
+        replicas: &[String],
+        auth: Option<&str>,
+    ) -> Result<()> {
+        if record.hash.is_some() || replicas.len() < 2 {
+            return Ok(());
+        }
+        let (blob, mut digests) = (path(key, record.version), HashSet::new());
+        for replica in replicas {
+            digests.insert(self.volumes.digest(replica, &blob, auth)?);
+        }
+        if digests.len() == 1 {
+            return Ok(());
+        }
+        Err(Error::Failed(format!(
+            "the replicas of \"{}\" differ, and no hash tells which is right: see mkv verify -deep",
+            key.escape_ascii()
+        )))
+    }
+
     /// Sees to it that the value is whole where it is to be, before anything else of it may go: by
     /// copies from a good source or, where there is nothing to copy, by reading what stays.
     fn secure(&self, key: &[u8], record: &Record, plan: &Plan, auth: Option<&str>) -> Result<()> {
@@ -142,8 +154,11 @@ impl Store {
             }
             return self.restore(key, record, &plan.sources, &plan.copies, auth);
         }
-        if record.hash.is_none() || self.surplus(record, plan).next().is_none() {
+        if self.surplus(record, plan).next().is_none() {
             return Ok(());
+        }
+        if record.hash.is_none() {
+            return self.check_agree(key, record, &plan.sources, auth);
         }
         let blob = path(key, record.version);
         for replica in &plan.wanted {

@@ -496,11 +496,6 @@ impl Verify {
             let text = "none of its replicas is known to hold the right bytes";
             return Err(if any { Error::Failed(text.into()) } else { Error::Gone });
         }
-        if record.size.is_none() && sources.iter().any(|blob| blob.size != sources[0].size) {
-            return Err(Error::Failed(
-                "its replicas differ in length, and the index does not know which is right".into(),
-            ));
-        }
         let sources: Vec<String> = sources.into_iter().map(|blob| blob.replica).collect();
         store.restore(key, &record, &sources, &bad, auth)?;
         store.forget(key, record.version, &[])

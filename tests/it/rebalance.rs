@@ -526,10 +526,8 @@ fn a_volume_under_another_name_is_no_other_volume() {
     is_intact(&mut c);
 }
 
-/// A power cut on a volume can cost a copy: nginx does not fsync.
-#[test]
-fn what_was_replaced_stays_as_long_as_its_copy_is_missing() {
-    let mut c = Setup::new().volumes(2).replicas(1).subvolumes(1).flags(&["-settle", "1s"]).start();
+/// Puts a key on the first of two volumes that placement wants on the second.
+fn one_that_moves(c: &mut Cluster) -> String {
     let all = c.names.clone();
     let moves = |key: &String| golden::place(key.as_bytes(), &all, 1, 1)[0] == all[1];
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
@@ -538,6 +536,14 @@ fn what_was_replaced_stays_as_long_as_its_copy_is_missing() {
     c.put(&key, "value").expect(201);
     c.names = all;
     c.restart_master();
+    key
+}
+
+/// A power cut on a volume can cost a copy: nginx does not fsync.
+#[test]
+fn what_was_replaced_stays_as_long_as_its_copy_is_missing() {
+    let mut c = Setup::new().volumes(2).replicas(1).subvolumes(1).flags(&["-settle", "1s"]).start();
+    let key = one_that_moves(&mut c);
     c.ask("REBALANCE", &key).expect(204);
     let copy = c.files(&key).remove(0);
     fs::remove_file(&copy).unwrap();
@@ -570,19 +576,30 @@ fn nothing_goes_where_what_stays_has_other_bytes() {
     is_intact(&mut c);
 }
 
+#[test]
+fn none_goes_where_replicas_differ_and_no_hash_tells_which_is_right() {
+    let mut c = Setup::new().flags(&["-md5sum=false"]).start();
+    c.put(KEY, "value").expect(201);
+    let files = c.files(KEY);
+    c.stop_master();
+    flip_a_bit(&files[0]);
+    let disks = c.disks();
+    c.setup = c.setup.clone().replicas(2);
+    c.mkv(&["rebalance", "-settle", "0s"]).fails(&["1 keys"]).says("no hash tells which is right");
+    c.disks_are(&disks);
+    c.mkv(&["verify", "-deep", "-repair"]).expect(0);
+    c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
+    assert_eq!(c.blobs().len(), 2);
+    c.start_master();
+    c.holds(KEY, "value");
+}
+
 /// One of a volume's processes has the deletion, and does it when another has taken a new copy.
 #[test]
 fn a_deletion_without_an_answer_never_meets_a_new_copy() {
     let setup = Setup::new().proxied().volumes(2).replicas(1).subvolumes(1);
     let mut c = setup.flags(&["-settle", "0s"]).start();
-    let all = c.names.clone();
-    let moves = |key: &String| golden::place(key.as_bytes(), &all, 1, 1)[0] == all[1];
-    let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
-    c.names.truncate(1);
-    c.restart_master();
-    c.put(&key, "value").expect(201);
-    c.names = all;
-    c.restart_master();
+    let key = one_that_moves(&mut c);
     c.proxies[1].set("PUT", Fault::Answer(500));
     c.proxies[1].set("DELETE", Fault::HoldRequest);
     c.ask("REBALANCE", &key).refused(500, &c.names[1]);
