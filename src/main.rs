@@ -1,69 +1,18 @@
-//! mkv: a distributed key-value store. The way of a request through the files:
-//!
-//! - `options`: the command line
-//! - `http`: connections and requests; the only file that names tiny_http
-//! - `route`: method and target to command
-//! - `auth`: basic authorization
-//! - `store`: the API's commands, the write protocols, the cleaner
-//! - `list`: pages of keys
-//! - `placement`: key to blob path and volumes, and back
-//! - `record`: what the index holds for a key
-//! - `index`: RocksDB and the locks of keys; the only file that names rocksdb
-//! - `volumes`: requests to nginx; the only file that names ureq
-//! - `fan`: one request to several volumes at the same time
-//! - `listing`: nginx's listings
-//! - `pool`: threads for what is done at the same time
-//! - `metrics`: what the master counts
-//! - `memory`: what is large straight from the kernel
-//! - `error`: the errors, their HTTP statuses and exit codes
-//!
-//! and the commands beside the server:
-//!
-//! - `scan`: all that lies on the volumes, prefix by prefix
-//! - `rebuild`: volumes to a fresh index
-//! - `rebalance`: replicas to where placement wants them
-//! - `verify`: index against volumes, and repair
-//! - `import`: an index of the Go minikeyvalue into ours
-//! - `leveldb`: reads the files that it is in
-//! - `dump`: the index as text
-//! - `progress`: a bar or a line for those that take long
-
-mod auth;
-mod dump;
-mod error;
-mod fan;
-mod http;
-mod import;
-mod index;
-mod leveldb;
-mod list;
-mod listing;
-mod memory;
-mod metrics;
-mod options;
-mod placement;
-mod pool;
-mod progress;
-mod rebalance;
-mod rebuild;
-mod record;
-mod route;
-mod scan;
-mod store;
-mod verify;
-mod volumes;
+//! The program: parses the command line, runs the command, prints the error once.
 
 use std::io::Write;
 
-use error::Result;
-use index::Index;
-use options::{Mode, Options, USAGE};
+use mkv::cli::{self, Mode, Options, USAGE};
+use mkv::error::Result;
+use mkv::index::{self, Index};
+use mkv::ops::{dump, import, rebalance, rebuild, verify};
+use mkv::{http, memory, store};
 
 #[global_allocator]
 static ALLOCATOR: memory::Allocator = memory::Allocator;
 
 fn main() {
-    let result = options::parse(std::env::args().skip(1)).and_then(run);
+    let result = cli::parse(std::env::args().skip(1)).and_then(run);
     if let Err(error) = result {
         eprintln!("mkv: {error}");
         std::process::exit(error.exit_code());

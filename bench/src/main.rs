@@ -12,20 +12,8 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use record::{Record, State};
-
-#[allow(dead_code)]
-#[path = "../../src/error.rs"]
-mod error;
-#[allow(dead_code)]
-#[path = "../../src/index.rs"]
-mod index;
-#[allow(dead_code)]
-#[path = "../../src/pool.rs"]
-mod pool;
-#[allow(dead_code)]
-#[path = "../../src/record.rs"]
-mod record;
+use mkv::format::record::{Record, State};
+use mkv::index::Index;
 
 const DELAY: Duration = Duration::from_micros(500);
 
@@ -82,7 +70,7 @@ fn pass_on(mut from: TcpStream, mut to: TcpStream) {
 
 fn generate(folder: &Path, keys: u64) {
     std::fs::create_dir_all(folder).expect("the folder can be made");
-    let index = index::Index::fresh(&folder.join("index")).expect("it opens");
+    let index = Index::fresh(&folder.join("index")).expect("it opens");
     let mut random = fastrand::Rng::with_seed(1);
     for first in (0..keys).step_by(BATCH as usize) {
         let mut change = index.change();

@@ -20,8 +20,8 @@ use rocksdb::{
 use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Error, Result};
-use crate::pool::lock;
-use crate::record::{Debris, Record};
+use crate::format::record::{Debris, Record};
+use crate::threads::lock;
 
 const DEBRIS: &str = "debris";
 const VERSION_BYTES: usize = 8;

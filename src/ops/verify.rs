@@ -15,16 +15,16 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
+use crate::cli::Options;
 use crate::error::{Error, Result};
+use crate::format::placement::path;
+use crate::format::record::{Debris, Hash, Record, volume_of};
 use crate::index::{Index, decode, folder, is_locked, lock_dir};
-use crate::options::Options;
-use crate::placement::path;
-use crate::pool::lock;
-use crate::progress::Progress;
-use crate::rebuild::name;
-use crate::record::{Debris, Hash, Record, volume_of};
-use crate::scan::{Blob, Findings, scan, threads};
+use crate::ops::progress::Progress;
+use crate::ops::rebuild::name;
+use crate::ops::scan::{Blob, Findings, scan, threads};
 use crate::store::{Store, now};
+use crate::threads::lock;
 
 /// Keys that are looked at together, and how many of them at the same time.
 const BATCH: usize = 4096;

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::pool::lock;
+use crate::threads::lock;
 
 /// Upper bounds of the buckets, in seconds.
 const BOUNDS: [f64; 12] =

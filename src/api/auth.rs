@@ -10,8 +10,8 @@ use md5::{Digest, Md5};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 
 use crate::error::{Error, Result};
-use crate::pool::lock;
-use crate::record::Hash;
+use crate::format::record::Hash;
+use crate::threads::lock;
 use crate::volumes::Volumes;
 
 /// How long a yes and a no are remembered.

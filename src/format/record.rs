@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     fn vectors() -> serde_json::Value {
-        serde_json::from_str(include_str!("../tests/vectors.json")).unwrap()
+        serde_json::from_str(include_str!("../../tests/vectors.json")).unwrap()
     }
 
     #[test]

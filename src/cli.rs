@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::record::{is_volume, volume_of};
+use crate::format::record::{is_volume, volume_of};
 
 pub const USAGE: &str = "\
 mkv, a distributed key-value store: plain files behind nginx, one small index

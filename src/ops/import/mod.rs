@@ -2,6 +2,8 @@
 //!
 //! The LevelDB is only read. Records go over unchanged; a half-written one becomes debris.
 
+pub mod leveldb;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -10,12 +12,12 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use rustix::fs::{FlockOperation, flock};
 
+use crate::cli::Options;
 use crate::error::{Error, Result};
+use crate::format::placement::path;
+use crate::format::record::{Debris, Record, State};
 use crate::index::{self, Index};
-use crate::leveldb::{read, wrong};
-use crate::options::Options;
-use crate::placement::path;
-use crate::record::{Debris, Record, State};
+use leveldb::{read, wrong};
 
 /// The records that do not decode and are listed; the others are only counted.
 const LISTED: u64 = 100;
@@ -171,7 +173,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::leveldb::log_records;
+    use leveldb::log_records;
 
     fn fixture(name: &str) -> PathBuf {
         Path::new("tests/goleveldb").join(name)
@@ -187,7 +189,7 @@ mod tests {
 
     fn import(old: &Path, new: &Path) -> Result<()> {
         let words = ["-db", new.to_str().unwrap(), "import", "-leveldb", old.to_str().unwrap()];
-        run(&crate::options::parse(words.map(String::from).into_iter())?)
+        run(&crate::cli::parse(words.map(String::from).into_iter())?)
     }
 
     /// What goleveldb read in a fixture.

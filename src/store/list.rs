@@ -9,10 +9,10 @@ use std::io::Write;
 
 use percent_encoding::percent_encode;
 
+use crate::api::route::{KEY_SET, List, Listed};
 use crate::error::{Error, Result};
+use crate::format::record::{Record, State};
 use crate::index::{Index, View, decode};
-use crate::record::{Record, State};
-use crate::route::{KEY_SET, List, Listed};
 
 /// The most keys that a list without a limit gives.
 const MOST: usize = 1_000_000;

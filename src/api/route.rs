@@ -3,7 +3,7 @@
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str};
 
 use crate::error::{Error, Result};
-use crate::placement::KEY_MAX;
+use crate::format::placement::KEY_MAX;
 
 /// What is left as it is in a percent-encoded key: RFC 3986's unreserved characters, and `/`.
 pub const KEY_SET: &AsciiSet =

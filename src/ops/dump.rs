@@ -6,10 +6,10 @@ use std::io::{BufWriter, Write};
 
 use percent_encoding::percent_encode;
 
+use crate::api::route::KEY_SET;
+use crate::cli::Options;
 use crate::error::{Error, Result};
 use crate::index::{Index, folder};
-use crate::options::Options;
-use crate::route::KEY_SET;
 
 pub fn run(options: &Options) -> Result<()> {
     let index = Index::follow(&folder(&options.db)?)?;

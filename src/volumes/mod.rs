@@ -6,6 +6,9 @@
 //!   volume has an agent of its own, whose resolver remembers;
 //! - it follows redirects, calls a 404 an error and keeps 3 connections: settings, below.
 
+pub mod autoindex;
+pub mod client;
+
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::SocketAddr;
@@ -18,12 +21,12 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{NextTimeout, TcpConnector};
 use ureq::{Agent, Body, http};
 
+use crate::api::metrics::{Histogram, head};
 use crate::error::{Error, Result};
-use crate::fan::{self, Answer, Exchange, Line, STALL, Scout, Then};
-use crate::listing::{self, Entry};
-use crate::metrics::{Histogram, head};
-use crate::pool::{Pool, lock};
-use crate::record::{Hash, volume_of};
+use crate::format::record::{Hash, volume_of};
+use crate::threads::{Pool, lock};
+use autoindex::Entry;
+use client::{Answer, Exchange, Line, STALL, Scout, Then};
 
 /// An upload's unit of work, in bytes.
 pub const CHUNK: usize = 512 << 10;
@@ -160,8 +163,8 @@ impl Volumes {
         let mut fan: Vec<_> = targets
             .map(|(replica, volume)| volume.exchange(method, replica, path, auth, ""))
             .collect();
-        fan::send(&mut fan, &[], true);
-        fan::finish(&mut fan, &[], Instant::now() + limit, limit);
+        client::send(&mut fan, &[], true);
+        client::finish(&mut fan, &[], Instant::now() + limit, limit);
         let answer = |((exchange, volume), replica): ((Exchange, &Arc<Volume>), &&str)| {
             let Exchange { outcome, whole, .. } = exchange;
             let outcome = outcome.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
@@ -319,7 +322,7 @@ impl Volumes {
             .collect();
         loop {
             let ended = source.ended;
-            fan::send(&mut fan, source.frame(), ended);
+            client::send(&mut fan, source.frame(), ended);
             if source.ended || fan.iter().any(|exchange| exchange.outcome.is_some()) {
                 break;
             }
@@ -330,7 +333,7 @@ impl Volumes {
         }
         // Who was not sent all of it publishes nothing; the others' answers are waited for, but not
         // for long once one has failed: where a blob appears after all, the debris entry knows.
-        fan::finish(&mut fan, source.frame(), Instant::now() + STALL, AFTER_FAILURE);
+        client::finish(&mut fan, source.frame(), Instant::now() + STALL, AFTER_FAILURE);
         let (mut error, mut late) = (failed, Vec::new());
         for ((exchange, volume), replica) in fan.iter().zip(&volumes).zip(replicas) {
             let failed = match &exchange.outcome {
@@ -391,7 +394,7 @@ impl Volumes {
                 let length = header("content-length")
                     .and_then(|length| length.parse().ok())
                     .ok_or_else(|| unreachable(replica, "its GET has no Content-Length"))?;
-                let time = header("last-modified").and_then(listing::http_date);
+                let time = header("last-modified").and_then(autoindex::http_date);
                 Ok(Some(Opened { length, time, body: Box::new(answer.into_body().into_reader()) }))
             }
             301 | 404 => Ok(None),
@@ -427,7 +430,7 @@ impl Volumes {
         auth: Option<&str>,
     ) -> Result<Vec<Vec<Entry>>> {
         let read = |replica: &str, answer: Result<Answer>| match answer? {
-            Answer { status: 200, body, .. } => listing::parse(&body)
+            Answer { status: 200, body, .. } => autoindex::parse(&body)
                 .map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}"))),
             Answer { status, .. } => Err(Error::Refused { volume: replica.into(), status }),
         };

@@ -17,7 +17,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, epoll, poll};
 use rustix::net::{RecvFlags, recv};
 
-use crate::pool::lock;
+use crate::threads::lock;
 
 /// How long a volume may make no progress: nginx can be silent for long while the disk writes back.
 pub const STALL: Duration = Duration::from_secs(60);

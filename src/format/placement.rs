@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use md5::{Digest, Md5};
 
-use crate::record::number;
+use crate::format::record::number;
 
 /// The most bytes a key may have.
 pub const KEY_MAX: usize = 1024;
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     fn vectors() -> serde_json::Value {
-        serde_json::from_str(include_str!("../tests/vectors.json")).unwrap()
+        serde_json::from_str(include_str!("../../tests/vectors.json")).unwrap()
     }
 
     fn bytes(hex: &serde_json::Value) -> Vec<u8> {

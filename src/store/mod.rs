@@ -4,6 +4,8 @@
 //! debris names every place where a blob may come to lie before its first byte is sent, one batch
 //! makes a value visible and its debris nothing, and only what the index no longer names is deleted.
 
+pub mod list;
+
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,16 +15,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::auth::{Credentials, Gate};
+use crate::api::auth::{Credentials, Gate};
+use crate::api::metrics::{Metrics, plain};
+use crate::api::route::{Command, List};
+use crate::cli::Options;
 use crate::error::{Error, Result};
+use crate::format::placement::{path, place};
+use crate::format::record::{Debris, Hash, Record, State, hex};
 use crate::index::Index;
-use crate::metrics::{Metrics, plain};
-use crate::options::Options;
-use crate::placement::{path, place};
-use crate::pool::lock;
-use crate::record::{Debris, Hash, Record, State, hex};
-use crate::route::{Command, List};
-use crate::scan::has_blobs;
+use crate::ops::scan::has_blobs;
+use crate::threads::lock;
 use crate::volumes::{Stored, Value, Volumes};
 
 /// For how long a 404 proves nothing where a whole body was sent and no answer came, in seconds.

@@ -10,11 +10,11 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::listing::Entry;
-use crate::placement::key_of;
-use crate::pool::lock;
-use crate::progress::Progress;
+use crate::format::placement::key_of;
+use crate::ops::progress::Progress;
+use crate::threads::lock;
 use crate::volumes::Volumes;
+use crate::volumes::autoindex::Entry;
 
 /// Prefixes that are listed at the same time.
 const WIDTH: usize = 8;

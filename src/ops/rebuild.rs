@@ -12,14 +12,14 @@ use std::time::Instant;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use crate::auth::Credentials;
+use crate::api::auth::Credentials;
+use crate::cli::Options;
 use crate::error::{Error, Result};
+use crate::format::placement::{path, place};
+use crate::format::record::{Hash, Record, volume_of};
 use crate::index::{Index, decode, folder, lock_dir};
-use crate::options::Options;
-use crate::placement::{path, place};
-use crate::pool::lock;
-use crate::record::{Hash, Record, volume_of};
-use crate::scan::{Blob, Findings, Found, scan};
+use crate::ops::scan::{Blob, Findings, Found, scan};
+use crate::threads::lock;
 use crate::volumes::Volumes;
 
 pub fn run(options: &Options) -> Result<()> {

@@ -31,12 +31,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, SockRef, Socket, Type};
 use tiny_http::{Request, Server};
 
+use crate::api::route::{Command, route};
 use crate::error::{Error, Result};
-use crate::list::Page;
-use crate::pool::{Job, Pool, lock};
-use crate::record::{Hash, unhex};
-use crate::route::{Command, route};
+use crate::format::record::{Hash, unhex};
+use crate::store::list::Page;
 use crate::store::{Reply, ReplyBody, Store, Upload};
+use crate::threads::{Job, Pool, lock};
 
 /// What is progress in a body, in bytes: a client that sends one byte a second holds the key's lock.
 const PROGRESS: usize = 1 << 10;

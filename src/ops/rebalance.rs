@@ -13,13 +13,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::format::placement::path;
+use crate::format::record::{Debris, Record, volume_of};
 use crate::index::decode;
-use crate::placement::path;
-use crate::pool::lock;
-use crate::progress::Progress;
-use crate::record::{Debris, Record, volume_of};
-use crate::scan::threads;
+use crate::ops::progress::Progress;
+use crate::ops::scan::threads;
 use crate::store::{NOT_FOUND, Store, now};
+use crate::threads::lock;
 use crate::volumes::Value;
 
 /// Keys that are worked on at the same time.

@@ -1,0 +1,25 @@
+//! mkv, a distributed key-value store: the library behind the program, the benchmarks and the fuzz targets.
+//!
+//! The way of a request through the rooms:
+//!
+//! ```text
+//! client ─▶ http/    connections, heads, bodies, responses
+//!             └▶ api/      method and target to command, outcome to response
+//!                  └▶ store/    read, write, replicas, cleaner
+//!                       ├▶ format/   key to path and volumes; the record codec
+//!                       ├▶ index/    records, debris, locks of keys
+//!                       └▶ volumes/  requests to nginx
+//! ops/: rebuild, rebalance, verify, import, dump
+//! ```
+
+pub mod api;
+pub mod cli;
+pub mod error;
+pub mod format;
+pub mod http;
+pub mod index;
+pub mod memory;
+pub mod ops;
+pub mod store;
+pub mod threads;
+pub mod volumes;
