@@ -32,8 +32,8 @@ pub enum Error {
     KeyTooLong(usize),
     /// A volume answered with a status that is none of the good ones.
     Refused { volume: String, status: u16 },
-    /// A volume gave no answer. `late`: it has the request, and may carry it out yet.
-    Unreachable { volume: String, why: String, late: bool },
+    /// A volume gave no answer. `maybe_done`: it has the request, and may yet carry it out.
+    Unreachable { volume: String, why: String, maybe_done: bool },
     /// The master is stopping or full, or another part that should answer does not.
     Unavailable(String),
     /// The index could not be read or written, or holds what does not decode.

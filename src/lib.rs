@@ -16,6 +16,7 @@ pub mod api;
 pub mod cli;
 pub mod error;
 pub mod format;
+pub mod histogram;
 pub mod http;
 pub mod index;
 pub mod memory;

@@ -72,7 +72,7 @@ impl Gate {
     /// An error where a volume lets everybody in: any password would pass there.
     pub fn check(&self) -> Result<()> {
         for name in &self.names {
-            if matches!(self.volumes.admits(name, None), Ok(true)) {
+            if matches!(self.volumes.accepts_login(name, None), Ok(true)) {
                 return Err(Error::Failed(format!(
                     "-basicauth: volume {name} lets everybody in: start it with AUTH=/path/.htpasswd"
                 )));
@@ -92,9 +92,9 @@ impl Gate {
     pub fn ask(&self, credentials: &Credentials) -> Result<bool> {
         let mut failed = Error::Unavailable("no volume says who may come in".into());
         for name in self.volumes.shuffled(&self.names) {
-            match self.volumes.admits(&name, Some(&credentials.header)) {
+            match self.volumes.accepts_login(&name, Some(&credentials.header)) {
                 // A yes counts only from a volume that does not say yes to nobody.
-                Ok(true) if matches!(self.volumes.admits(&name, None), Ok(true)) => {
+                Ok(true) if matches!(self.volumes.accepts_login(&name, None), Ok(true)) => {
                     log::error!(
                         "volume {name} lets everybody in: start it with AUTH=/path/.htpasswd"
                     );

@@ -6,39 +6,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::histogram::Histogram;
 use crate::threads::lock;
-
-/// Upper bounds of the buckets, in seconds.
-const BOUNDS: [f64; 12] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
-
-/// A latency histogram.
-#[derive(Default, Clone)]
-pub struct Histogram {
-    /// Observations at or below each bound, and above all of them.
-    counts: [u64; BOUNDS.len() + 1],
-    seconds: f64,
-}
-
-impl Histogram {
-    pub fn observe(&mut self, time: Duration) {
-        let seconds = time.as_secs_f64();
-        self.counts[BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(BOUNDS.len())] += 1;
-        self.seconds += seconds;
-    }
-
-    /// Its lines; `labels` as `a="b"`.
-    pub fn write(&self, text: &mut String, name: &str, labels: &str) {
-        let mut sum = 0;
-        for (n, count) in self.counts.iter().enumerate() {
-            sum += count;
-            let bound = BOUNDS.get(n).map_or("+Inf".into(), f64::to_string);
-            let _ = writeln!(text, "{name}_bucket{{{labels},le=\"{bound}\"}} {sum}");
-        }
-        let seconds = self.seconds;
-        let _ = writeln!(text, "{name}_sum{{{labels}}} {seconds}\n{name}_count{{{labels}}} {sum}");
-    }
-}
+use crate::volumes::Snapshot;
 
 #[derive(Default)]
 pub struct Metrics {
@@ -76,7 +46,12 @@ impl Metrics {
         }
         head(text, "mkv_request_seconds", "histogram", "From a request's head to its answer.");
         for (method, histogram) in &*lock(&self.latencies) {
-            histogram.write(text, "mkv_request_seconds", &format!("method=\"{method}\""));
+            write_histogram(
+                text,
+                "mkv_request_seconds",
+                &format!("method=\"{method}\""),
+                histogram,
+            );
         }
         head(text, "mkv_errors_total", "counter", "Errors answered, by kind.");
         for (kind, count) in &*lock(&self.errors) {
@@ -89,6 +64,30 @@ impl Metrics {
         plain(text, "mkv_uploads", "gauge", "Uploads under way.", get(&self.uploads));
         plain(text, "mkv_connections", "gauge", "Connections of clients.", get(&self.connections));
     }
+}
+
+/// What is known of each volume that was asked for something.
+pub fn write_volumes(text: &mut String, volumes: &[Snapshot]) {
+    head(text, "mkv_volume_up", "gauge", "Whether the volume answered when last asked.");
+    for Snapshot { name, up, .. } in volumes {
+        let _ = writeln!(text, "mkv_volume_up{{volume=\"{name}\"}} {}", u8::from(*up));
+    }
+    head(text, "mkv_volume_seconds", "histogram", "From a request to its answer's head.");
+    for Snapshot { name, latency, .. } in volumes {
+        write_histogram(text, "mkv_volume_seconds", &format!("volume=\"{name}\""), latency);
+    }
+}
+
+/// A histogram's lines; `labels` as `a="b"`.
+fn write_histogram(text: &mut String, name: &str, labels: &str, histogram: &Histogram) {
+    let mut count = 0;
+    for (bound, sum) in histogram.cumulative() {
+        let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".into() };
+        let _ = writeln!(text, "{name}_bucket{{{labels},le=\"{bound}\"}} {sum}");
+        count = sum;
+    }
+    let seconds = histogram.seconds;
+    let _ = writeln!(text, "{name}_sum{{{labels}}} {seconds}\n{name}_count{{{labels}}} {count}");
 }
 
 /// A metric's first lines.
@@ -107,13 +106,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_histogram_is_cumulative() {
+    fn a_histogram_is_written_with_cumulative_counts() {
         let mut histogram = Histogram::default();
         for millis in [0, 1, 2, 200_000] {
             histogram.observe(Duration::from_millis(millis));
         }
         let mut text = String::new();
-        histogram.write(&mut text, "x", "a=\"b\"");
+        write_histogram(&mut text, "x", "a=\"b\"", &histogram);
         for line in [
             "le=\"0.0005\"} 1",
             "le=\"0.001\"} 2",

@@ -444,9 +444,9 @@ impl Http {
         let error = match (client, &command) {
             (Some(Err(error)), _) => error,
             (Some(Ok(_)), Err(error)) => error.clone(),
-            (Some(Ok(client)), Ok(Command::Get { key, path })) => {
+            (Some(Ok(_)), Ok(Command::Get { key, path })) => {
                 let (http, key, path) = (self.clone(), key.clone(), path.clone());
-                return self.store.get_at_once(&key, &path, client, move |reply| match reply {
+                return self.store.get_at_once(&key, &path, move |reply| match reply {
                     Some(reply) => {
                         http.answer(request, turn, reply.unwrap_or_else(Reply::from));
                     }
@@ -511,7 +511,8 @@ impl Http {
         let metrics = &self.store.metrics;
         let uploads = u64::from(matches!(command, Ok(Command::Put { .. })));
         metrics.uploads.fetch_add(uploads, Ordering::Relaxed);
-        let upload = Upload { length: head.length, content_md5: head.content_md5, body: &mut body };
+        let upload =
+            Upload { length: head.length, content_md5: head.content_md5, reader: &mut body };
         let reply = self
             .store
             .client(head.authorization.as_deref())

@@ -20,7 +20,7 @@ use crate::ops::progress::Progress;
 use crate::ops::scan::threads;
 use crate::store::{NOT_FOUND, Store, now};
 use crate::threads::lock;
-use crate::volumes::Value;
+use crate::volumes::upload::{PutOptions, Upload};
 
 /// Keys that are worked on at the same time.
 const WIDTH: usize = 16;
@@ -96,14 +96,11 @@ impl Store {
                 }
             };
             let mut body = opened.body;
-            let value = Value {
-                body: &mut body,
-                length: Some(opened.length),
-                expected: record.hash,
-                md5sum: false,
-                time: record.time.or(opened.time).unwrap_or_else(now),
-            };
-            match self.write_blob(key, record.version, copies, value, auth) {
+            let upload =
+                Upload { reader: &mut body, length: Some(opened.length), content_md5: record.hash };
+            let time = record.time.or(opened.time).unwrap_or_else(now);
+            let options = PutOptions { time, md5sum: false };
+            match self.write_blob(key, record.version, copies, upload, options, auth) {
                 Ok(_) => return Ok(()),
                 // The source ended early or has other bytes: another one may be good.
                 Err(Error::BadRequest(why)) => {

@@ -192,8 +192,10 @@ impl Verify {
                 progress.add(1);
                 match self.repair(suspect, findings, ahead) {
                     // As in the listings, a volume that is down ends the run.
-                    Err(Error::Unreachable { volume, why, late }) if !self.answers(&volume) => {
-                        Err(Error::Unreachable { volume, why, late })
+                    Err(Error::Unreachable { volume, why, maybe_done })
+                        if !self.answers(&volume) =>
+                    {
+                        Err(Error::Unreachable { volume, why, maybe_done })
                     }
                     Err(error) => {
                         self.findings.add(NOT_REPAIRED, format!("{}: {error}", name(&suspect.0)));
@@ -354,7 +356,7 @@ impl Verify {
     }
 
     fn answers(&self, replica: &str) -> bool {
-        self.store.volumes.admits(replica, self.store.own_auth()) == Ok(true)
+        self.store.volumes.accepts_login(replica, self.store.own_auth()) == Ok(true)
     }
 
     fn look(&self, (key, listed): &Suspect) -> Result<Vec<Finding>> {

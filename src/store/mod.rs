@@ -7,7 +7,6 @@
 pub mod list;
 
 use std::collections::{HashMap, HashSet};
-use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -16,16 +15,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::api::auth::{Credentials, Gate};
-use crate::api::metrics::{Metrics, plain};
+use crate::api::metrics::{Metrics, plain, write_volumes};
 use crate::api::route::{Command, List};
 use crate::cli::Options;
 use crate::error::{Error, Result};
 use crate::format::placement::{path, place};
-use crate::format::record::{Debris, Hash, Record, State, hex};
+use crate::format::record::{Debris, Record, State, hex};
 use crate::index::Index;
 use crate::ops::scan::has_blobs;
 use crate::threads::lock;
-use crate::volumes::{Stored, Value, Volumes};
+use crate::volumes::Volumes;
+pub use crate::volumes::upload::Upload;
+use crate::volumes::upload::{PutOptions, Stored};
 
 /// For how long a 404 proves nothing where a whole body was sent and no answer came, in seconds.
 const LATE: u64 = 3600;
@@ -65,15 +66,6 @@ pub struct Store {
     /// Wakes the cleaner.
     wake: Sender<()>,
     woken: Receiver<()>,
-}
-
-/// The body of a request.
-pub struct Upload<'a> {
-    /// Ends in `Ok(0)` only at the body's true end.
-    pub body: &'a mut dyn Read,
-    /// Bytes; `None`: the body is chunked.
-    pub length: Option<u64>,
-    pub content_md5: Option<Hash>,
 }
 
 /// What a client is answered.
@@ -193,33 +185,13 @@ impl Store {
         if gate.ask(&credentials)? { Ok(Some(credentials)) } else { Err(Error::Unauthorized) }
     }
 
-    /// Answers a GET from the index and one question to a volume, without a thread that waits; where
-    /// that is not enough, `then` gets nothing.
-    pub fn get_at_once(
-        self: &Arc<Self>,
-        key: &[u8],
-        target: &str,
-        client: Option<Credentials>,
-        then: impl FnOnce(Option<Result<Reply>>) + Send + 'static,
-    ) {
-        let record = match self.index.get(key) {
-            Ok(Some(record)) if record.live() => record,
-            Ok(_) => return then(Some(self.not_here(target))),
-            Err(error) => return then(Some(Err(error))),
-        };
-        let blob = path(key, record.version);
-        let auth = client.as_ref().map(|client| client.header.clone());
-        let (store, key, replicas) = (self.clone(), key.to_vec(), record.replicas.clone());
-        let path = blob.clone();
-        self.volumes.scout(&replicas, &blob, auth.as_deref().or(self.own_auth()), move |found| {
-            then(match found {
-                Some((replica, length)) if record.size.is_none_or(|size| size == length) => {
-                    let blob = format!("{replica}{path}");
-                    Some(Ok(store.redirect(&key, &record, &blob, client.as_ref())))
-                }
-                _ => None,
-            })
-        });
+    /// Answers a GET from the index alone; where that is not enough, `then` gets nothing.
+    pub fn get_at_once(&self, key: &[u8], target: &str, then: impl FnOnce(Option<Result<Reply>>)) {
+        match self.index.get(key) {
+            Ok(Some(record)) if record.live() => then(None),
+            Ok(_) => then(Some(self.not_here(target))),
+            Err(error) => then(Some(Err(error))),
+        }
     }
 
     /// Carries out a command. `upload` is read by PUT and REPLACE only.
@@ -260,7 +232,7 @@ impl Store {
     fn metrics(&self) -> String {
         let mut text = String::new();
         self.metrics.write(&mut text);
-        self.volumes.write_metrics(&mut text);
+        write_volumes(&mut text, &self.volumes.snapshot());
         let (locked, keys) = (self.index.locked() as u64, self.index.estimate());
         plain(&mut text, "mkv_locks", "gauge", "Keys that are being written.", locked);
         plain(&mut text, "mkv_keys", "gauge", "Keys in the index, an estimate.", keys);
@@ -271,7 +243,7 @@ impl Store {
     fn health(&self, auth: Option<&str>) -> Reply {
         let index = self.index.probe().map_or_else(|e| e.to_string(), |()| "ok".into());
         let (volumes, auth) = (self.volumes.clone(), auth.map(String::from));
-        let ask = move |name: String| match volumes.admits(&name, auth.as_deref()) {
+        let ask = move |name: String| match volumes.accepts_login(&name, auth.as_deref()) {
             Ok(true) => (name, "ok".to_string()),
             Ok(false) => (name, "it does not let the master in".to_string()),
             Err(error) => (name, error.to_string()),
@@ -351,7 +323,11 @@ impl Store {
         Err(match silent {
             None => Error::Gone,
             Some(Error::Refused { volume, status }) if status != 401 && status != 403 => {
-                Error::Unreachable { volume, why: format!("it answered {status}"), late: false }
+                Error::Unreachable {
+                    volume,
+                    why: format!("it answered {status}"),
+                    maybe_done: false,
+                }
             }
             Some(error) => error,
         })
@@ -379,14 +355,8 @@ impl Store {
         let replicas = self.place(key);
         self.volumes.check_silent(&replicas, auth)?;
         let time = now();
-        let value = Value {
-            body: upload.body,
-            length: upload.length,
-            expected: upload.content_md5,
-            md5sum: self.options.md5sum,
-            time,
-        };
-        let stored = self.write_blob(key, version, &replicas, value, auth)?;
+        let options = PutOptions { time, md5sum: self.options.md5sum };
+        let stored = self.write_blob(key, version, &replicas, upload, options, auth)?;
         let record = Record {
             state: State::Live,
             hash: stored.hash.filter(|_| self.options.md5sum),
@@ -411,19 +381,20 @@ impl Store {
         key: &[u8],
         version: u64,
         replicas: &[String],
-        value: Value,
+        upload: Upload,
+        options: PutOptions,
         auth: Option<&str>,
     ) -> Result<Stored> {
         let mut new = Debris { replicas: replicas.to_vec(), ..Debris::default() };
         // A crash from here on leaves this entry, which says what may lie where.
         self.index.change().grow_debris(key, version, &new)?.commit()?;
-        self.volumes.put(replicas, &path(key, version), value, auth).or_else(|failed| {
+        self.volumes.put(replicas, &path(key, version), upload, options, auth).or_else(|failed| {
             // A folder where the plain name should lie: as long as this entry stays, another attempt
             // gets a version.
             let conflict =
                 version == 0 && matches!(failed.error, Error::Refused { status: 409, .. });
-            if conflict || !failed.late.is_empty() {
-                new.until = now() + if failed.late.is_empty() { CONFLICT } else { LATE };
+            if conflict || !failed.maybe_stored.is_empty() {
+                new.until = now() + if failed.maybe_stored.is_empty() { CONFLICT } else { LATE };
                 self.index.change().grow_debris(key, version, &new)?.commit()?;
             }
             // What cannot be cleared now, the cleaner clears.
@@ -564,7 +535,7 @@ impl Store {
                 Ok(false) if now() < until => {}
                 Ok(_) => gone.push(replica),
                 Err(error) => {
-                    if matches!(error, Error::Unreachable { late: true, .. }) {
+                    if matches!(error, Error::Unreachable { maybe_done: true, .. }) {
                         lock(&self.unanswered).insert(key.to_vec(), Instant::now());
                     }
                     failed = Some(error);

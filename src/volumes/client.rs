@@ -1,53 +1,60 @@
-//! One request to several volumes at the same time, from one thread: HEAD, PUT, DELETE, listings.
+//! A blocking HTTP/1.1 client for the volumes: connect, send, read the response.
 //!
-//! They do not go through ureq, which holds a thread for each request under way and does not listen
-//! while it sends. Blobs are read with it (`volumes`). What it gave is in bench/RESULTS.md.
+//! One thread reaches several volumes at once: it sends to all of them, then waits for all responses
+//! against one deadline (`await_all`). HEAD, PUT, DELETE and listings go this way; single blobs are
+//! read with ureq, in `mod.rs`. ureq does not fit here: it holds a thread for each request under way,
+//! and while it sends a body it does not notice a volume's early refusal.
 //!
-//! `Scout` goes one step further for the HEAD of a GET: one thread hears the answers of all.
+//! - Nothing blocks for longer than `STALL`, or past the caller's deadline.
+//! - A request whose idle connection the volume had closed is sent once more on a new one.
+//! - `Call::sent_whole` says whether the volume may carry out a request that has no response.
+//!
+//! It knows nothing of replicas and blobs, follows no redirect and judges no status.
 
-use std::collections::HashMap;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, epoll, poll};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
 use crate::threads::lock;
 
-/// How long a volume may make no progress: nginx can be silent for long while the disk writes back.
+/// How long a volume may make no progress. nginx can be silent for long while its disk writes back.
 pub const STALL: Duration = Duration::from_secs(60);
 
-/// For how long a resolved address is used.
+/// A blocked write returns this often, so that a volume which refuses without reading on is heard.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How long resolved addresses are used.
 const RESOLVED: Duration = Duration::from_secs(60);
 
-/// For how long, and how many, connections without a request are kept. A stock nginx closes its own
-/// after 75 s.
+/// How long an idle connection is kept: a stock nginx closes its own after 75 s.
 const IDLE: Duration = Duration::from_secs(50);
-const IDLE_MOST: usize = 64;
+const IDLE_MAX: usize = 64;
 
-/// An answer's head, in bytes, at most.
-const HEAD_MOST: usize = 64 << 10;
+/// Bytes of a response's head, at most.
+const HEAD_MAX: usize = 64 << 10;
 
-/// The way to one volume: its addresses, and connections that wait for the next request.
-pub struct Line {
+/// The addresses of one volume, and its idle connections.
+#[derive(Debug)]
+pub struct Connections {
     host: String,
     timeout: Duration,
     addresses: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
     idle: Mutex<Vec<(Instant, TcpStream)>>,
 }
 
-impl Line {
-    /// `timeout`: how long a connection may take to come about.
-    pub fn new(host: &str, timeout: Duration) -> Line {
-        Line { host: host.into(), timeout, addresses: Mutex::default(), idle: Mutex::default() }
+impl Connections {
+    /// `host`: with a port, or port 80 is meant. `timeout`: for connecting to one address.
+    pub fn new(host: &str, timeout: Duration) -> Connections {
+        let (addresses, idle) = Default::default();
+        Connections { host: host.into(), timeout, addresses, idle }
     }
 
-    /// The host's addresses, as they were resolved not long ago.
+    /// The host's addresses, resolved at most `RESOLVED` ago.
     pub fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
         let known = lock(&self.addresses).clone();
         if let Some((_, addresses)) = known.filter(|(at, _)| at.elapsed() < RESOLVED) {
@@ -60,421 +67,498 @@ impl Line {
         Ok(addresses)
     }
 
+    /// Resolves the name anew next time: the volume may have moved.
+    pub fn forget_addresses(&self) {
+        *lock(&self.addresses) = None;
+    }
+
     fn connect(&self) -> io::Result<TcpStream> {
         let mut failed = io::Error::other("its name has no address");
         for address in self.addresses()? {
             match TcpStream::connect_timeout(&address, self.timeout) {
                 Ok(socket) => {
                     socket.set_nodelay(true)?;
-                    socket.set_nonblocking(true)?;
+                    socket.set_write_timeout(Some(TICK))?;
                     return Ok(socket);
                 }
                 Err(e) => failed = e,
             }
         }
-        // Resolves anew next time: the volume may have moved.
-        *lock(&self.addresses) = None;
+        self.forget_addresses();
         Err(failed)
     }
 
-    /// A connection that waits and that nginx has not closed in the meantime.
-    fn take(&self) -> Option<TcpStream> {
+    /// An idle connection that the volume has not closed in the meantime.
+    fn reuse(&self) -> Option<TcpStream> {
         loop {
-            let (at, socket) = lock(&self.idle).pop()?;
-            let open = || recv(&socket, &mut [0], RecvFlags::PEEK) == Err(rustix::io::Errno::AGAIN);
-            if at.elapsed() < IDLE && open() {
+            let (since, socket) = lock(&self.idle).pop()?;
+            if since.elapsed() < IDLE && !has_input(&socket) {
                 return Some(socket);
             }
         }
     }
 
-    fn put_back(&self, socket: TcpStream) {
+    fn keep(&self, socket: TcpStream) {
         let mut idle = lock(&self.idle);
-        if idle.len() == IDLE_MOST {
+        if idle.len() == IDLE_MAX {
             idle.remove(0);
         }
         idle.push((Instant::now(), socket));
     }
 }
 
-/// A volume's answer.
-#[derive(Debug, Default)]
-pub struct Answer {
+/// A volume's response.
+#[derive(Debug)]
+pub struct Response {
     pub status: u16,
     /// Its Content-Length.
     pub length: Option<u64>,
-    /// The body of a GET's 200.
+    /// The body of a GET's 200, otherwise empty.
     pub body: Vec<u8>,
-}
-
-/// The body of an answer, while it comes.
-struct Incoming {
-    answer: Answer,
     chunked: bool,
-    /// Bytes still to come: of the body, or of a chunk and the line's end behind it.
-    left: u64,
-    /// A chunk is under way; one without bytes is the last.
-    chunk: Option<u64>,
-    /// The connection serves the next request too.
-    stays: bool,
+    persistent: bool,
 }
 
-/// One request to one volume, under way.
-pub struct Exchange {
-    line: Arc<Line>,
-    /// `None`: not yet connected, or the exchange is over.
-    socket: Option<TcpStream>,
-    /// The connection has served before: nginx may be about to close it.
-    reused: bool,
+/// A part of a request's body, in three pieces.
+pub type Part<'a> = [&'a [u8]; 3];
+
+pub const NO_BODY: Part = [&[]; 3];
+
+/// One request to one volume.
+pub struct Call {
+    to: Arc<Connections>,
+    /// The request's head.
     head: Vec<u8>,
-    /// Bytes that are sent of the head and the frame behind it.
-    sent: usize,
-    /// The frame at hand is the first, so all can be sent once more.
+    /// `None`: not connected yet, or the call is over.
+    socket: Option<TcpStream>,
+    /// The connection was an idle one. Before the connection is made: an idle one will do.
+    reused: bool,
+    /// Only the first part of the body was sent, which the caller still has.
     first: bool,
-    /// All of the request is sent.
-    pub whole: bool,
+    /// All of the request was sent, at least once: the volume may carry it out.
+    pub sent_whole: bool,
+    /// Received, and not used yet.
     input: Vec<u8>,
-    incoming: Option<Incoming>,
-    pub outcome: Option<io::Result<Answer>>,
+    pub outcome: Option<io::Result<Response>>,
 }
 
-impl Exchange {
+impl Call {
     /// `headers`: whole lines.
-    pub fn new(line: &Arc<Line>, method: &str, target: &str, headers: &str) -> Exchange {
-        let head = format!("{method} {target} HTTP/1.1\r\nHost: {}\r\n{headers}\r\n", line.host);
-        Exchange {
-            socket: line.take(),
-            line: line.clone(),
-            reused: true,
+    pub fn new(to: &Arc<Connections>, method: &str, target: &str, headers: &str) -> Call {
+        let head = format!("{method} {target} HTTP/1.1\r\nHost: {}\r\n{headers}\r\n", to.host);
+        Call {
+            to: to.clone(),
             head: head.into_bytes(),
-            sent: 0,
+            socket: None,
+            reused: true,
             first: true,
-            whole: false,
+            sent_whole: false,
             input: Vec::new(),
-            incoming: None,
             outcome: None,
         }
     }
 
-    fn connect(&mut self) {
-        (self.reused, self.sent, self.whole, self.outcome) = (false, 0, false, None);
-        match self.line.connect() {
-            Ok(socket) => self.socket = Some(socket),
-            Err(e) => self.outcome = Some(Err(e)),
+    /// Sends a part of the body, which may be in pieces; the head goes with the first one. `last`: the
+    /// request ends with it. Returns false once the call has an outcome: an early refusal, or an error.
+    pub fn send(&mut self, part: Part, last: bool) -> bool {
+        if self.outcome.is_some() {
+            return false;
         }
-    }
-
-    /// What failed only because nginx closed a connection that had served before is tried on a new
-    /// one.
-    fn again(&mut self) -> bool {
-        let failed = matches!(&self.outcome, Some(Err(e)) if e.kind() != io::ErrorKind::TimedOut);
-        let untouched = self.input.is_empty() && self.incoming.is_none();
-        let again = failed && self.reused && self.first && untouched;
-        if again {
-            self.connect();
+        let sent = match &self.socket {
+            None => self.start(part),
+            Some(socket) => {
+                self.first = false;
+                check_silent(socket).and_then(|()| write_all(socket, &mut part.map(IoSlice::new)))
+            }
+        };
+        let Err(error) = sent else {
+            self.sent_whole |= last;
+            return true;
+        };
+        // The volume may have sent an error before closing; read it.
+        match self.receive(Instant::now() + TICK) {
+            Ok(response) => self.outcome = Some(Ok(response)),
+            Err(_) if self.can_be_sent_again(&error) => self.send_again(part, last),
+            Err(_) => self.outcome = Some(Err(error)),
         }
-        again
+        self.outcome.is_none()
     }
 
-    /// Sends what the connection takes of the head and this frame.
-    fn push(&mut self, frame: &[u8], last: bool) {
-        while let (Some(mut socket), None) = (self.socket.as_ref(), &self.outcome) {
-            let head = &self.head[self.sent.min(self.head.len())..];
-            let body = &frame[self.sent.saturating_sub(self.head.len())..];
-            if head.is_empty() && body.is_empty() {
-                self.whole = last;
-                return;
-            }
-            match socket.write_vectored(&[IoSlice::new(head), IoSlice::new(body)]) {
-                Ok(n) => self.sent += n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => {
-                    // The reason may stand in front of the broken pipe.
-                    self.listen();
-                    self.outcome.get_or_insert(Err(e));
-                }
-            }
-        }
+    fn start(&mut self, [a, b, c]: Part) -> io::Result<()> {
+        let idle = if self.reused { self.to.reuse() } else { None };
+        self.reused = idle.is_some();
+        let socket = idle.map_or_else(|| self.to.connect(), Ok)?;
+        let socket = self.socket.insert(socket);
+        write_all(socket, &mut [&self.head[..], a, b, c].map(IoSlice::new))
     }
 
-    fn is_sent(&self, frame: &[u8]) -> bool {
-        self.outcome.is_some() || self.sent == self.head.len() + frame.len()
+    /// Whether a failure only means that the volume had closed its idle connection.
+    fn can_be_sent_again(&self, error: &io::Error) -> bool {
+        let untouched = self.first && self.input.is_empty();
+        self.reused && untouched && error.kind() != ErrorKind::TimedOut
     }
 
-    /// Takes what has come, without waiting. Before all is sent that can only be a refusal.
-    fn listen(&mut self) {
-        let (Some(mut socket), None) = (self.socket.as_ref(), &self.outcome) else { return };
-        let mut buffer = [0; 4096];
-        match socket.read(&mut buffer) {
-            Ok(0) => {
-                let why = "it closed the connection";
-                self.outcome = Some(Err(io::Error::new(io::ErrorKind::ConnectionReset, why)));
-            }
-            Ok(n) => {
-                self.input.extend_from_slice(&buffer[..n]);
-                if self.incoming.is_some() { self.read_body() } else { self.parse() }
-            }
-            Err(e)
-                if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(e) => self.outcome = Some(Err(e)),
-        }
+    /// Sends the request on a new connection. `part`: the first of the body.
+    fn send_again(&mut self, part: Part, last: bool) {
+        (self.socket, self.reused) = (None, false);
+        self.send(part, last);
     }
 
-    /// What a wait for this exchange and others came to.
-    fn take(&mut self, came: &io::Result<bool>) {
-        match came {
-            Ok(true) => self.listen(),
-            Ok(false) => self.outcome = Some(Err(late())),
-            Err(e) => self.outcome = Some(Err(io::Error::new(e.kind(), e.to_string()))),
+    /// Reads the response of a request that was sent. `part`: the last of its body.
+    fn finish(&mut self, part: Part, deadline: Instant) {
+        match self.receive(deadline) {
+            Err(error) if self.can_be_sent_again(&error) => self.send_again(part, true),
+            outcome => self.outcome = Some(outcome),
         }
     }
 
     fn has_failed(&self) -> bool {
-        !matches!(self.outcome, None | Some(Ok(Answer { status: 200..=299, .. })))
+        !matches!(self.outcome, None | Some(Ok(Response { status: 200..=299, .. })))
     }
 
-    fn parse(&mut self) {
-        let mut headers = [httparse::EMPTY_HEADER; 64];
-        let mut answer = httparse::Response::new(&mut headers);
-        let end = match answer.parse(&self.input) {
-            Ok(httparse::Status::Complete(end)) => end,
-            Ok(httparse::Status::Partial) if self.input.len() < HEAD_MOST => return,
-            _ => {
-                self.outcome = Some(Err(io::Error::other("its answer is not HTTP")));
-                return;
+    /// Reads the response. `deadline` is for its head; a body that is collected only has to make
+    /// progress.
+    fn receive(&mut self, deadline: Instant) -> io::Result<Response> {
+        let mut response = loop {
+            match Response::parse(&mut self.input)? {
+                Some(response) => break response,
+                None => self.read_more(deadline)?,
             }
         };
-        let status = answer.code.unwrap_or(0);
-        if status < 200 {
-            self.input.drain(..end);
-            if !self.input.is_empty() {
-                self.parse();
+        let has_no_body = response.status == 204 || self.head.starts_with(b"HEAD ");
+        // A short body of an error comes with its head; a longer one is not worth waiting for.
+        let mut rest = if has_no_body { Some(0) } else { response.length };
+        if response.status == 200 && self.head.starts_with(b"GET ") {
+            response.body = self.read_body(&response)?;
+            rest = Some(0);
+        }
+        let complete = rest == Some(self.input.len() as u64);
+        if let Some(socket) = self.socket.take()
+            && (response.persistent && complete && self.sent_whole)
+        {
+            self.to.keep(socket);
+        }
+        Ok(response)
+    }
+
+    fn read_body(&mut self, response: &Response) -> io::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        if !response.chunked {
+            self.read_exactly(response.length.ok_or_else(not_http)?, &mut body)?;
+            return Ok(body);
+        }
+        loop {
+            match httparse::parse_chunk_size(&self.input) {
+                Ok(httparse::Status::Complete((n, size))) => {
+                    self.input.drain(..n);
+                    self.read_exactly(size, &mut body)?;
+                    // The line's end behind the chunk; behind the last one, that of the body.
+                    self.read_exactly(2, &mut Vec::new())?;
+                    if size == 0 {
+                        return Ok(body);
+                    }
+                }
+                Ok(httparse::Status::Partial) if self.input.len() < 64 => {
+                    self.read_more(Instant::now() + STALL)?;
+                }
+                _ => return Err(not_http()),
             }
+        }
+    }
+
+    fn read_exactly(&mut self, mut left: u64, body: &mut Vec<u8>) -> io::Result<()> {
+        loop {
+            let n = self.input.len().min(left.try_into().unwrap_or(usize::MAX));
+            body.extend(self.input.drain(..n));
+            left -= n as u64;
+            if left == 0 {
+                return Ok(());
+            }
+            self.read_more(Instant::now() + STALL)?;
+        }
+    }
+
+    /// Receives at least one byte into `input`.
+    fn read_more(&mut self, deadline: Instant) -> io::Result<()> {
+        let socket = self.socket.as_ref().ok_or(ErrorKind::NotConnected)?;
+        let mut buffer = [0; 8 << 10];
+        loop {
+            match recv(socket, &mut buffer, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => {
+                    let why = "it closed the connection";
+                    return Err(io::Error::new(ErrorKind::ConnectionReset, why));
+                }
+                Ok((n, _)) => {
+                    self.input.extend_from_slice(&buffer[..n]);
+                    return Ok(());
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => wait(&mut [PollFd::new(socket, PollFlags::IN)], deadline)?,
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+/// Waits for the responses to the requests that were sent whole. `part`: the last one of their body,
+/// in case it was the first too and has to be sent again.
+///
+/// Once a call has failed, the others have `after_failure` more at most; those that do not answer in
+/// it have no outcome. Without a failure, a call that is not answered in time has an error as its
+/// outcome.
+pub fn await_all(calls: &mut [Call], part: Part, mut deadline: Instant, after_failure: Duration) {
+    let mut failed = false;
+    loop {
+        if !failed && calls.iter().any(Call::has_failed) {
+            failed = true;
+            deadline = deadline.min(Instant::now() + after_failure);
+        }
+        let waiting = |c: &&mut Call| c.sent_whole && c.outcome.is_none() && c.socket.is_some();
+        let mut waiting: Vec<_> = calls.iter_mut().filter(waiting).collect();
+        let sockets = waiting.iter().filter_map(|call| call.socket.as_ref());
+        let mut fds: Vec<_> = sockets.map(|s| PollFd::new(s, PollFlags::IN)).collect();
+        if fds.is_empty() {
             return;
         }
-        let header = |name: &str| {
-            let found = answer.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
-            found.and_then(|header| std::str::from_utf8(header.value).ok())
-        };
-        let length = header("content-length").and_then(|length| length.parse().ok());
-        let body = match status {
-            204 | 304 => 0,
-            _ if self.head.starts_with(b"HEAD ") => 0,
-            _ => length.unwrap_or(u64::MAX),
-        };
-        let stays = !header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
-        let chunked = header("transfer-encoding").is_some();
-        let answer = Answer { status, length, body: Vec::new() };
-        self.input.drain(..end);
-        if self.head.starts_with(b"GET ") && status == 200 {
-            let left = if chunked { 0 } else { body };
-            self.incoming = Some(Incoming { answer, chunked, left, chunk: None, stays });
-            return self.read_body();
+        let came = wait(&mut fds, deadline);
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        match came {
+            Ok(()) => {
+                let ready = waiting.into_iter().zip(ready).filter(|(_, ready)| *ready);
+                ready.for_each(|(call, _)| call.finish(part, deadline));
+            }
+            Err(_) if failed => return,
+            Err(e) => waiting.iter_mut().for_each(|call| {
+                call.outcome = Some(Err(io::Error::new(e.kind(), e.to_string())));
+            }),
         }
-        // Else the connection is closed: it is not worth waiting for the rest.
-        let complete = body == self.input.len() as u64;
-        self.end(answer, stays && complete);
     }
+}
 
-    /// Takes what has come of a body.
-    fn read_body(&mut self) {
-        let Some(incoming) = &mut self.incoming else { return };
+impl Response {
+    /// Takes a head from the start of `input`; `None`: it is not there yet. Interim responses (1xx)
+    /// are skipped.
+    fn parse(input: &mut Vec<u8>) -> io::Result<Option<Response>> {
         loop {
-            let n = self.input.len().min(incoming.left.try_into().unwrap_or(usize::MAX));
-            incoming.answer.body.extend(self.input.drain(..n));
-            incoming.left -= n as u64;
-            if incoming.left > 0 {
-                return;
+            let mut headers = [httparse::EMPTY_HEADER; 64];
+            let mut head = httparse::Response::new(&mut headers);
+            let end = match head.parse(input) {
+                Ok(httparse::Status::Complete(end)) => end,
+                Ok(httparse::Status::Partial) if input.len() < HEAD_MAX => return Ok(None),
+                _ => return Err(not_http()),
+            };
+            let header = |name: &str| {
+                let found = head.headers.iter().find(|h| h.name.eq_ignore_ascii_case(name));
+                found.and_then(|header| std::str::from_utf8(header.value).ok())
+            };
+            let closes = header("connection").is_some_and(|v| v.eq_ignore_ascii_case("close"));
+            let response = Response {
+                status: head.code.unwrap_or(0),
+                length: header("content-length").and_then(|length| length.parse().ok()),
+                body: Vec::new(),
+                chunked: header("transfer-encoding").is_some(),
+                persistent: head.version == Some(1) && !closes,
+            };
+            input.drain(..end);
+            if response.status >= 200 {
+                return Ok(Some(response));
             }
-            if let Some(size) = incoming.chunk.take() {
-                incoming.answer.body.truncate(incoming.answer.body.len() - 2);
-                incoming.chunked = size > 0;
-            }
-            if !incoming.chunked {
-                break;
-            }
-            match httparse::parse_chunk_size(&self.input) {
-                Ok(httparse::Status::Complete((n, size))) if size < u64::MAX - 2 => {
-                    self.input.drain(..n);
-                    (incoming.chunk, incoming.left) = (Some(size), size + 2);
-                }
-                Ok(httparse::Status::Partial) if self.input.len() < 64 => return,
-                _ => {
-                    self.outcome = Some(Err(io::Error::other("its answer is not HTTP")));
-                    return;
-                }
-            }
-        }
-        let (answer, stays) = (std::mem::take(&mut incoming.answer), incoming.stays);
-        self.end(answer, stays && self.input.is_empty());
-    }
-
-    /// The exchange is over. `stays`: the connection is good for the next.
-    fn end(&mut self, answer: Answer, stays: bool) {
-        self.outcome = Some(Ok(answer));
-        if let Some(socket) = self.socket.take()
-            && stays
-            && self.whole
-        {
-            self.line.put_back(socket);
         }
     }
 }
 
-fn late() -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, "it took too long")
+/// Whether there is something to read: bytes, the end of the stream or an error.
+fn has_input(socket: &TcpStream) -> bool {
+    recv(socket, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT) != Err(Errno::AGAIN)
 }
 
-/// Waits for one of these; `false`: the time is up.
-fn ready(fds: &mut [PollFd], until: Instant) -> io::Result<bool> {
+/// An error where the volume has answered before the end of the request: it refuses.
+fn check_silent(socket: &TcpStream) -> io::Result<()> {
+    if has_input(socket) { Err(ErrorKind::BrokenPipe.into()) } else { Ok(()) }
+}
+
+/// Writes all of these. A volume that answers while it reads no further ends it with an error.
+fn write_all(mut socket: &TcpStream, mut parts: &mut [IoSlice]) -> io::Result<()> {
+    IoSlice::advance_slices(&mut parts, 0);
+    let mut moved = Instant::now();
+    while !parts.is_empty() {
+        match socket.write_vectored(parts) {
+            Ok(n) => {
+                IoSlice::advance_slices(&mut parts, n);
+                moved = Instant::now();
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock && moved.elapsed() < STALL => {
+                check_silent(socket)?;
+            }
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Err(timed_out()),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until one of these is ready; an error where none is before the deadline.
+fn wait(fds: &mut [PollFd], deadline: Instant) -> io::Result<()> {
     loop {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(Instant::now());
         match poll(fds, left.try_into().ok().as_ref()) {
-            Ok(n) => return Ok(n > 0),
-            Err(rustix::io::Errno::INTR) => {}
+            Ok(0) => return Err(timed_out()),
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
     }
 }
 
-/// Sends each exchange's head, where that has not been sent, and a frame of the body that they
-/// share. When this returns, all have it or have an outcome.
-pub fn send(exchanges: &mut [Exchange], frame: &[u8], last: bool) {
-    for exchange in &mut *exchanges {
-        if exchange.socket.is_none() && exchange.outcome.is_none() {
-            exchange.connect();
-        } else if exchange.sent > 0 {
-            (exchange.sent, exchange.first) = (exchange.head.len(), false);
-            exchange.listen();
-        }
-    }
-    loop {
-        for exchange in &mut *exchanges {
-            exchange.push(frame, last);
-            if exchange.again() {
-                exchange.push(frame, last);
-            }
-        }
-        let mut fds = Vec::new();
-        for exchange in exchanges.iter().filter(|exchange| !exchange.is_sent(frame)) {
-            let socket = exchange.socket.as_ref();
-            fds.extend(socket.map(|s| PollFd::new(s, PollFlags::IN | PollFlags::OUT)));
-        }
-        if fds.is_empty() {
-            return;
-        }
-        let moved = ready(&mut fds, Instant::now() + STALL);
-        let waits = |exchange: &&mut Exchange| !exchange.is_sent(frame);
-        exchanges.iter_mut().filter(waits).for_each(|exchange| exchange.take(&moved));
-    }
+fn timed_out() -> io::Error {
+    io::Error::new(ErrorKind::TimedOut, "it took too long")
 }
 
-/// Waits for the answers of those that were sent everything. `frame`: the last one, in case it was
-/// the first too and is needed again. Once one has failed, the others have until `hurry` from then,
-/// and may be left without an outcome. A body that is collected only has to go on coming.
-pub fn finish(exchanges: &mut [Exchange], frame: &[u8], mut until: Instant, hurry: Duration) {
-    let mut failed = false;
-    loop {
-        for exchange in exchanges.iter_mut().filter(|exchange| exchange.whole) {
-            if exchange.again() {
-                send(std::slice::from_mut(exchange), frame, true);
-            }
-        }
-        if !failed && exchanges.iter().any(Exchange::has_failed) {
-            failed = true;
-            until = until.min(Instant::now() + hurry);
-        }
-        let waits = |exchange: &&mut Exchange| exchange.whole && exchange.outcome.is_none();
-        let mut fds = Vec::new();
-        for exchange in exchanges.iter_mut().filter(waits) {
-            fds.extend(exchange.socket.as_ref().map(|socket| PollFd::new(socket, PollFlags::IN)));
-        }
-        if fds.is_empty() {
-            return;
-        }
-        let came = ready(&mut fds, until);
-        if !failed && exchanges.iter().any(|exchange| exchange.incoming.is_some()) {
-            until = until.max(Instant::now() + STALL);
-        }
-        if failed && matches!(came, Ok(false)) {
-            return;
-        }
-        exchanges.iter_mut().filter(waits).for_each(|exchange| exchange.take(&came));
-    }
+fn not_http() -> io::Error {
+    io::Error::other("its answer is not HTTP")
 }
 
-/// What is done with an answer; `None`: there is no connection to ask on without waiting.
-pub type Then = Box<dyn FnOnce(Option<io::Result<Answer>>) + Send>;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::TcpListener;
 
-/// Requests whose answers one thread waits for.
-pub struct Scout {
-    epoll: OwnedFd,
-    asked: Mutex<HashMap<RawFd, (Exchange, Instant, Then)>>,
-}
-
-/// How often the scout looks for exchanges that take too long.
-const LOOK: Duration = Duration::from_millis(50);
-
-impl Scout {
-    pub fn new() -> io::Result<Arc<Scout>> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let scout = Arc::new(Scout { epoll, asked: Mutex::default() });
-        let this = scout.clone();
-        std::thread::Builder::new().name("mkv-scout".into()).spawn(move || this.hear())?;
-        Ok(scout)
+    /// A server that does what the script says, and the connections to it.
+    fn server(script: impl FnOnce(TcpListener) + Send + 'static) -> Arc<Connections> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        std::thread::spawn(move || script(listener));
+        Arc::new(Connections::new(&host, Duration::from_secs(1)))
     }
 
-    /// Sends a request without a body, and has `then` called, by whatever thread, but soon.
-    pub fn ask(&self, mut exchange: Exchange, until: Instant, then: Then) {
-        exchange.push(&[], true);
-        if exchange.whole { self.await_answer(exchange, until, then) } else { then(None) }
-    }
-
-    fn await_answer(&self, exchange: Exchange, until: Instant, then: Then) {
-        let Some(fd) = exchange.socket.as_ref().map(AsRawFd::as_raw_fd) else { return then(None) };
-        // The socket stays open, and its number its own, as long as it is in `asked`.
-        let mut asked = lock(&self.asked);
-        let (exchange, ..) = &*asked.entry(fd).insert_entry((exchange, until, then)).into_mut();
-        let data = epoll::EventData::new_u64(fd as u64);
-        let socket = exchange.socket.as_ref();
-        let added =
-            socket.is_some_and(|s| epoll::add(&self.epoll, s, data, epoll::EventFlags::IN).is_ok());
-        let failed = if added { None } else { asked.remove(&fd) };
-        drop(asked);
-        if let Some((.., then)) = failed {
-            then(None);
+    /// Accepts a connection, if there is none yet, reads a request without a body, and responds.
+    fn serve(listener: &TcpListener, socket: Option<TcpStream>, response: &[u8]) -> TcpStream {
+        let mut socket = socket.unwrap_or_else(|| listener.accept().unwrap().0);
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            socket.read_exact(&mut byte).unwrap();
+            request.push(byte[0]);
         }
+        socket.write_all(response).unwrap();
+        socket
     }
 
-    fn hear(&self) {
-        let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
-        let mut looked = Instant::now();
-        loop {
-            let pause = LOOK.try_into().ok();
-            let _ = epoll::wait(&self.epoll, spare_capacity(&mut events), pause.as_ref());
-            let mut asked = lock(&self.asked);
-            let heard = events.drain(..).map(|event| event.data.u64() as RawFd);
-            let mut done: Vec<_> = heard.filter_map(|fd| asked.remove(&fd)).collect();
-            if looked.elapsed() > LOOK {
-                looked = Instant::now();
-                let late = asked.extract_if(|_, (_, until, _)| *until < looked);
-                done.extend(late.map(|(_, asked)| asked));
-            }
-            drop(asked);
-            for (mut exchange, until, then) in done {
-                if let Some(socket) = &exchange.socket {
-                    let _ = epoll::delete(&self.epoll, socket);
-                }
-                exchange.listen();
-                match exchange.outcome.take() {
-                    None if Instant::now() < until => self.await_answer(exchange, until, then),
-                    outcome => {
-                        let outcome = outcome.unwrap_or_else(|| Err(late()));
-                        let _ = catch_unwind(AssertUnwindSafe(|| then(Some(outcome))));
+    const EMPTY: &[u8] = b"HTTP/1.1 204 No Content\r\n\r\n";
+
+    fn ask(to: &Arc<Connections>, method: &str) -> Call {
+        let mut calls = [Call::new(to, method, "/", "")];
+        calls[0].send(NO_BODY, true);
+        let limit = Duration::from_secs(5);
+        await_all(&mut calls, NO_BODY, Instant::now() + limit, limit);
+        let [call] = calls;
+        call
+    }
+
+    #[test]
+    fn a_body_arrives_whole_in_whatever_pieces_it_comes() {
+        let head = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n";
+        for (framed, persistent) in [
+            ("Content-Length: 9\r\n\r\nsome text", true),
+            ("Transfer-Encoding: chunked\r\n\r\n4\r\nsome\r\n5\r\n text\r\n0\r\n\r\n", true),
+            ("Connection: close\r\nContent-Length: 9\r\n\r\nsome text", false),
+        ] {
+            let response = format!("{head}{framed}").into_bytes();
+            for piece in [1, 2, 3, 7, 1000] {
+                let response = response.clone();
+                let to = server(move |listener| {
+                    let mut socket = serve(&listener, None, b"");
+                    for piece in response.chunks(piece) {
+                        socket.write_all(piece).unwrap();
+                        std::thread::sleep(Duration::from_micros(100));
                     }
-                }
+                    let _ = socket.read(&mut [0]);
+                });
+                let response = ask(&to, "GET").outcome.unwrap().unwrap();
+                assert_eq!((response.status, &response.body[..]), (200, &b"some text"[..]));
+                assert_eq!(lock(&to.idle).len(), usize::from(persistent));
             }
         }
+    }
+
+    #[test]
+    fn a_body_that_ends_early_is_an_error() {
+        for framed in [
+            "Content-Length: 10\r\n\r\nsome text",
+            "Transfer-Encoding: chunked\r\n\r\n4\r\nsome\r\n5\r\n text\r\n",
+            "Transfer-Encoding: chunked\r\n\r\nx\r\nsome\r\n",
+            "\r\nsome text",
+        ] {
+            let response = format!("HTTP/1.1 200 OK\r\n{framed}").into_bytes();
+            let to = server(move |listener| drop(serve(&listener, None, &response)));
+            assert!(ask(&to, "GET").outcome.unwrap().is_err(), "{framed}");
+        }
+    }
+
+    #[test]
+    fn a_request_on_a_closed_connection_is_sent_again() {
+        let to = server(|listener| {
+            let socket = serve(&listener, None, EMPTY);
+            drop(serve(&listener, Some(socket), b""));
+            serve(&listener, None, EMPTY);
+        });
+        for _ in 0..2 {
+            assert_eq!(ask(&to, "DELETE").outcome.unwrap().unwrap().status, 204);
+        }
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_sent_again_may_have_been_done() {
+        let to = server(|listener| {
+            let socket = serve(&listener, None, EMPTY);
+            let socket = serve(&listener, Some(socket), b"");
+            drop(listener);
+            drop(socket);
+        });
+        assert!(ask(&to, "DELETE").outcome.unwrap().is_ok());
+        let call = ask(&to, "DELETE");
+        assert!(call.outcome.unwrap().is_err() && call.sent_whole);
+        let call = ask(&to, "DELETE");
+        assert!(call.outcome.unwrap().is_err() && !call.sent_whole);
+    }
+
+    #[test]
+    fn a_refusal_is_heard_while_the_volume_reads_nothing() {
+        let to = server(|listener| {
+            let mut socket = serve(&listener, None, b"");
+            // By then the way is full, and the client waits for room.
+            std::thread::sleep(Duration::from_millis(500));
+            socket.write_all(b"HTTP/1.1 500 Refused\r\nContent-Length: 0\r\n\r\n").unwrap();
+            std::thread::sleep(Duration::from_secs(20));
+        });
+        let begun = Instant::now();
+        let mut call = Call::new(&to, "PUT", "/", "Content-Length: 1000000000\r\n");
+        while call.send([&[b'v'; 1 << 20], b"", b""], false) {}
+        assert_eq!(call.outcome.unwrap().unwrap().status, 500);
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        assert!(lock(&to.idle).is_empty());
+    }
+
+    #[test]
+    fn once_a_call_has_failed_the_others_have_little_time() {
+        let silent = server(|listener| {
+            let socket = serve(&listener, None, b"");
+            std::thread::sleep(Duration::from_secs(20));
+            drop(socket);
+        });
+        let refusing = server(|listener| {
+            serve(&listener, None, b"HTTP/1.1 500 Refused\r\nContent-Length: 0\r\n\r\n");
+        });
+        let begun = Instant::now();
+        let mut calls = [Call::new(&silent, "PUT", "/", ""), Call::new(&refusing, "PUT", "/", "")];
+        calls.iter_mut().for_each(|call| assert!(call.send(NO_BODY, true)));
+        let soon = Duration::from_millis(100);
+        await_all(&mut calls, NO_BODY, begun + Duration::from_secs(20), soon);
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        let [silent, refusing] = calls;
+        assert!(silent.outcome.is_none() && silent.sent_whole);
+        assert_eq!(refusing.outcome.unwrap().unwrap().status, 500);
     }
 }
