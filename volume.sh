@@ -1,191 +1,293 @@
 #!/usr/bin/env bash
-# One volume of a store: stock nginx that serves DIR, takes PUT and DELETE, and lists folders as JSON.
+# Runs one volume of a store: a stock nginx that serves DIR, accepts PUT and DELETE, and lists folders as JSON.
 #
-#   PORT=3001 ./volume.sh DIR     in the foreground, until Ctrl-C or SIGTERM
+#   PORT=3001 ./volume.sh DIR     runs in the foreground until Ctrl-C or SIGTERM
 #
-#   DIR      /tmp/volume1/        BIND     address to listen on (default: all, IPv4 and IPv6)
-#   PORT     3001                 AUTH     htpasswd file: basic authentication for everything
-#                                 WORKERS  nginx workers (default: 1; from four cores on half of them, at most 8)
+#   DIR      the folder to serve (default: /tmp/volume1/)
+#   PORT     the port to listen on (default: 3001)
+#   BIND     the address to listen on (default: all addresses, IPv4 and IPv6)
+#   AUTH     an htpasswd file; every request then needs basic authentication
+#   WORKERS  the number of nginx workers (default: 1, or half of the cores if there are four or more, at most 8)
 #
-# DIR/.nginx is nginx's own: nginx.conf, nginx.pid, lock, temp/. An upload is written to temp/ and published by rename,
-# which needs one disk, so each svXX folder that is there at start has its own: after mounting a disk, start anew.
+# nginx writes an upload to a temporary file and renames it once it is complete. A rename works only within one disk, so
+# DIR and each DIR/svXX that exists at start get their own .nginx/temp folder. Restart this script after mounting a disk.
+# DIR/.nginx also holds nginx.conf, nginx.pid and the lock.
 set -euo pipefail
-PATH=$PATH:/usr/sbin:/sbin # an ordinary user's PATH lacks Debian's nginx
+PATH=$PATH:/usr/sbin:/sbin # Debian installs nginx in /usr/sbin, which is not in an ordinary user's PATH
 umask 022
-dir=${1:-/tmp/volume1/} port=${PORT:-3001} bind=${BIND:-} auth=${AUTH:-} me=$(id -un 2>/dev/null || id -u)
 
 die() {
   printf 'volume.sh: %s\n' "$*" >&2
   exit 1
 }
-for tool in nginx curl flock setpriv; do
-  command -v "$tool" >/dev/null || die "$tool is missing: apt-get install nginx curl util-linux"
-done
-if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then die "PORT=$port is no port: 1 to 65535"; fi
-mkdir -p -- "$dir" 2>/dev/null || die "$me may not make $dir: make it and chown it to $me, or name another folder"
-dir=$(cd -- "$dir" 2>/dev/null && pwd -P) || die "$me may not enter $dir: chown it to $me, or name another folder"
-if [ -n "$auth" ]; then
-  [ -f "$auth" ] || die "AUTH=$auth is no file: make it with htpasswd -B -c '$auth' USER"
-  auth=$(realpath -- "$auth")
-fi
-case $dir$auth in *[\"\\\$]* | *$'\n'*) die "nginx takes no \", \\, \$ or newline in a path: rename $dir $auth" ;; esac
 
-disks=("$dir") # the folders that get a temporary folder
-for sub in "$dir"/sv*/; do
-  if [[ ${sub%/} =~ /sv[0-9A-F]{2,}$ ]]; then disks+=("${sub%/}"); fi
-done
+check_tools() {
+  local tool
+  for tool in nginx curl flock setpriv; do
+    command -v "$tool" >/dev/null || die "$tool is missing: apt-get install nginx curl util-linux"
+  done
+}
 
-# Whose rights nginx's workers have: an ordinary user's own; root's are given away wherever that can be.
-worker=$me
+# Sets me, dir, port, bind and auth.
+read_settings() {
+  me=$(id -un 2>/dev/null || id -u)
+  dir=${1:-/tmp/volume1/} port=${PORT:-3001} bind=${BIND:-} auth=${AUTH:-}
+  if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then die "PORT=$port is not a port from 1 to 65535"; fi
+  if [[ $bind == *:* ]]; then bind="[${bind//[\[\]]/}]"; fi
+  mkdir -p -- "$dir" 2>/dev/null || die "$me cannot create $dir: create it and chown it to $me, or choose another folder"
+  dir=$(cd -- "$dir" 2>/dev/null && pwd -P) || die "$me cannot enter $dir: chown it to $me, or choose another folder"
+  if [ -n "$auth" ]; then
+    [ -f "$auth" ] || die "AUTH=$auth is not a file: create it with htpasswd -B -c '$auth' USER"
+    auth=$(realpath -- "$auth")
+  fi
+  case $dir$auth in
+    *[\"\\\$]* | *$'\n'*) die "nginx accepts no \", \\, \$ or newline in a path: rename $dir $auth" ;;
+  esac
+}
+
+# Sets disks: the folders that get a temporary folder.
+find_disks() {
+  local folder
+  disks=("$dir")
+  for folder in "$dir"/sv*/; do
+    if [[ ${folder%/} =~ /sv[0-9A-F]{2,}$ ]]; then disks+=("${folder%/}"); fi
+  done
+}
+
+# Sets worker: the user that nginx's workers run as. For an ordinary user, that is the user itself. For root, it is the
+# owner of the blobs; in a new store, the owner of the folder, or nginx's usual user if root owns the folder.
+choose_worker() {
+  local blobs closed
+  worker=$me
+  if [ "$me" = root ]; then
+    blobs=$(find -H "${disks[@]}" -mindepth 1 -maxdepth 1 -type d -name '[0-9a-f][0-9a-f]' -print -quit)
+    worker=$(stat -c %U -- "${blobs:-$dir}")
+    if [ -z "$blobs" ] && [ "$worker" = root ]; then
+      for worker in www-data nginx nobody; do if id "$worker" >/dev/null 2>&1; then break; fi; done
+    fi
+    id "$worker" >/dev/null 2>&1 || die "the owner of ${blobs:-$dir} has no name on this machine: chown -R www-data '$dir'"
+    closed=$(find_closed_folder)
+    if [ -n "$closed" ]; then # DIR is in /root or in a user's home: its owner is the least privileged user that works
+      printf 'volume.sh: %s cannot enter %s, so nginx'\''s workers run as its owner\n' "$worker" "$closed" >&2
+      worker=$(stat -c %U -- "$closed")
+    fi
+  fi
+  closed=$(find_closed_folder)
+  [ -z "$closed" ] || die "nginx's worker ($worker) cannot enter $closed: chmod o+x '$closed', or choose another folder"
+}
+
+# Runs a command with the worker's rights.
 as_worker() {
   if [ "$me" = root ]; then set -- setpriv --reuid="$worker" --regid="$(id -g "$worker")" --init-groups -- "$@"; fi
   "$@"
 }
-closed() { # prints the topmost folder above a disk that the worker may not enter, if there is one
-  local disk at found
+
+# Prints the topmost folder above a disk that the worker cannot enter, if there is one.
+find_closed_folder() {
+  local disk folder found
   for disk in "${disks[@]}"; do
-    at=$(realpath -- "$disk") found=
-    while [ "$at" != / ]; do
-      at=$(dirname -- "$at")
-      as_worker test -x "$at" || found=$at
+    folder=$(realpath -- "$disk") found=
+    while [ "$folder" != / ]; do
+      folder=$(dirname -- "$folder")
+      as_worker test -x "$folder" || found=$folder
     done
     if [ -n "$found" ]; then printf '%s\n' "$found" && return; fi
   done
 }
-if [ "$me" = root ]; then
-  # A store goes on as the owner of its blobs; a new one as the folder's owner, or else as nginx's usual user.
-  blobs=$(find -H "${disks[@]}" -mindepth 1 -maxdepth 1 -type d -name '[0-9a-f][0-9a-f]' -print -quit)
-  worker=$(stat -c %U -- "${blobs:-$dir}")
-  if [ -z "$blobs" ] && [ "$worker" = root ]; then
-    for worker in www-data nginx nobody; do if id "$worker" >/dev/null 2>&1; then break; fi; done
-  fi
-  id "$worker" >/dev/null 2>&1 || die "the owner of ${blobs:-$dir} has no name here: chown -R www-data '$dir'"
-  way=$(closed)
-  if [ -n "$way" ]; then # a clone in /root or in a user's home: that user's rights are the least that will do
-    printf 'volume.sh: %s may not enter %s, so its owner runs nginx'\''s workers\n' "$worker" "$way" >&2
-    worker=$(stat -c %U -- "$way")
-  fi
-fi
-way=$(closed)
-[ -z "$way" ] || die "nginx's worker ($worker) may not enter $way: chmod o+x '$way', or name another folder"
 
-for disk in "${disks[@]}"; do
-  own=$disk/.nginx
-  mkdir -p -- "$own" 2>/dev/null || die "$me may not write in $disk: chown -R $me '$disk', or mount it read-write"
-  # Root follows no link that a worker may have planted there.
-  if [ -L "$own" ] || ! [ -O "$own" ]; then die "$own is not $me's: start as $(stat -c %U -- "$own"), or rm -r '$own'"; fi
-done
-touch -- "$dir/.nginx/lock"
-exec 9<"$dir/.nginx/lock" # nginx inherits it: held until its last process is gone
-if ! flock -w 3 9 2>/dev/null && { exec 9>>"$dir/.nginx/lock" && ! flock -n 9; }; then # NFS wants it open for writing
-  who=$(exec 9>&- && find -L /proc/[0-9]*/fd -samefile "$dir/.nginx/lock" 2>/dev/null | cut -d/ -f3 | grep -vx "$$" | sort -u | xargs) || true
-  die "$dir is served already${who:+ (by process $who)}: stop that volume, or name another folder"
-fi
-for disk in "${disks[@]}"; do
-  temp=$disk/.nginx/temp
-  mkdir -p -- "$temp"
-  find -H "$disk" -maxdepth 1 -type f -name '.probe-*' -delete
-  find "$temp" -type f -delete
-  # ext4 places a file near its folder, stepping over what was deleted there in the last seconds: the more folders, and
-  # the farther apart (+T), the faster files come and go. Other file systems have neither that habit nor the flag.
-  chattr +T "$temp" 2>/dev/null || true
-  if [ "$me" = root ]; then
-    find "$temp" -type d -exec chown -h -- "$worker:" {} +
-    # The worker is given a new folder or a store's, never one that holds other things.
-    other=$(find -H "$disk" -mindepth 1 -maxdepth 1 ! -name '.*' ! -name 'sv[0-9A-F]*' ! -name '[0-9a-f][0-9a-f]' \
-      ! -name 'lost+found' -print -quit)
-    if ! as_worker test -w "$disk"; then
-      [ -z "$other" ] || die "$worker may not write in $disk, which holds $other: chown $worker '$disk', or name a folder of its own"
-      chown -- "$worker:" "$disk" 2>/dev/null || true
+make_private_folders() {
+  local disk own
+  for disk in "${disks[@]}"; do
+    own=$disk/.nginx
+    mkdir -p -- "$own" 2>/dev/null || die "$me cannot write in $disk: chown -R $me '$disk', or mount it read-write"
+    # A worker could have put a link here; root must not follow it.
+    if [ -L "$own" ] || ! [ -O "$own" ]; then
+      die "$own does not belong to $me: start as $(stat -c %U -- "$own"), or rm -r '$own'"
     fi
-  fi
-  as_worker mkdir -p -- "$temp/"{0..9} 2>/dev/null || true # on a full disk nginx will do with those there are
-  shut=$(as_worker find -H "$disk" -maxdepth 1 -type d ! -writable \( -samefile "$disk" -o -name '[0-9a-f][0-9a-f]' \) \
-    -print -quit 2>/dev/null) || true
-  [ -z "$shut" ] || die "nginx's worker ($worker) may not write in $shut: chown -R $worker '$disk', or mount it read-write"
-done
-
-cores=$(nproc) files=$(ulimit -Hn) secret=$(tr -d - </proc/sys/kernel/random/uuid)
-if [ "$files" = unlimited ] || ((files > 65536)); then files=65536; fi
-ulimit -n "$files"
-if [[ $bind == *:* ]]; then bind="[${bind//[\[\]]/}]"; fi
-listen=("${bind:+$bind:}$port")
-if [ -z "$bind" ] && grep -q . /proc/net/if_inet6 2>/dev/null; then listen+=("[::]:$port"); fi
-locations() { # one disk: its uploads, and the only name with a leading dot that is let through
-  local path=${1#"$dir"}/ temp="client_body_temp_path \"$1/.nginx/temp\" 1;"
-  printf 'location %s { %s } location = %s.probe-%s { %s auth_basic off; }\n' "$path" "$temp" "$path" "$secret" "$temp"
+  done
 }
-rm -f -- "$dir/.nginx/spare" # room for nginx.conf and nginx.pid on a disk that is full
-(umask 077 && cat >"$dir/.nginx/nginx.conf") 2>/dev/null <<END || die "$dir/.nginx cannot be written: make room on its disk"
+
+# nginx inherits descriptor 9, so the lock is held until the last nginx process has ended.
+take_lock() {
+  local holders
+  touch -- "$dir/.nginx/lock"
+  exec 9<"$dir/.nginx/lock"
+  if flock -w 3 9 2>/dev/null; then return; fi
+  if exec 9>>"$dir/.nginx/lock" && flock -n 9; then return; fi # NFS locks only a file that is open for writing
+  holders=$(exec 9>&- && find -L /proc/[0-9]*/fd -samefile "$dir/.nginx/lock" 2>/dev/null |
+    cut -d/ -f3 | grep -vx "$$" | sort -u | xargs) || true
+  die "$dir is already being served${holders:+ (by process $holders)}: stop that volume, or choose another folder"
+}
+
+prepare_disks() {
+  local disk temp closed
+  for disk in "${disks[@]}"; do
+    temp=$disk/.nginx/temp
+    mkdir -p -- "$temp"
+    find -H "$disk" -maxdepth 1 -type f -name '.probe-*' -delete
+    find "$temp" -type f -delete
+    # ext4 puts a file near its folder and skips the inodes of files deleted within the last seconds. Several temporary
+    # folders, kept apart by +T, make that search short. Other file systems have neither the search nor the flag.
+    chattr +T "$temp" 2>/dev/null || true
+    if [ "$me" = root ]; then give_to_worker "$disk"; fi
+    as_worker mkdir -p -- "$temp/"{0..9} 2>/dev/null || true # on a full disk, nginx uses the folders that exist
+    closed=$(as_worker find -H "$disk" -maxdepth 1 -type d ! -writable \
+      \( -samefile "$disk" -o -name '[0-9a-f][0-9a-f]' \) -print -quit 2>/dev/null) || true
+    [ -z "$closed" ] || die "nginx's worker ($worker) cannot write in $closed: chown -R $worker '$disk', or mount it read-write"
+  done
+}
+
+# Makes the worker the owner of a disk's temporary folders, and of the disk if it is new or holds a store. A folder that
+# holds anything else keeps its owner.
+give_to_worker() {
+  local disk=$1 other
+  find "$disk/.nginx/temp" -type d -exec chown -h -- "$worker:" {} +
+  if as_worker test -w "$disk"; then return; fi
+  other=$(find -H "$disk" -mindepth 1 -maxdepth 1 ! -name '.*' ! -name 'sv[0-9A-F]*' ! -name '[0-9a-f][0-9a-f]' \
+    ! -name 'lost+found' -print -quit)
+  [ -z "$other" ] || die "$worker cannot write in $disk, which holds $other: chown $worker '$disk', or choose an empty folder"
+  chown -- "$worker:" "$disk" 2>/dev/null || true
+}
+
+# Sets max_files, which nginx's workers inherit.
+raise_file_limit() {
+  max_files=$(ulimit -Hn)
+  if [ "$max_files" = unlimited ] || ((max_files > 65536)); then max_files=65536; fi
+  ulimit -n "$max_files"
+}
+
+# Sets secret, which makes the names of the files that test_disks writes impossible to guess.
+write_config() {
+  local cores listen=("${bind:+$bind:}$port")
+  secret=$(tr -d - </proc/sys/kernel/random/uuid)
+  cores=$(nproc)
+  if [ -z "$bind" ] && grep -q . /proc/net/if_inet6 2>/dev/null; then listen+=("[::]:$port"); fi
+  rm -f -- "$dir/.nginx/spare" # makes room for nginx.conf and nginx.pid on a full disk
+  (umask 077 && cat >"$dir/.nginx/nginx.conf") 2>/dev/null <<END || die "cannot write $dir/.nginx: free some space on its disk"
 daemon off;
 $(if [ "$me" = root ]; then echo "user $worker $(id -gn "$worker");"; fi)
 pid "$dir/.nginx/nginx.pid";
-error_log stderr crit; # a DELETE that finds nothing is routine, and an error to nginx
+error_log stderr crit; # nginx logs a DELETE of a missing file as an error, but here it is routine
 worker_processes ${WORKERS:-$((cores < 4 ? 1 : cores > 16 ? 8 : cores / 2))};
 worker_shutdown_timeout 30s;
-events { worker_connections $((files / 2)); }
+events { worker_connections $((max_files / 2)); }
 http {
   access_log off; log_not_found off; server_tokens off;
   types { } default_type application/octet-stream;
   sendfile on; tcp_nopush on;
-  # The master's connections stay open; dead peers are found by TCP's own keep-alive.
+  # The master keeps its connections open; TCP keep-alive finds dead peers.
   keepalive_timeout 365d; keepalive_time 365d; keepalive_requests 1000000000; reset_timedout_connection on;
   client_max_body_size 0; client_body_buffer_size 256k;
-  client_body_timeout 5m; # the master, with its 60 s, is the one who gives up on a stalled client
+  client_body_timeout 5m; # longer than the 60 s after which the master gives up on a stalled client
   $(printf '%s_temp_path "'"$dir/.nginx/temp"'" 1; ' client_body proxy fastcgi uwsgi scgi)
   server {
     $(printf 'listen %s backlog=4096 so_keepalive=10m::; ' "${listen[@]}")
     root "$dir"; merge_slashes off; absolute_redirect off;
-    autoindex on; autoindex_format json; index .none; # no blob is taken for an index page
+    autoindex on; autoindex_format json; index .none; # a blob must not be served as an index page
     dav_methods PUT DELETE; create_full_put_path on; dav_access user:rw group:r all:r;
     ${auth:+auth_basic volume; auth_basic_user_file \"$auth\";}
-    location ~ /\. { return 404; }     # no part of a blob's name begins with a dot; listings hide those that do
-    location ~ /$ { dav_methods off; } # DELETE of a folder would take all that is in it
-    $(for disk in "${disks[@]}"; do locations "$disk"; done)
+    location ~ /\. { return 404; }     # no part of a blob's name begins with a dot
+    location ~ /$ { dav_methods off; } # a DELETE of a folder would delete everything in it
+    $(for disk in "${disks[@]}"; do disk_locations "$disk"; done)
   }
 }
 END
-run=(nginx -e stderr -p "$dir/.nginx/" -c "$dir/.nginx/nginx.conf")
-said=$("${run[@]}" -t -q 2>&1 | head -n 1) || die "nginx will not start: ${said#*#*: }"
-for host in "${bind:-127.0.0.1}" "${bind:-::1}"; do # nginx itself would try for 2.5 s and say it in six lines
-  if (exec 3<>"/dev/tcp/${host//[\[\]]/}/$port") 2>/dev/null; then
-    die "port $port is in use: stop what listens there (ss -ltnp 'sport = :$port'), or set PORT"
-  fi
-done
+}
 
-stop() { # nginx, and the workers that a killed nginx has left
+# Prints one disk's location for uploads, and one for the test file: the only name with a leading dot that is let through.
+disk_locations() {
+  local path=${1#"$dir"}/ temp="client_body_temp_path \"$1/.nginx/temp\" 1;"
+  printf 'location %s { %s } location = %s.probe-%s { %s auth_basic off; }\n' "$path" "$temp" "$path" "$secret" "$temp"
+}
+
+# Finds what would keep nginx from starting. nginx itself would retry a busy port for 2.5 s and report it in six lines.
+check_config_and_port() {
+  local host message
+  nginx_command=(nginx -e stderr -p "$dir/.nginx/" -c "$dir/.nginx/nginx.conf")
+  message=$("${nginx_command[@]}" -t -q 2>&1 | head -n 1) || die "nginx cannot start: ${message#*#*: }"
+  for host in "${bind:-127.0.0.1}" "${bind:-::1}"; do
+    if (exec 3<>"/dev/tcp/${host//[\[\]]/}/$port") 2>/dev/null; then
+      die "port $port is in use: stop the process that uses it (ss -ltnp 'sport = :$port'), or set PORT"
+    fi
+  done
+}
+
+# Sets nginx, the process id. Leaving this script stops nginx; if this script is killed, the kernel stops nginx.
+start_nginx() {
+  setpriv --pdeathsig TERM -- "${nginx_command[@]}" </dev/null &
+  nginx=$!
+  trap stop_nginx EXIT
+  trap 'exit 0' TERM INT HUP
+  until ask "/.probe-$secret" >/dev/null; do
+    kill -0 "$nginx" 2>/dev/null || die "nginx has ended; the reason is above"
+    sleep 0.05
+  done
+}
+
+# Sets workers, the process ids for stop_nginx. nginx has started all of them by the time the tests have passed.
+find_workers() {
+  workers=$(grep -lsx "PPid:[[:space:]]*$nginx" /proc/[0-9]*/status | cut -d/ -f3 || true)
+}
+
+# Stops nginx, and the workers that are left if nginx's master process was killed.
+stop_nginx() {
+  local pid
   trap '' TERM INT HUP
   kill -TERM "$nginx" 2>/dev/null || true
   wait "$nginx" || true
-  for pid in ${children:-}; do
+  for pid in ${workers:-}; do
     if grep -qsx nginx "/proc/$pid/comm"; then kill -KILL "$pid" 2>/dev/null || true; fi
   done
 }
-setpriv --pdeathsig TERM -- "${run[@]}" </dev/null & # should this script be killed, the kernel stops nginx
-nginx=$!
-trap stop EXIT
-trap 'exit 0' TERM INT HUP
 
-# A real PUT, GET and DELETE on each disk, of an empty file: a full disk may still serve what it holds.
-ask() { # PATH [curl's options]: prints the body and the status; the secret stays out of the list of processes
+# ask PATH [CURL OPTIONS]: prints the body and the status. curl reads the URL from its standard input, because the list
+# of processes would show the secret.
+ask() {
   curl -q -s --noproxy '*' --max-time 20 -w '%{http_code} ' -K - "${@:2}" <<<"url = \"http://${bind:-127.0.0.1}:$port$1\""
 }
-until ask "/.probe-$secret" >/dev/null; do
-  kill -0 "$nginx" 2>/dev/null || die "nginx has ended, for the reason it gave above"
-  sleep 0.05
-done
-for disk in "${disks[@]}"; do
-  probe=${disk#"$dir"}/.probe-$secret
-  got=$(ask "$probe" -X PUT -H 'Content-Length: 0' && ask "$probe" && ask "$probe" -X DELETE) || true
-  [ "$got" = '201 200 204 ' ] || die "PUT, GET, DELETE in $disk gave $got, not 201 200 204: see that $worker may write there"
-done
-if [ -n "$auth" ] && [ "$(ask / -o /dev/null -u "$secret:")" != '401 ' ]; then
-  die "nginx's worker ($worker) cannot read $auth: chmod o+r '$auth', and o+x the folders it is in"
-fi
-head -c 64K /dev/zero 2>/dev/null >"$dir/.nginx/spare" || true
-children=$(grep -lsx "PPid:[[:space:]]*$nginx" /proc/[0-9]*/status | cut -d/ -f3 || true)
-printf 'volume on %s:%s serves %s\n' "${bind:-*}" "$port" "$dir"
 
-status=0
-while kill -0 "$nginx" 2>/dev/null; do status=0 && wait "$nginx" || status=$?; done
-[ "$status" = 0 ] || die "nginx has ended by itself, with status $status"
+# PUTs, GETs and DELETEs an empty file on each disk. The file is empty because a full disk can still serve its blobs.
+test_disks() {
+  local disk path statuses
+  for disk in "${disks[@]}"; do
+    path=${disk#"$dir"}/.probe-$secret
+    statuses=$(ask "$path" -X PUT -H 'Content-Length: 0' && ask "$path" && ask "$path" -X DELETE) || true
+    [ "$statuses" = '201 200 204 ' ] ||
+      die "PUT, GET, DELETE in $disk returned $statuses, not 201 200 204: check that $worker can write there"
+  done
+}
+
+# nginx refuses an unknown user with 401, and answers 403 or 500 if it cannot read the file.
+test_auth() {
+  if [ -n "$auth" ] && [ "$(ask / -o /dev/null -u "$secret:")" != '401 ' ]; then
+    die "nginx's worker ($worker) cannot read $auth: chmod o+r '$auth', and o+x the folders above it"
+  fi
+}
+
+wait_for_nginx() {
+  local status=0
+  while kill -0 "$nginx" 2>/dev/null; do status=0 && wait "$nginx" || status=$?; done
+  [ "$status" = 0 ] || die "nginx has ended unexpectedly, with status $status"
+}
+
+main() {
+  check_tools
+  read_settings "$@"
+  find_disks
+  choose_worker
+  make_private_folders
+  take_lock
+  prepare_disks
+  raise_file_limit
+  write_config
+  check_config_and_port
+  start_nginx
+  test_disks
+  test_auth
+  find_workers
+  head -c 64K /dev/zero 2>/dev/null >"$dir/.nginx/spare" || true # reserves room for the next start on a full disk
+  printf 'volume on %s:%s serves %s\n' "${bind:-*}" "$port" "$dir"
+  wait_for_nginx
+}
+
+main "$@"
