@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by bringup.sh and test.sh: installs what is missing, and nothing when nothing is.
+# Sourced by bringup.sh and test.sh. Installs only what is missing.
 #
-#   install_tools build     nginx, and what it takes to build the master: a C++ compiler, libclang, Rust
-#   install_tools tests     what the tests use besides
+#   install_tools build     nginx and what the build needs: a C++ compiler, libclang, Rust
+#   install_tools tests     the same, and what the tests use
 PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/sbin:/sbin
 export PATH
 
@@ -33,24 +33,25 @@ install_tools() {
   install_rust
 }
 
-need() { if ! "${@:2}" >/dev/null 2>&1; then missing+=("$1"); fi; } # PACKAGE, and a command that fails without it
+# need PACKAGE COMMAND…: adds the package to `missing` if the command fails.
+need() { if ! "${@:2}" >/dev/null 2>&1; then missing+=("$1"); fi; }
 
 has_libclang() { [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || ldconfig -p | grep libclang; }
 
 apt_install() {
-  local root=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0)
-  command -v apt-get >/dev/null || fail "missing: $*; this system has no apt-get, so install what they are called here"
+  local attempt root=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0)
+  command -v apt-get >/dev/null || fail "missing packages: $*; there is no apt-get here, so install this system's equivalents"
   if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || fail "missing: $*; as root: apt-get install $*"
+    command -v sudo >/dev/null || fail "missing packages: $*; run as root: apt-get install $*"
     root=(sudo)
   fi
   printf '%s: installing %s\n' "${0##*/}" "$*" >&2
   for attempt in 1 2; do # mirrors fail now and then
     if "${root[@]}" "${apt[@]}" update >&2 && "${root[@]}" "${apt[@]}" install --no-install-recommends "$@" >&2; then break; fi
-    [ "$attempt" = 1 ] || fail "apt-get could not install: $*; see its reason above, or install them by hand"
+    [ "$attempt" = 1 ] || fail "apt-get could not install $*; its reason is above"
     sleep 5
   done
-  # Debian's package also starts a web server on port 80, now and at every boot: nobody asked for that one.
+  # Debian's nginx package also starts a web server on port 80, now and at every boot, which mkv does not use.
   if [[ " $* " == *' nginx '* ]] && [ -d /run/systemd/system ]; then "${root[@]}" systemctl disable --now nginx >&2 || true; fi
 }
 
@@ -59,13 +60,13 @@ install_rust() {
   want=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname -- "${BASH_SOURCE[0]}")/Cargo.toml")
   have=$(cargo --version 2>/dev/null | cut -d' ' -f2) || true
   if ! printf '%s\n' "$want" "${have:-0}" | sort -V -C; then
-    printf '%s: installing Rust with rustup: cargo is %s, %s is needed\n' "${0##*/}" "${have:-missing}" "$want" >&2
+    printf '%s: installing Rust with rustup: %s or newer is needed, cargo is %s\n' "${0##*/}" "$want" "${have:-missing}" >&2
     curl -q --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
       RUSTUP_INIT_SKIP_PATH_CHECK=yes sh -s -- -y --profile minimal -c rustfmt -c clippy >&2 ||
       fail "Rust $want or newer is needed and could not be installed: see https://rustup.rs"
     hash -r
   fi
   if ! { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1; then
-    rustup component add rustfmt clippy >&2 || fail "cargo lacks fmt or clippy: install them, or Rust from https://rustup.rs"
+    rustup component add rustfmt clippy >&2 || fail "cargo fmt or cargo clippy is missing: install it, or Rust from https://rustup.rs"
   fi
 }
