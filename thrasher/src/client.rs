@@ -1,7 +1,7 @@
-//! The requests, over ureq; and the values, which are made anew from their seed wherever they are
-//! needed, so that a value of any size takes no memory.
+//! Sends the requests with ureq, and generates the values. A value is generated from its seed each
+//! time it is sent or compared, so a value of any size takes no memory.
 
-use crate::options::Options;
+use crate::options::{Options, Server};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use std::io::{self, Read};
 use std::{collections::HashMap, sync::Mutex};
@@ -11,17 +11,17 @@ use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 use ureq::{Agent, Body, SendBody};
 
-/// Where requests go: a master, a volume or a blob.
+/// The URL of a server, a key or a blob, and the credentials for it.
 #[derive(Debug)]
 pub struct Target {
-    /// Without a user in it.
+    /// Contains no credentials.
     url: String,
     /// The value of the Authorization header.
     authorization: Option<String>,
 }
 
 impl Target {
-    /// A target from `[http://][user:password@]host[:port]`; `userpass` wins over the URL's own.
+    /// Parses `[http://][user:password@]host[:port]`. `userpass` overrides the URL's credentials.
     pub fn new(url: &str, userpass: Option<&str>) -> Result<Target, String> {
         let scheme = if url.contains("://") { "" } else { "http://" };
         let mut target = Target::from_location(&format!("{scheme}{}", url.trim_end_matches('/')));
@@ -33,7 +33,7 @@ impl Target {
         Ok(target)
     }
 
-    /// Takes the user out of a URL. ureq would send it percent-encoded, as it stands there.
+    /// Separates the credentials from a URL and decodes them. ureq would send them percent-encoded.
     fn from_location(url: &str) -> Target {
         let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
         let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
@@ -60,8 +60,8 @@ pub enum Operation {
     Delete,
 }
 
-/// One thread's client. Threads do not share one: its pool has a lock, and is gone through from
-/// end to end for each request.
+/// The client of one thread. Sharing it would be slow: ureq locks its pool of connections and
+/// searches all of it for each request.
 pub struct Client<'a> {
     agent: Agent,
     options: &'a Options,
@@ -78,8 +78,8 @@ impl Client<'_> {
             .user_agent("thrasher")
             .accept("")
             .accept_encoding("")
-            // Set once for a connection. A timeout for the whole request would be set anew at
-            // each read, and would start a thread to resolve the host.
+            // These timeouts are set once for each connection. With one for the whole request, ureq
+            // would set the time left before each read, and start a thread to resolve the host.
             .timeout_connect(Some(options.timeout))
             .timeout_per_read(Some(options.timeout))
             .timeout_per_write(Some(options.timeout))
@@ -88,16 +88,16 @@ impl Client<'_> {
         Client { agent, options }
     }
 
-    /// An error unless each target answers something.
-    pub fn reach(&self) -> Result<(), String> {
+    /// Returns an error if a server does not answer. Any status will do.
+    pub fn check_servers(&self) -> Result<(), String> {
         self.options.targets.iter().try_for_each(|target| {
             let answer = self.agent.get(&target.url).call();
             answer.map(drop).map_err(|e| format!("cannot reach {}: {e}", target.url))
         })
     }
 
-    /// Writes the value, reads it and compares all that comes with it, or deletes it. With `direct`
-    /// a write or delete goes to each volume in turn, a read to any of them.
+    /// Writes the value, or reads and compares it, or deletes it. With `--direct` a write or delete
+    /// goes to each volume in turn, and a read to a random one.
     pub fn perform(&self, operation: Operation, key: &str, value: &Value) -> Result<(), String> {
         let mut targets = self.options.targets.iter().map(|target| target.at(key));
         match operation {
@@ -105,7 +105,10 @@ impl Client<'_> {
                 .try_for_each(|t| drain(self.send(Method::PUT, &t, Some(value.clone()), 201)?)),
             Operation::Read => {
                 let target = fastrand::choice(targets).ok_or("no target")?;
-                let blob = if self.options.direct { target } else { self.redirect(&target)? };
+                let blob = match self.options.server {
+                    Server::Master => self.redirect(&target)?,
+                    Server::Volumes | Server::Filer => target,
+                };
                 let mut response = self.send(Method::GET, &blob, None, 200)?;
                 let compared = value.clone().compare(response.body_mut().as_reader());
                 compared.map_err(|e| format!("{}: {e}", blob.url))
@@ -116,7 +119,7 @@ impl Client<'_> {
         }
     }
 
-    /// Asks a master where a key's blob is.
+    /// Asks the master for the URL of a key's blob.
     fn redirect(&self, target: &Target) -> Result<Target, String> {
         let response = self.send(Method::GET, target, None, 302)?;
         let location = response.headers().get(header::LOCATION).and_then(|l| l.to_str().ok());
@@ -124,8 +127,8 @@ impl Client<'_> {
         drain(response).map(|_| blob)
     }
 
-    /// One request, without following a redirect. Another status than `expected` is an error, but
-    /// a volume may say 204 where a master says 201.
+    /// Sends one request and does not follow redirects. A status other than `expected` is an error,
+    /// except that nginx answers 204 to a PUT that overwrites a file.
     fn send(
         &self,
         method: Method,
@@ -139,31 +142,31 @@ impl Client<'_> {
         }
         let mut body = SendBody::none();
         if let Some(value) = value {
-            // Without a length ureq would send chunks.
+            // Without a length, ureq would use chunked encoding.
             request = request.header(header::CONTENT_LENGTH, value.left);
             body = SendBody::from_owned_reader(value);
         }
         let answer = request.body(body).map_err(Into::into).and_then(|r| self.agent.run(r));
         let mut response = answer.map_err(|e| format!("{}: {e}", target.url))?;
         let status = response.status().as_u16();
-        if status == expected || status == 204 && self.options.direct {
+        if status == expected || status == 204 && self.options.server == Server::Volumes {
             return Ok(response);
         }
         let mut reason = String::new();
-        // It may be cut or no text; the status is told in any case.
+        // A body that is cut short or not text does not matter: the status says enough.
         let _ = response.body_mut().as_reader().take(200).read_to_string(&mut reason);
         Err(format!("{}: status {status} {}", target.url, reason.trim().escape_debug()))
     }
 }
 
-/// Reads a body to its end; without that the connection would be closed.
+/// Reads a body to its end, so that ureq can reuse the connection.
 fn drain(mut response: Response<Body>) -> Result<(), String> {
     let drained = io::copy(&mut response.body_mut().as_reader(), &mut io::sink());
     drained.map(drop).map_err(|e| e.to_string())
 }
 
-/// Remembers the addresses of hosts, which ureq resolves for every request, even where it then
-/// uses an open connection.
+/// Caches the addresses of hosts. Without it, ureq would resolve the host for every request, even
+/// if it then reuses a connection.
 #[derive(Debug, Default)]
 struct Addresses(Mutex<HashMap<Authority, ResolvedSocketAddrs>>);
 
@@ -185,11 +188,11 @@ impl Resolver for Addresses {
     }
 }
 
-/// A value, or what is left of one: bytes that follow from a seed, made as they are read.
+/// The unread rest of a value. Its bytes are generated from the seed as they are read.
 #[derive(Clone)]
 pub struct Value {
     random: fastrand::Rng,
-    /// Bytes not yet read.
+    /// Number of bytes not yet read.
     left: u64,
 }
 
@@ -203,10 +206,10 @@ impl Value {
         self.left
     }
 
-    /// An error unless the reader gives just this value.
+    /// Returns an error if the reader's bytes differ from this value.
     fn compare(mut self, mut reader: impl Read) -> Result<(), String> {
         let len = self.left;
-        // There is room for more than the value, so that more would be seen.
+        // The buffer is larger than a small value, so that surplus bytes are found.
         let mut got = vec![0; (len.min(64 << 10) as usize & !7) + 8];
         let mut expected = got.clone();
         loop {
@@ -238,9 +241,8 @@ impl Value {
 }
 
 impl Read for Value {
-    /// Fills all of a buffer, but not the last bytes that are no multiple of 8, because the
-    /// generator makes 8 at a time: so a value is the same in whatever pieces it is read. A buffer
-    /// must have 8 bytes at least.
+    /// Fills the buffer up to a multiple of 8 bytes, because the generator makes 8 bytes at a time:
+    /// the value then does not depend on the sizes of the buffers. A buffer must have at least 8.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.left.min(buffer.len() as u64 & !7);
         self.random.fill(&mut buffer[..n as usize]);
@@ -256,7 +258,7 @@ mod tests {
     fn bytes(mut value: Value, piece: usize) -> Vec<u8> {
         let (mut bytes, mut buffer) = (Vec::new(), vec![0; piece]);
         loop {
-            match value.read(&mut buffer).expect("a value's reader has no errors") {
+            match value.read(&mut buffer).expect("reading a value cannot fail") {
                 0 => return bytes,
                 n => bytes.extend(&buffer[..n]),
             }
@@ -264,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_is_the_same_in_whatever_pieces_it_is_read() {
+    fn a_value_does_not_depend_on_the_size_of_the_reads() {
         for len in [1, 8, 25, 65_535, 65_536, 65_537, 200_000] {
             let whole = bytes(Value::new(1, len), 1 << 20);
             assert_eq!(whole.len() as u64, len);
@@ -275,14 +277,14 @@ mod tests {
     }
 
     #[test]
-    fn values_of_different_seeds_differ_and_have_no_period() {
+    fn values_differ_between_seeds_and_do_not_repeat() {
         let value = bytes(Value::new(1, 128 << 10), 1 << 20);
         assert_ne!(value[..25], bytes(Value::new(2, 25), 32));
         assert_ne!(value[..64 << 10], value[64 << 10..]);
     }
 
     #[test]
-    fn compare_finds_what_is_wrong() {
+    fn compare_reports_missing_surplus_and_wrong_bytes() {
         for len in [25, 64 << 10, 200_000] {
             let good = bytes(Value::new(1, len), 1 << 20);
             let compare = |bytes: &[u8]| Value::new(1, len).compare(bytes);
@@ -299,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_user_in_a_location_becomes_a_header() {
+    fn credentials_in_a_location_become_a_header() {
         let plain = Target::from_location("http://volume:3001/sv00/ab/cd/L2Zv@b==");
         assert_eq!(plain.url, "http://volume:3001/sv00/ab/cd/L2Zv@b==");
         assert_eq!(plain.authorization, None);
@@ -309,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_may_lack_its_scheme_and_end_in_a_slash() {
+    fn the_scheme_and_a_trailing_slash_are_optional() {
         for url in ["localhost:3000", "http://localhost:3000/", "joe:x@localhost:3000"] {
             assert_eq!(Target::new(url, None).expect(url).url, "http://localhost:3000");
         }
