@@ -44,13 +44,16 @@ prepare() {
   (cd "$here" && cargo build -q --release --workspace)
   work=$(mktemp -d "${TMPDIR:-/tmp}/mkv-bench-XXXXXX")
   chmod 755 "$work"
-  pids=()
+  weed_pids=()
   trap clean_up EXIT
   trap 'exit 130' INT TERM
 }
 
+# Asks bash for the processes that are still running: the process id of one that has ended may be in use again.
 clean_up() {
-  end "${pids[@]}"
+  stop_seaweedfs
+  # shellcheck disable=SC2046
+  end $(jobs -pr)
   rm -rf "$work"
 }
 
@@ -83,7 +86,6 @@ start_volumes() {
     free=$(port)
     mkdir -p "$work/$2-$n"
     BIND=127.0.0.1 PORT=$free "$1" "$work/$2-$n" >"$work/volume-$free.log" 2>&1 &
-    pids+=($!)
     await "http://127.0.0.1:$free/"
     names+=("127.0.0.1:$free")
   done
@@ -95,7 +97,6 @@ start_master() {
   free=$(port)
   "$1" -db "$work/db-$2" -volumes "$3" -port "$free" server >"$work/master-$2.log" 2>&1 &
   pid=$!
-  pids+=("$pid")
   url=http://127.0.0.1:$free
   await "$url/"
 }
@@ -226,7 +227,6 @@ events { worker_connections 4096; }
 http { access_log off; keepalive_requests 1000000000; server { listen 127.0.0.1:$free; location / { return 404; } } }
 END
   nginx -c "$work/bare.conf" 2>/dev/null &
-  pids+=($!)
   await "$bare/"
 }
 
@@ -289,7 +289,6 @@ measure_latency() {
   for name in "${own[@]:0:3}"; do
     free=$(port)
     "$bin/mkv-bench" delay "$free" "${name#*:}" &
-    pids+=($!)
     near+=("127.0.0.1:$free")
     await "http://127.0.0.1:$free/"
   done
@@ -437,7 +436,7 @@ copy_blobs() {
 
 # Uses stores of its own: measure_rebalance stops the main master, and SeaweedFS takes 12 GB for its files.
 measure_seaweedfs() {
-  local size count mkv_store filer weed_pids=()
+  local size count label mkv_store filer
   if [ -z "${WEED:-}" ]; then
     echo 'seaweedfs: skipped, because WEED does not name its binary'
     return
@@ -446,11 +445,27 @@ measure_seaweedfs() {
   start_volumes "$here/volume.sh" beside-seaweedfs 3
   start_master "$bin/mkv" beside-seaweedfs "$(IFS=, && echo "${names[*]}")"
   mkv_store=$url
-  while read -r size count; do
+  while read -r size count label; do
     take_turns "cycles --url $mkv_store --size $size --count $count" "cycles --filer --url $filer --size $size --count $count"
-    add_seaweedfs_row "$size"
-  done <<<$'25 4000\n64K 2000\n1M 400\n32M 24'
-  end "$pid" "${weed_pids[@]}"
+    add_seaweedfs_row "$label"
+  done <<END
+25 4000 25 bytes
+64K 2000 64 KiB
+1M 400 1 MiB
+32M 24 32 MiB
+END
+  end "$pid"
+  stop_seaweedfs
+}
+
+# After a SIGTERM its servers wait for each other, the filer for minutes.
+stop_seaweedfs() {
+  local pid
+  for pid in "${weed_pids[@]}"; do
+    kill -KILL "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
+  done
+  weed_pids=()
   rm -rf "$work/seaweedfs"
 }
 
@@ -473,7 +488,6 @@ start_weed() {
   (cd "$work/seaweedfs" && exec "$WEED" -logtostderr "$1" -ip=127.0.0.1 -port="$port" -port.grpc="$grpc" "${@:2}") \
     >"$work/weed-$1-$port.log" 2>&1 &
   weed_pids+=($!)
-  pids+=($!)
   address=127.0.0.1:$port.$grpc
 }
 
