@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Usage: tests/docs.sh [DOCUMENT…]
+#
 # Runs every command line of README.md and docs/*.md against a real store, and compares the output that they show.
 # Each document has a folder set up like a reader's clone, and machines that are addresses of the loopback network.
 #
@@ -22,7 +24,7 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/mkv-docs.XXXXXX")
 chmod 755 "$dir"
 export CURL_HOME=$dir PATH=$PATH:/usr/sbin:/sbin
 net=127.$((RANDOM % 200 + 20)).$((RANDOM % 256)) # nobody else uses this network: all its ports are free
-machine=master at='the start' reason='see above' finished=
+machine=master at='the start' finished=
 declare -A services=() # MACHINE/NAME of those that run, and their process ids
 
 # ---- services ------------------------------------------------------------------------------------------------------
@@ -32,7 +34,7 @@ leave() {
   local status=$?
   if [ -z "$finished" ]; then
     tail -n 30 "$dir"/{command,stdout,stderr} "$dir"/*.log >&4 2>/dev/null || true
-    printf 'docs.sh: FAILED at %s: %s\n' "$at" "$reason" >&4
+    printf 'docs.sh: FAILED at %s\n' "$at" >&4
     if [ "$status" = 0 ]; then status=1; fi
   fi
   stop_all
@@ -44,7 +46,7 @@ trap leave EXIT
 trap 'exit 1' INT TERM HUP
 
 fail() {
-  reason=$*
+  printf 'docs.sh: %s\n' "$*" >&4
   exit 1
 }
 
@@ -138,7 +140,7 @@ run_unit() { # UNIT: its Environment=, EnvironmentFile=, StateDirectory= and Exe
 run_cron() { # runs all lines of the master's crontab
   local line
   while IFS= read -r line; do
-    sh -c "$(cut -d' ' -f7- <<<"$line")" </dev/null
+    sh -c "$(cut -d' ' -f7- <<<"$line")" </dev/null >"$dir/cron"
   done < <(grep -v '^#' "$(root master)"/etc/cron.d/*)
 }
 
@@ -245,9 +247,8 @@ run_command() { # COMMAND, on `machine`
   BIND=$(address "$machine")
   export BIND PATH="$dir/machines/$machine/usr/local/bin:${PATH#"$dir"/machines/*:}"
   case $1 in
-    ./test.sh*) [ -x ./test.sh ] && return ;;
-    ./bringup.sh | './bringup.sh '*'#'*) text=${text%%#*} && background master ./bringup.sh && return ;;
-    './mkv server '*) eval "background master $text" && return ;;
+    ./test.sh*) return ;;
+    ./bringup.sh* | ./mkv*' server'*) eval "background master ${text%%#*}" && return ;;
     PORT=*./volume.sh*) eval "background mkv-volume env $text" && return ;;
   esac
   set +eu
@@ -291,7 +292,10 @@ run_document() { # FILE
       fi
       case $kind in
         sh) run_block ;;
-        output) [ "$last" = sh ] && compare ;;
+        output)
+          [ "$last" = sh ] || fail 'an output block follows an sh block'
+          compare
+          ;;
         ini) write_file ;;
       esac
       last=$kind kind='' body=''
@@ -310,7 +314,7 @@ run_document() { # FILE
 check_flags() { # FILE: mkv has each flag that stands in the text
   local flag
   while IFS= read -r flag; do
-    [[ $flag =~ -(head|idle|stall)timeout ]] || grep -qE -- "(^| )$flag( |,|=|\$)" "$dir/help" || fail "mkv -help does not name $flag"
+    grep -qE -- "(^| )$flag( |,|=|\$)" "$dir/help" || fail "mkv -help does not name $flag"
   done < <(grep -oE '`-[a-z][a-z0-9-]+' "$here/$1" | tr -d '`' | sort -u)
 }
 
@@ -328,8 +332,11 @@ check_links() { # FILE: the files and headings that it links to are there
 }
 
 "$here/mkv" -help >"$dir/help"
-documents=(README.md)
-for file in "$here"/docs/*.md; do documents+=("docs/${file##*/}"); done
+documents=("$@")
+if [ $# = 0 ]; then
+  documents=(README.md)
+  for file in "$here"/docs/*.md; do documents+=("docs/${file##*/}"); done
+fi
 for file in "${documents[@]}"; do
   at=$file
   check_flags "$file"
