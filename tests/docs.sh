@@ -144,10 +144,10 @@ run_cron() { # runs all lines of the master's crontab
   done < <(grep -v '^#' "$(root master)"/etc/cron.d/*)
 }
 
-save() { # the machines as they are, without what was stored since they were set up
-  stop_all
+save() { # the machines as they were set up, without an index
   rm -rf -- "$dir/saved"
   cp -a -- "$dir/machines" "$dir/saved"
+  rm -rf -- "$dir/saved/master/var/lib/mkv"
 }
 
 restore() { # the machines as they were saved, and their services
