@@ -10,10 +10,10 @@
 #   output  the standard output of the block above it. … stands for any text, on a line of its own for any lines.
 #   ini     a file, whose first line says where it goes: "# /etc/default/mkv on the master"
 #   text, abnf, yaml    nothing to run
-# A comment <!-- test: COMMANDS --> holds commands for this script: they break what the next block repairs.
+# A comment <!-- test: COMMANDS --> holds commands for this script: they make the damage that the next block repairs.
 #
 # Changed before a command runs: host names, folders such as /srv (each machine has its own), and how long rebalance
-# waits. ./test.sh is not run. What only a machine of its own can do is a function below: systemctl runs the ExecStart=
+# waits. ./test.sh is not run. Functions replace commands that need a whole machine: systemctl runs the ExecStart=
 # of a unit, mount empties a folder, apt-get, chattr, mkfs.ext4, umount, useradd and git do nothing.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -23,7 +23,7 @@ unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY AUTH WOR
 dir=$(mktemp -d "${TMPDIR:-/tmp}/mkv-docs.XXXXXX")
 chmod 755 "$dir"
 export CURL_HOME=$dir PATH=$PATH:/usr/sbin:/sbin
-net=127.$((RANDOM % 200 + 20)).$((RANDOM % 256)) # nobody else uses this network: all its ports are free
+net=127.$((RANDOM % 200 + 20)).$((RANDOM % 256)) # no other program uses this network: all its ports are free
 machine=master at='the start' finished=
 declare -A services=() # MACHINE/NAME of those that run, and their process ids
 
@@ -85,7 +85,7 @@ stop_all() { # the masters before their volumes
   for name in "${!services[@]}"; do stop "$name"; done
 }
 
-# ---- what stands for a machine of its own --------------------------------------------------------------------------
+# ---- commands that need a whole machine ----------------------------------------------------------------------------
 
 sudo() {
   if [ "$1" = -u ]; then shift 2; fi
@@ -260,7 +260,7 @@ run_command() { # COMMAND, on `machine`
   [ "$status" = "$expected" ] || fail "exit status $status, not $expected: $text"
 }
 
-compare() { # the text in `body` with what the block before has printed
+compare() { # the text in `body` with the output of the block before
   local pattern actual special
   pattern=$(translate master "$body"; echo .)
   pattern=${pattern%.}
