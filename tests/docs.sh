@@ -97,6 +97,7 @@ mkfs.ext4() { :; }
 umount() { :; }
 useradd() { :; }
 git() { :; }
+install() { if [ "$2" = -o ]; then mkdir -p "$4"; else command install "$@"; fi; } # the user is not there
 mount() { find "$1" -mindepth 1 -delete; } # an empty disk
 
 nginx() { # -t: checks the configuration that was installed
@@ -120,7 +121,7 @@ systemctl() { # VERB [--now] [UNIT [MACHINE]]
   esac
 }
 
-run_unit() { # UNIT: its Environment=, EnvironmentFile=, StateDirectory= and ExecStart=
+run_unit() { # UNIT: its Environment=, EnvironmentFile= and ExecStart=
   local unit line file script=
   unit=$(root "$machine")/etc/systemd/system/$1.service
   while IFS= read -r line; do
@@ -130,7 +131,6 @@ run_unit() { # UNIT: its Environment=, EnvironmentFile=, StateDirectory= and Exe
         file=${line#*=}
         script+="set -a; if [ -f ${file#-} ]; then . ${file#-}; fi"$'\n'
         ;;
-      StateDirectory=*) mkdir -p "$(root "$machine")/var/lib/${line#*=}" ;;
       ExecStart=*) script+="exec ${line#*=}" ;;
     esac
   done <"$unit"
@@ -147,7 +147,7 @@ run_cron() { # runs all lines of the master's crontab
 save() { # the machines as they were set up, without an index
   rm -rf -- "$dir/saved"
   cp -a -- "$dir/machines" "$dir/saved"
-  rm -rf -- "$dir/saved/master/var/lib/mkv"
+  rm -rf -- "$dir"/saved/master/var/lib/mkv/*
 }
 
 restore() { # the machines as they were saved, and their services
