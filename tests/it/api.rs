@@ -3,10 +3,10 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::client::{Conn, follow, head, target};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::Fault;
-use crate::golden::{md5, md5_base64};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::{Conn, follow, head, target};
+use crate::support::reference::{md5, md5_base64};
 
 #[test]
 fn a_value_is_put_read_and_deleted() {
@@ -235,14 +235,15 @@ fn a_put_needs_a_value_a_right_digest_and_a_key_of_at_most_1024_bytes() {
     let long = format!("/{}", "k".repeat(1024));
     for method in ["PUT", "REPLACE", "GET", "DELETE", "UNLINK", "RELINK"] {
         let body = ["PUT", "REPLACE"].contains(&method).then_some(b"value".as_slice());
-        crate::client::ask(&c.address(), method, &long, &[], body).refused(414, "1024");
+        crate::support::http_client::ask(&c.address(), method, &long, &[], body)
+            .refused(414, "1024");
     }
     assert!(c.live().is_empty());
     c.cleaned();
     assert!(c.blobs().is_empty());
     // Counted are the key's bytes, not those of the target.
     let most = format!("/{}", "%FF".repeat(1023));
-    crate::client::ask(&c.address(), "PUT", &most, &[], Some(b"value")).expect(201);
+    crate::support::http_client::ask(&c.address(), "PUT", &most, &[], Some(b"value")).expect(201);
     digest("value", &md5_base64(b"value")).expect(201);
     c.send("REPLACE", "/k", &[("content-md5", &md5(b"hex"))], "hex").expect(201);
     c.send("REPLACE", "/k", &[("CONTENT-MD5", &md5(b"HEX").to_uppercase())], "HEX").expect(201);
@@ -396,7 +397,8 @@ fn unknown_methods_are_405_and_unknown_queries_403() {
         }
     }
     // An upload to a query stores nothing, under no name.
-    crate::client::ask(&c.address(), "PUT", "/up?partNumber=1", &[], Some(b"x")).expect(403);
+    crate::support::http_client::ask(&c.address(), "PUT", "/up?partNumber=1", &[], Some(b"x"))
+        .expect(403);
     assert_eq!(c.live(), [b"/k"]);
     for target in ["/%", "/%4", "/%zz", "/k%", "*", "k"] {
         c.ask_target("GET", target).refused(400, "");
@@ -452,7 +454,9 @@ fn without_md5sum_no_digest_is_kept_and_a_given_one_still_counts() {
 #[test]
 fn a_target_may_be_absolute() {
     let c = Setup::new().volumes(1).start();
-    let put = |target: &str| crate::client::ask(&c.address(), "PUT", target, &[], Some(b"value"));
+    let put = |target: &str| {
+        crate::support::http_client::ask(&c.address(), "PUT", target, &[], Some(b"value"))
+    };
     put("http://any.host:1234/a/b%3F").expect(201);
     c.holds("/a/b?", "value");
     c.ask_target("GET", &format!("http://{}/a/b%3f", c.address())).expect(302);

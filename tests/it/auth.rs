@@ -13,9 +13,9 @@ use base64::engine::general_purpose::STANDARD;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use rustix::process::Signal;
 
-use crate::client::{self, Answer, Conn, find, head, target, until, within};
-use crate::cluster::{bound_to_us, first_line, own_address, signal, wait};
-use crate::golden;
+use crate::support::cluster::{bound_to_us, first_line, own_address, signal, wait};
+use crate::support::http_client::{self, Answer, Conn, find, head, target, until, within};
+use crate::support::reference;
 
 const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
@@ -189,7 +189,7 @@ impl Store {
     fn ask(&self, who: Option<&str>, method: &str, target: &str, body: Option<&[u8]>) -> Answer {
         let header = who.map(basic);
         let headers: Vec<_> = header.iter().map(|value| ("Authorization", &**value)).collect();
-        client::ask(&self.address(), method, target, &headers, body)
+        http_client::ask(&self.address(), method, target, &headers, body)
     }
 
     #[track_caller]
@@ -274,7 +274,7 @@ fn follow(redirect: &Answer) -> Answer {
     let (host, path) = rest.split_at(rest.find('/').expect("it has a path"));
     let who: Vec<u8> = percent_decode_str(who).collect();
     let header = format!("Basic {}", STANDARD.encode(who));
-    client::ask(host, "GET", path, &[("Authorization", &header)], None)
+    http_client::ask(host, "GET", path, &[("Authorization", &header)], None)
 }
 
 #[track_caller]
@@ -417,7 +417,7 @@ fn a_malformed_header_is_401_and_no_crash() {
         for (method, target) in [("GET", "/live"), ("GET", "/?list"), ("PUT", "/new")] {
             let body = (method == "PUT").then_some(b"new".as_slice());
             let sent = [("Authorization", header)];
-            let answer = client::ask(&s.address(), method, target, &sent, body);
+            let answer = http_client::ask(&s.address(), method, target, &sent, body);
             assert_eq!(answer.status, 401, "{header:?}: {answer:?}");
             is_401(&answer);
         }
@@ -425,7 +425,8 @@ fn a_malformed_header_is_401_and_no_crash() {
     // What is unusual and right.
     for header in [format!("basic {token}"), format!("BASIC {token}"), format!("Basic   {token}  ")]
     {
-        client::ask(&s.address(), "GET", "/live", &[("Authorization", &header)], None).expect(302);
+        http_client::ask(&s.address(), "GET", "/live", &[("Authorization", &header)], None)
+            .expect(302);
     }
     s.ask(Some("empty:"), "GET", "/live", None).expect(302);
 }
@@ -439,7 +440,7 @@ fn strange_users_and_passwords_work_end_to_end() {
         let answer = s.ask(Some(who), "GET", &target(&key), None).expect(302);
         let volumes = answer.header("Key-Volumes").unwrap();
         let places = volumes.split(',').map(|replica| {
-            format!("http://{}{replica}{}", in_url(who), golden::path(key.as_bytes(), 0))
+            format!("http://{}{replica}{}", in_url(who), reference::path(key.as_bytes(), 0))
         });
         let location = answer.header("Location").unwrap();
         assert!(places.into_iter().any(|place| place == location), "{who}: {location}");

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Socket, Type};
 
-use crate::client::{Conn, head, until, within};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::Fault;
 use crate::http::descriptors;
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::{Conn, head, until, within};
 use crate::values::bytes;
 
 /// A connection on which little is under way: the client has next to no room for answers, and the

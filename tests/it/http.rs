@@ -3,8 +3,8 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::client::{Conn, LAST_CHUNK, chunks, follow, head};
-use crate::cluster::{Cluster, Setup};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::http_client::{Conn, LAST_CHUNK, chunks, follow, head};
 
 fn threads(c: &Cluster) -> usize {
     fs::read_dir(format!("/proc/{}/task", c.master_pid())).unwrap().count()
@@ -276,5 +276,5 @@ fn a_client_that_sends_a_request_and_leaves_harms_nobody() {
         if n % 2 == 0 { drop(conn) } else { conn.reset() }
     }
     c.holds("/k", "value");
-    crate::client::until("their connections are closed", || descriptors(&c) < 100);
+    crate::support::http_client::until("their connections are closed", || descriptors(&c) < 100);
 }

@@ -6,9 +6,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use percent_encoding::percent_decode_str;
 
-use crate::client::{follow, target, until};
-use crate::cluster::{Cluster, Setup};
-use crate::golden;
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::http_client::{follow, target, until};
+use crate::support::reference;
 
 /// Keys that break what is careless.
 pub fn strange_keys() -> Vec<Vec<u8>> {
@@ -147,7 +147,7 @@ fn keys_with_nested_blobs() -> (Vec<u8>, Vec<u8>) {
         let key = format!("/{n:05}").into_bytes();
         let text = STANDARD.encode(&key);
         if !text.contains(['/', '=']) {
-            outer.insert((text, golden::md5(&key)[..4].to_string()), key);
+            outer.insert((text, reference::md5(&key)[..4].to_string()), key);
         }
     }
     for outer_key in outer.values() {
@@ -155,8 +155,8 @@ fn keys_with_nested_blobs() -> (Vec<u8>, Vec<u8>) {
         for n in 0..100_000u32 {
             // The base64 of a byte of 0xfc begins with `/`.
             let inner = [outer_key.as_slice(), &[0xfc], format!("{n:05}").as_bytes()].concat();
-            let plain = golden::path(&inner, 0);
-            if plain.starts_with(&format!("{}/", golden::path(outer_key, 0))) {
+            let plain = reference::path(&inner, 0);
+            if plain.starts_with(&format!("{}/", reference::path(outer_key, 0))) {
                 assert!(STANDARD.encode(&inner).starts_with(&format!("{text}/")));
                 return (outer_key.clone(), inner);
             }

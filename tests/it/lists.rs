@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::client::target;
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::Fault;
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::target;
 
 fn store_of(keys: &[&[u8]]) -> Cluster {
     let c = Setup::new().volumes(1).start();

@@ -1,45 +1,40 @@
-//! The store as its users see it: the real master, real nginx volumes, bytes on sockets.
+//! Tests of the real binary with real nginx volumes.
 //!
-//! - `cluster`: a store of its own for each test, and what has to hold when the test is over
-//! - `client`: HTTP, also as no client should speak it
-//! - `faulty`: a proxy before a volume that misbehaves on purpose
-//! - `golden`: the frozen rules of the files, written down a second time
-//! - `operator`: the commands beside the server, and what they must not change
-//!
-//! Tests that draw lots print `MKV_SEED=…` and take it back from the environment.
+//! Tests with random input print `MKV_SEED=…` and read it back from the environment.
 
-mod client;
-mod cluster;
-mod faulty;
-mod golden;
-mod operator;
+mod support;
 
-mod absent;
+// HTTP and the API.
 mod api;
 mod auth;
-mod clients;
-mod command;
+mod concurrency;
 mod connections;
-mod faults;
-mod hostile;
+mod front_proxy;
+mod hostile_requests;
 mod http;
-mod import;
 mod keys;
-mod kills;
 mod lists;
 mod model;
-mod operations;
-mod outside;
-mod protocol;
+mod real_clients;
+mod server_process;
+mod values;
+
+// Failures and crashes.
+mod crash_recovery;
+mod failed_uploads;
+mod kills_under_load;
+mod upload_timeouts;
+mod volume_failures;
+
+// The index and the commands beside the server.
+mod import;
+mod index_records;
 mod rebalance;
 mod rebuild;
-mod records;
-mod together;
-mod uploads;
-mod values;
+mod store_history;
 mod verify;
 
-/// The seed of a test that draws lots.
+/// The generator for a test's random input.
 fn random() -> fastrand::Rng {
     let seed = std::env::var("MKV_SEED")
         .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().expect("MKV_SEED is a number"));

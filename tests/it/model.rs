@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::client::{Answer, LAST_CHUNK, chunks, follow, target};
-use crate::cluster::{Cluster, Setup, same};
-use crate::golden;
 use crate::keys::strange_keys;
+use crate::support::cluster::{Cluster, Setup, same};
+use crate::support::http_client::{Answer, LAST_CHUNK, chunks, follow, target};
+use crate::support::reference;
 use crate::values::bytes;
 
 /// What a store has of a key.
@@ -59,15 +59,15 @@ impl Pair {
         };
         let value = bytes(&mut self.random, length);
         let digest = match self.random.u32(..8) {
-            0 if length > 0 => Some(golden::md5_base64(b"another value")),
-            1 | 2 => Some(golden::md5_base64(&value)),
+            0 if length > 0 => Some(reference::md5_base64(b"another value")),
+            1 | 2 => Some(reference::md5_base64(&value)),
             _ => None,
         };
         let chunked = self.random.bool();
         let (status, kept) = match after(self.model.get(key), method, &value) {
             (403, _) if length == 0 && !chunked => (411, None),
             (201, _) if length == 0 => (411, None),
-            (201, _) if digest.as_ref().is_some_and(|d| *d != golden::md5_base64(&value)) => {
+            (201, _) if digest.as_ref().is_some_and(|d| *d != reference::md5_base64(&value)) => {
                 (400, None)
             }
             answer => answer,
@@ -139,7 +139,7 @@ impl Pair {
         };
         let answer = answer.expect(302);
         assert!(answer.body.is_empty());
-        assert_eq!(answer.header("Content-Md5"), Some(&*golden::md5(&kept.value)));
+        assert_eq!(answer.header("Content-Md5"), Some(&*reference::md5(&kept.value)));
         same(&follow(&answer).expect(200).body, &kept.value, "what a client reads");
         assert_eq!(self.c.found(key).replicas, self.replicas[key]);
     }

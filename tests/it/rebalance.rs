@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use rocksdb::{DB, Options};
 
-use crate::client::{Conn, head, target};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::{Fault, Faulty};
-use crate::golden;
-use crate::operator::{flip_a_bit, numbered, peak, record, replicas};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::commands::{flip_a_bit, numbered, peak, record, replicas};
+use crate::support::faulty_proxy::{Fault, Faulty};
+use crate::support::http_client::{Conn, head, target};
+use crate::support::reference;
 
 const KEY: &str = "/foo/été";
 const KEYS: usize = 33;
@@ -119,7 +119,7 @@ fn an_emptied_disk_is_filled_again() {
 fn a_replica_of_the_wrong_size_is_copied_anew() {
     let mut c = store(Setup::new(), 3);
     let (dump, disks) = (c.dump(), c.disks());
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     for (replica, text) in replicas(&dump, KEY).iter().zip(["cut", "longer than it was"]) {
         fs::write(c.file(replica, &path), text).unwrap();
     }
@@ -305,7 +305,7 @@ fn the_master_waits_for_copies_to_settle_too() {
     c.replace("/new", "1").expect(201);
     let gone = c.found("/new").path;
     c.replace("/new", "2").expect(201);
-    crate::client::until("the cleaner has been there", || {
+    crate::support::http_client::until("the cleaner has been there", || {
         c.blobs().keys().all(|blob| !blob.ends_with(&gone))
     });
     c.ask("DELETE", "/new").expect(204);
@@ -400,7 +400,8 @@ fn a_lost_machine_is_asked_nothing_and_its_keys_are_restored_from_the_others() {
     c.proxies[3].behave();
     c.start_volumes();
     c.names = names;
-    let stray = c.blobs().into_iter().find(|(blob, _)| blob.ends_with(&golden::path(&deleted, 0)));
+    let stray =
+        c.blobs().into_iter().find(|(blob, _)| blob.ends_with(&reference::path(&deleted, 0)));
     c.mkv(&["verify"]).fails(&[]).says("surplus").says("that the index does not know: 1");
     fs::remove_file(stray.expect("it was never deleted").1).unwrap();
     // Where it is wanted nothing goes: an index that knows it may be the right one.
@@ -430,7 +431,7 @@ fn a_lost_disk_is_treated_as_empty() {
 fn a_source_with_other_bytes_is_no_source() {
     let mut c = store(Setup::new(), 3);
     let (dump, disks) = (c.dump(), c.disks());
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     let files: Vec<_> = replicas(&dump, KEY).iter().map(|r| c.file(r, &path)).collect();
     for (bad, missing, good) in [(0, 1, 2), (0, 2, 1), (1, 0, 2)] {
         flip_a_bit(&files[bad]);
@@ -468,7 +469,7 @@ fn a_value_of_which_nothing_is_known_is_copied_only_where_its_replicas_agree_in_
         index.put("/agree", &on_two).unwrap();
         index.put("/differ", &on_two).unwrap();
     }
-    let (agree, differ) = (golden::path(b"/agree", 0), golden::path(b"/differ", 0));
+    let (agree, differ) = (reference::path(b"/agree", 0), reference::path(b"/differ", 0));
     for (n, value) in ["one", "three"].iter().enumerate() {
         c.plant(&c.names[n], &agree, "value", 1000);
         c.plant(&c.names[n], &differ, value, 1000);
@@ -529,7 +530,7 @@ fn a_volume_under_another_name_is_no_other_volume() {
 /// Puts a key on the first of two volumes that placement wants on the second.
 fn one_that_moves(c: &mut Cluster) -> String {
     let all = c.names.clone();
-    let moves = |key: &String| golden::place(key.as_bytes(), &all, 1, 1)[0] == all[1];
+    let moves = |key: &String| reference::place(key.as_bytes(), &all, 1, 1)[0] == all[1];
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(1);
     c.restart_master();
@@ -547,7 +548,9 @@ fn what_was_replaced_stays_as_long_as_its_copy_is_missing() {
     c.ask("REBALANCE", &key).expect(204);
     let copy = c.files(&key).remove(0);
     fs::remove_file(&copy).unwrap();
-    crate::client::until("the cleaner has looked", || c.log().contains("stays: a replica"));
+    crate::support::http_client::until("the cleaner has looked", || {
+        c.log().contains("stays: a replica")
+    });
     c.get(&key).expect(410);
     assert_eq!(c.blobs().len(), 1);
     c.stop_master();
@@ -563,7 +566,7 @@ fn what_was_replaced_stays_as_long_as_its_copy_is_missing() {
 #[test]
 fn nothing_goes_where_what_stays_has_other_bytes() {
     let mut c = store(Setup::new(), 3);
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     let files: Vec<_> = replicas(&c.dump(), KEY).iter().map(|r| c.file(r, &path)).collect();
     flip_a_bit(&files[0]);
     c.setup = c.setup.clone().replicas(1);
@@ -620,10 +623,10 @@ fn a_source_of_another_length_is_passed_over_where_only_the_hash_is_known() {
     c.stop_master();
     {
         let index = DB::open_cf(&Options::default(), c.db().join("index"), ["default", "debris"]);
-        let text = format!("HASH{}{}", golden::md5(b"value"), c.names[..2].join(","));
+        let text = format!("HASH{}{}", reference::md5(b"value"), c.names[..2].join(","));
         index.unwrap().put("/cut", text).unwrap();
     }
-    let path = golden::path(b"/cut", 0);
+    let path = reference::path(b"/cut", 0);
     c.plant(&c.names[0], &path, "val", 1000);
     c.plant(&c.names[1], &path, "value", 1000);
     settled(&c);
@@ -640,7 +643,8 @@ fn a_large_value_is_copied_in_little_memory() {
     let all = c.names.clone();
     c.names.truncate(1);
     c.restart_master();
-    let moves = |key: &String| golden::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[1]);
+    let moves =
+        |key: &String| reference::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[1]);
     let key = (0..).map(|n| format!("/large/{n}")).find(moves).unwrap();
     let value = vec![b'v'; 100 << 20];
     c.put(&key, &value).expect(201);
@@ -663,7 +667,7 @@ fn a_running_master_rebalances_a_key_at_a_time() {
     c.start_master();
     c.ask("REBALANCE", "/absent").refused(404, "no such key");
     for key in c.live() {
-        let values = (c.found(&key), crate::client::follow(&c.get(&key)).body);
+        let values = (c.found(&key), crate::support::http_client::follow(&c.get(&key)).body);
         c.ask("REBALANCE", &key).expect(204);
         let found = c.holds(&key, values.1);
         assert!(found.balanced && found.md5 == values.0.md5 && found.path == values.0.path);
@@ -704,7 +708,8 @@ fn a_shell_loop_over_the_list_rebalances_a_store_that_stays_up() {
 fn a_key_cannot_be_rebalanced_while_a_volume_is_down_or_another_writes_it() {
     let mut c = Setup::new().proxied().volumes(3).replicas(1).flags(&["-settle", "0s"]).start();
     let all = c.names.clone();
-    let moves = |key: &String| golden::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[2]);
+    let moves =
+        |key: &String| reference::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[2]);
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(2);
     c.restart_master();
@@ -744,7 +749,7 @@ fn a_key_cannot_be_rebalanced_while_a_volume_is_down_or_another_writes_it() {
     writer.answer().expect(201);
     c.ask("REBALANCE", &key).expect(204);
     c.holds(&key, "new");
-    crate::client::until("what was replaced is gone", || c.blobs().len() == 1);
+    crate::support::http_client::until("what was replaced is gone", || c.blobs().len() == 1);
 }
 
 #[test]

@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use crate::client::{Conn, target};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::{Fault, Faulty};
-use crate::golden;
-use crate::operator::{
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::commands::{
     copy_folder, flip_a_bit, mtime, now, numbered, peak, record, replicas, tree,
 };
+use crate::support::faulty_proxy::{Fault, Faulty};
+use crate::support::http_client::{Conn, target};
+use crate::support::reference;
 
 const KEY: &str = "/foo/été";
 
@@ -157,7 +157,7 @@ fn rehash_reads_what_has_no_hash_and_nothing_else() {
     c.put("/with", "another value").expect(201);
     let files = c.files("/with");
     c.stop_master();
-    let right = format!("HASH{}", golden::md5(b"another value"));
+    let right = format!("HASH{}", reference::md5(b"another value"));
     // Its hash is known: what lies there now is for `verify -deep` to find.
     let bytes = fs::read(&files[0]).unwrap();
     files.iter().for_each(|file| flip_a_bit(file));
@@ -165,18 +165,18 @@ fn rehash_reads_what_has_no_hash_and_nothing_else() {
     assert!(!record(&c.dump(), "/without").unwrap().contains("HASH"));
     c.mkv(&["rebuild", "-rehash"]).expect(0);
     let dump = c.dump();
-    let hash = format!("HASH{}SIZE", golden::md5(b"value"));
+    let hash = format!("HASH{}SIZE", reference::md5(b"value"));
     assert!(record(&dump, "/without").unwrap().starts_with(&hash), "{dump}");
     assert!(record(&dump, "/with").unwrap().starts_with(&right), "{dump}");
     files.iter().for_each(|file| fs::write(file, &bytes).unwrap());
     c.start_master();
-    assert_eq!(c.holds("/without", "value").md5, Some(golden::md5(b"value")));
+    assert_eq!(c.holds("/without", "value").md5, Some(reference::md5(b"value")));
 }
 
 #[test]
 fn a_blob_that_cannot_be_read_for_its_md5_is_named_unless_another_replica_can() {
     let (mut c, _) = store(Setup::new().replicas(2));
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     let files = replicas(&c.dump(), KEY).into_iter().map(|replica| c.file(&replica, &path));
     let files: Vec<_> = files.collect();
     fs::remove_dir_all(c.db()).unwrap();
@@ -201,7 +201,7 @@ fn a_blob_that_cannot_be_read_for_its_md5_is_named_unless_another_replica_can() 
 #[test]
 fn rehash_takes_an_md5_that_two_replicas_have() {
     let (mut c, dump) = store(Setup::new());
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     let files: Vec<_> = replicas(&dump, KEY).iter().map(|r| c.file(r, &path)).collect();
     flip_a_bit(&files[0]);
     fs::remove_dir_all(c.db()).unwrap();
@@ -229,7 +229,7 @@ fn rehash_takes_an_md5_that_two_replicas_have() {
 #[test]
 fn an_empty_blob_is_no_value() {
     let (mut c, dump) = store(Setup::new());
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     let files: Vec<_> = replicas(&dump, KEY).iter().map(|r| c.file(r, &path)).collect();
     files[..2].iter().for_each(|file| fs::write(file, "").unwrap());
     for old in [true, false] {
@@ -322,7 +322,7 @@ fn a_copy_of_the_index_tells_nothing_of_a_value_that_was_written_anew() {
     c.start_master();
     c.ask("DELETE", KEY).expect(204);
     let second = now();
-    crate::client::until("the next second has come", || now() > second);
+    crate::support::http_client::until("the next second has come", || now() > second);
     c.put(KEY, "value 2").expect(201);
     c.stop_master();
     let dump = c.dump();
@@ -418,7 +418,7 @@ fn a_rebalance_killed_before_its_last_pass_and_then_deleted_stays_deleted() {
     c.restart_master();
     let key = (0..)
         .map(|n| format!("/{n}"))
-        .find(|key| golden::place(key.as_bytes(), &all, 3, 10)[0].starts_with(&all[3]))
+        .find(|key| reference::place(key.as_bytes(), &all, 3, 10)[0].starts_with(&all[3]))
         .unwrap();
     c.put(&key, "value").expect(201);
     c.stop_master();
@@ -454,7 +454,8 @@ fn a_rebalance_killed_before_its_last_pass_and_then_deleted_stays_deleted() {
 fn copies_that_a_killed_rebalance_had_made_are_not_replicas_after_a_rebuild() {
     let mut c = Setup::new().volumes(2).replicas(1).proxied().start();
     let all = c.names.clone();
-    let moves = |key: &String| golden::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[1]);
+    let moves =
+        |key: &String| reference::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[1]);
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(1);
     c.restart_master();
@@ -553,7 +554,7 @@ fn a_volume_down_leaves_the_log_of_a_killed_master_too() {
 fn a_listing_that_fails_is_an_error_with_its_url() {
     let (mut c, dump) = store(Setup::new().replicas(2));
     let replica = &replicas(&dump, KEY)[1];
-    let folder = &golden::path(KEY.as_bytes(), 0)[..7];
+    let folder = &reference::path(KEY.as_bytes(), 0)[..7];
     let before = c.index_files();
     for depth in [4, 7] {
         let closed = c.file(replica, &folder[..depth]);
@@ -646,7 +647,7 @@ fn debris_on_a_lost_volume_is_forgotten() {
 #[test]
 fn keys_without_a_blob_keep_their_record_and_are_listed() {
     let (mut c, dump) = store(Setup::new().replicas(2).subvolumes(1));
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     let files = replicas(&dump, KEY).into_iter().map(|replica| c.file(&replica, &path));
     let saved: Vec<_> = files.map(|file| (file.clone(), fs::read(&file).unwrap())).collect();
     saved.iter().for_each(|(file, _)| fs::remove_file(file).unwrap());
@@ -674,7 +675,7 @@ fn of_unknown_keys_the_version_with_the_most_replicas_counts_and_then_the_newest
     c.stop_master();
     fs::remove_dir_all(c.db()).unwrap();
     let names = c.names.clone();
-    let path = |key: &str, version| golden::path(key.as_bytes(), version);
+    let path = |key: &str, version| reference::path(key.as_bytes(), version);
     // Two replicas of version 5, one of version 9.
     for (replica, version) in [(0, 5), (1, 5), (2, 9)] {
         c.plant(&names[replica], &path("/most", version), format!("version {version}"), 1000);
@@ -726,7 +727,7 @@ fn the_version_of_the_old_index_wins_over_others() {
     files[1..].iter().for_each(|file| fs::remove_file(file).unwrap());
     for name in &names {
         for other in [0, version - 1, version + 1] {
-            c.plant(name, &golden::path(KEY.as_bytes(), other), "other", now());
+            c.plant(name, &reference::path(KEY.as_bytes(), other), "other", now());
         }
     }
     c.mkv(&["rebuild"]).expect(0).says("1 keys, 1 replicas, 1 under-replicated, 3 skipped");
@@ -738,7 +739,7 @@ fn the_version_of_the_old_index_wins_over_others() {
     c.start_master();
     assert_eq!(c.holds(KEY, "second").version, version);
     for other in [0, version - 1, version + 1] {
-        let path = golden::path(KEY.as_bytes(), other);
+        let path = reference::path(KEY.as_bytes(), other);
         names.iter().for_each(|name| fs::remove_file(c.file(name, &path)).unwrap());
     }
 }
@@ -778,7 +779,7 @@ fn of_different_sizes_under_one_name_the_majority_is_taken_and_then_the_newest()
         ("/newest", [("a", 1000), ("bb", 3000), ("ccc", 2000)]),
     ] {
         for (name, (value, time)) in names.iter().zip(values) {
-            c.plant(name, &golden::path(key.as_bytes(), 0), value, time);
+            c.plant(name, &reference::path(key.as_bytes(), 0), value, time);
         }
     }
     let ran = c.mkv(&["rebuild", "-rehash"]).expect(0);
@@ -788,7 +789,7 @@ fn of_different_sizes_under_one_name_the_majority_is_taken_and_then_the_newest()
         .says(&format!("3 on {}", names[2]));
     let dump = c.dump();
     let fields =
-        |value: &str| format!("HASH{}SIZE{:016x}", golden::md5(value.as_bytes()), value.len());
+        |value: &str| format!("HASH{}SIZE{:016x}", reference::md5(value.as_bytes()), value.len());
     let majority = record(&dump, "/majority").unwrap();
     assert!(majority.starts_with(&fields("right")) && !majority.contains(&names[1]), "{dump}");
     let newest = record(&dump, "/newest").unwrap();
@@ -804,7 +805,7 @@ fn of_different_sizes_under_one_name_the_majority_is_taken_and_then_the_newest()
 fn a_hash_and_a_state_carry_over_only_where_the_size_is_that_of_the_record() {
     let (mut c, dump) = store(Setup::new().volumes(1));
     let replica = &replicas(&dump, KEY)[0];
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     c.plant(replica, &path, "a value of another length", 5000);
     c.mkv(&["rebuild"]).expect(0);
     let after = c.dump();
@@ -824,7 +825,7 @@ fn a_hash_and_a_state_carry_over_only_where_the_size_is_that_of_the_record() {
 fn names_that_are_no_blob_are_counted_and_listed_and_not_indexed() {
     let (mut c, dump) = store(Setup::new().volumes(2).subvolumes(3));
     let name = c.names[0].clone();
-    let path = golden::path(KEY.as_bytes(), 0);
+    let path = reference::path(KEY.as_bytes(), 0);
     let strays = [
         // Beside the folders, in them, and below.
         "/note.txt",
@@ -887,7 +888,7 @@ fn a_folder_with_very_many_names_takes_no_more_memory_than_others() {
     let (before, ran) = peak(&c, &["rebuild"]);
     ran.expect(0);
     let replica = &replicas(&dump, KEY)[0];
-    let file = c.file(replica, &golden::path(KEY.as_bytes(), 0));
+    let file = c.file(replica, &reference::path(KEY.as_bytes(), 0));
     let folder = file.parent().unwrap().parent().unwrap();
     let strays: Vec<_> = (0..MANY).map(|n| folder.join(format!("stray-{n:06}"))).collect();
     // A file may have some ten thousand names, and a link is made faster than a file.
@@ -915,7 +916,7 @@ fn blobs_on_volumes_where_placement_does_not_want_them_come_after_the_others() {
     fs::remove_dir_all(c.db()).unwrap();
     let time = mtime(&file) as u64;
     for other in &others {
-        c.plant(other, &golden::path(KEY.as_bytes(), 0), "value", time);
+        c.plant(other, &reference::path(KEY.as_bytes(), 0), "value", time);
     }
     c.mkv(&["rebuild"]).expect(0).says("1 keys, 4 replicas");
     let dump = c.dump();

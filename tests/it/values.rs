@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::client::{LAST_CHUNK, ask, chunks, target};
-use crate::cluster::{Cluster, Setup};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::http_client::{LAST_CHUNK, ask, chunks, target};
 
 /// Bytes that no compression and no mixed-up order leaves as they are.
 pub fn bytes(random: &mut fastrand::Rng, length: usize) -> Vec<u8> {
@@ -105,12 +105,12 @@ fn a_value_may_come_in_small_pieces_and_a_request_in_single_bytes() {
     }
     conn.answer().expect(201);
     comes_back(&c, "/k", &value);
-    for byte in crate::client::head("GET", "/k", &[]) {
+    for byte in crate::support::http_client::head("GET", "/k", &[]) {
         conn.send([byte]);
     }
     conn.answer().expect(302);
     let request = [
-        crate::client::head("PUT", "/l", &[("Transfer-Encoding", "chunked")]),
+        crate::support::http_client::head("PUT", "/l", &[("Transfer-Encoding", "chunked")]),
         chunks(&value[..300], &[100]),
         LAST_CHUNK.to_vec(),
     ];

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
-use crate::client::{Conn, target};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::{Fault, Faulty};
-use crate::golden;
-use crate::operator::{
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::commands::{
     Disks, Ran, copy_folder, flip_a_bit, now, numbered, replicas, tree, value_of,
 };
+use crate::support::faulty_proxy::{Fault, Faulty};
+use crate::support::http_client::{Conn, target};
+use crate::support::reference;
 
 const KEY: &str = "/foo/été";
 const KEYS: usize = 33;
@@ -42,7 +42,7 @@ fn nothing_is_lost(c: &Cluster, before: &Disks) {
 }
 
 fn files_of(c: &Cluster, key: &str, version: u64) -> Vec<PathBuf> {
-    let path = golden::path(key.as_bytes(), version);
+    let path = reference::path(key.as_bytes(), version);
     replicas(&c.dump(), key).iter().map(|replica| c.file(replica, &path)).collect()
 }
 
@@ -97,15 +97,15 @@ fn every_kind_of_fault_is_found_and_what_can_be_is_mended() {
     c.stop_master();
     c.start_volumes();
     let mut whole = c.disks();
-    let debris = c.file(&replicas(&dump, "/deleted")[1], &golden::path(b"/deleted", 0));
+    let debris = c.file(&replicas(&dump, "/deleted")[1], &reference::path(b"/deleted", 0));
     let dump = c.dump();
     fs::remove_file(&files_of(&c, KEY, 0)[0]).unwrap();
     fs::remove_file(&files_of(&c, "/unlinked", 0)[1]).unwrap();
     fs::write(&files_of(&c, "/n/0000", 0)[1], "x").unwrap();
-    let plain = |key: &str| golden::path(key.as_bytes(), 0);
+    let plain = |key: &str| reference::path(key.as_bytes(), 0);
     c.plant(&elsewhere(&c, "/n/0001"), &plain("/n/0001"), "surplus", 1000);
     c.plant(&elsewhere(&c, "/replaced"), &plain("/replaced"), "stale", 1000);
-    let newer = golden::path(b"/n/0002", u64::MAX / 2);
+    let newer = reference::path(b"/n/0002", u64::MAX / 2);
     c.plant(&c.names[0], &newer, "newer", 1000);
     c.plant(&c.names[1], &plain("/unknown"), "unknown", 1000);
     c.plant(&c.names[2], "/note.txt", "no blob", 1000);
@@ -210,7 +210,7 @@ fn of_values_without_a_hash_the_bytes_of_the_majority_are_right() {
 fn a_volume_that_is_down_is_an_error_and_nothing_is_touched() {
     let (c, disks) = store(Setup::new().replicas(2));
     let mut c = c;
-    c.plant(&elsewhere(&c, KEY), &golden::path(KEY.as_bytes(), 0), "value", 1000);
+    c.plant(&elsewhere(&c, KEY), &reference::path(KEY.as_bytes(), 0), "value", 1000);
     let with = c.disks();
     c.volumes[1].stop();
     for flags in [vec!["verify"], vec!["verify", "-repair", "-deep", "-strays", "-grace", "0s"]] {
@@ -269,7 +269,7 @@ fn what_is_deleted_before_the_master_is_restarted_is_not_missing() {
     c.put("/deleted", "value").expect(201);
     on_all(&c, |proxy| proxy.set("GET", Fault::HoldRequest));
     let verify = c.begin(&["verify"]);
-    crate::client::until("it lists", || held(&c, "GET"));
+    crate::support::http_client::until("it lists", || held(&c, "GET"));
     c.ask("DELETE", "/deleted").expect(204);
     c.restart_master();
     on_all(&c, |proxy| proxy.release("GET"));
@@ -421,7 +421,7 @@ fn an_old_copy_of_the_index_costs_no_blob() {
             conn
         })
         .collect();
-    crate::client::until("both have begun", || c.writing().len() == 2);
+    crate::support::http_client::until("both have begun", || c.writing().len() == 2);
     copy_folder(&c.db(), &c.folder.join("copy"));
     on_all(&c, Faulty::behave);
     pending.into_iter().for_each(|mut conn| drop(conn.answer().expect(201)));
@@ -472,7 +472,7 @@ fn the_last_good_copy_is_never_removed() {
     c.cleaned();
     let stale = c.found("/stale").version;
     c.stop_master();
-    let plain = |key: &str| golden::path(key.as_bytes(), 0);
+    let plain = |key: &str| reference::path(key.as_bytes(), 0);
     let mut good = Vec::new();
     for key in ["/flipped", "/missing", "/cut", "/stale"] {
         let other = elsewhere(&c, key);
@@ -505,7 +505,7 @@ fn the_last_good_copy_is_never_removed() {
 #[test]
 fn nothing_is_removed_of_a_key_whose_replicas_are_not_all_whole() {
     let (c, disks) = store(Setup::new().proxied().replicas(2));
-    let plain = golden::path(KEY.as_bytes(), 0);
+    let plain = reference::path(KEY.as_bytes(), 0);
     let surplus = c.file(&elsewhere(&c, KEY), &plain);
     c.plant(&elsewhere(&c, KEY), &plain, "value", 1000);
     let missing = files_of(&c, KEY, 0).remove(1);
@@ -536,7 +536,7 @@ fn a_surplus_replica_with_other_bytes_stays_where_no_hash_tells_which_is_right()
     c.put(KEY, "value").expect(201);
     c.stop_master();
     let surplus = elsewhere(&c, KEY);
-    let plain = golden::path(KEY.as_bytes(), 0);
+    let plain = reference::path(KEY.as_bytes(), 0);
     c.plant(&surplus, &plain, "other", 1000);
     c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("no hash tells");
     assert!(c.file(&surplus, &plain).exists());
@@ -591,7 +591,7 @@ fn version(c: &Cluster) -> u64 {
 #[test]
 fn strays_go_only_when_they_are_asked_to_and_older_than_the_grace() {
     let (c, disks) = store(Setup::new().replicas(2));
-    let plain = |key: &str| golden::path(key.as_bytes(), 0);
+    let plain = |key: &str| reference::path(key.as_bytes(), 0);
     let ages = [("/minutes", 600), ("/hours", 7200), ("/days", 100_000)];
     for (key, age) in ages {
         c.plant(&elsewhere(&c, key), &plain(key), "stray", now() - age);
@@ -631,8 +631,8 @@ fn a_lost_disk_of_more_keys_than_are_looked_at_together_is_mended() {
     let with_findings = format!("{} with findings", lost.len());
     c.mkv(&["verify"]).fails(&["not whole"]).says(&line).says(&more).says(&with_findings);
     // What is newer than the index keeps all that looks superfluous, be it the first and the last.
-    let (first, last) = (elsewhere(&c, "/n/0000"), golden::path(b"/z", 0));
-    c.plant(&first, &golden::path(b"/n/0000", 0), value_of(&keys[0]), 1000);
+    let (first, last) = (elsewhere(&c, "/n/0000"), reference::path(b"/z", 0));
+    c.plant(&first, &reference::path(b"/n/0000", 0), value_of(&keys[0]), 1000);
     c.plant(&c.names[1], &last, "newer", now() + 1);
     let unknown = "that the index does not know: 1";
     let ran = c.mkv(&ALL).fails(&["not whole"]).says("Nothing is removed").says(unknown);
@@ -659,12 +659,12 @@ fn a_repair_killed_at_any_point_is_done_by_the_next_one() {
         fs::write(cut, "cut").unwrap();
         flip_a_bit(&flipped);
         for key in ["/n/0004", "/replaced", "/n/0001"] {
-            let plain = golden::path(key.as_bytes(), 0);
+            let plain = reference::path(key.as_bytes(), 0);
             c.plant(&elsewhere(&c, key), &plain, "too much", now() - 10);
         }
         on_all(&c, |proxy| proxy.set(method, fault));
         let repair = c.begin(&["verify", "-deep", "-repair"]);
-        crate::client::until("one is held", || held(&c, method));
+        crate::support::http_client::until("one is held", || held(&c, method));
         repair.kill();
         on_all(&c, |proxy| {
             proxy.lose_held(method);

@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::client::{Conn, LAST_CHUNK, PATIENCE, chunks, follow, target, until};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::Fault;
-use crate::operator::numbered;
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::commands::numbered;
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::{Conn, LAST_CHUNK, PATIENCE, chunks, follow, target, until};
 use crate::values::bytes;
 
 #[test]

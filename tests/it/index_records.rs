@@ -5,10 +5,10 @@ use std::os::unix::fs::MetadataExt;
 
 use rocksdb::{DB, IteratorMode, Options, WriteBatch};
 
-use crate::client::{ask, follow};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::Fault;
-use crate::golden::{self, md5};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::{ask, follow};
+use crate::support::reference::{self, md5};
 
 /// The index of a master that is stopped.
 fn index(c: &Cluster) -> DB {
@@ -99,7 +99,7 @@ fn debris_lies_under_key_and_version_and_names_the_volumes_of_the_write() {
 /// Stores a blob without the master's knowledge.
 fn plant(key: &str, replica: &str, value: &str) {
     let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
-    let path = format!("{below}{}", golden::path(key.as_bytes(), 0));
+    let path = format!("{below}{}", reference::path(key.as_bytes(), 0));
     ask(host, "PUT", &path, &[], Some(value.as_bytes())).expect(201);
 }
 

@@ -12,9 +12,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rocksdb::{DB, IteratorMode, Options};
 use rustix::process::Signal;
 
-use crate::client::{self, Conn, target, until};
-use crate::cluster::{Cluster, bound_to_us, same, signal, wait};
-use crate::golden;
+use crate::support::cluster::{Cluster, bound_to_us, same, signal, wait};
+use crate::support::http_client::{self, Conn, target, until};
+use crate::support::reference;
 
 /// What a command did.
 #[derive(Debug)]
@@ -216,7 +216,7 @@ impl Cluster {
         files
             .map(|file| {
                 let (bytes, seconds) = (fs::read(&file).expect("a blob can be read"), mtime(&file));
-                let text = format!("{} bytes {} of {seconds}", bytes.len(), golden::md5(&bytes));
+                let text = format!("{} bytes {} of {seconds}", bytes.len(), reference::md5(&bytes));
                 (file, text)
             })
             .collect()
@@ -272,7 +272,7 @@ impl Cluster {
         let date = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(time));
         let encoded = target(format!("{below}{path}"));
         let headers = [("Date", date.as_str())];
-        let put = client::ask(host, "PUT", &encoded, &headers, Some(value.as_ref()));
+        let put = http_client::ask(host, "PUT", &encoded, &headers, Some(value.as_ref()));
         // nginx says 204 where it takes the place of another.
         assert!(matches!(put.status, 201 | 204), "{put:?}");
     }
@@ -349,7 +349,7 @@ pub fn flip_a_bit(file: &Path) {
 
 /// The value that a test gives a key: of a length of its own, and no other key's.
 pub fn value_of(key: &[u8]) -> Vec<u8> {
-    let seed = golden::md5(key);
+    let seed = reference::md5(key);
     let length = 1 + usize::from_str_radix(&seed[..3], 16).expect("hex digits") / 2;
     [key, seed.repeat(length / 32 + 1).as_bytes()].concat()[..key.len() + length].to_vec()
 }

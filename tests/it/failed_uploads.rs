@@ -3,10 +3,10 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::client::{Answer, Conn, LAST_CHUNK, chunks, head, until};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::Fault;
-use crate::golden::{md5, md5_base64};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::{Answer, Conn, LAST_CHUNK, chunks, head, until};
+use crate::support::reference::{md5, md5_base64};
 use crate::values::bytes;
 
 /// What a key is before an upload to it fails.
@@ -54,7 +54,7 @@ impl Before {
 }
 
 fn plain(key: &str) -> String {
-    crate::golden::path(key.as_bytes(), 0)
+    crate::support::reference::path(key.as_bytes(), 0)
 }
 
 /// Requests that end too early: a name, and the bytes that are sent.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use percent_encoding::percent_decode_str;
 use rocksdb::{DB, Options, WriteBatch};
 
-use crate::cluster::{Cluster, Setup};
-use crate::golden;
 use crate::keys::strange_keys;
-use crate::operator::{Ran, flip_a_bit, numbered, record, value_of};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::commands::{Ran, flip_a_bit, numbered, record, value_of};
+use crate::support::reference;
 
 /// All is as it was: the records, the values for a reader and on every disk, and what is unlinked.
 struct Expected {
@@ -231,7 +231,7 @@ fn a_blob_with_a_history(dump: &str) -> (String, String) {
     let (_, version) = record.split_once("VERS").expect("it has a version");
     let version = u64::from_str_radix(&version[..16], 16).expect("hex digits");
     let (_, replica) = record.rsplit_once(',').expect("it has two replicas");
-    (replica.into(), golden::path(&key, version))
+    (replica.into(), reference::path(&key, version))
 }
 
 #[test]
@@ -252,7 +252,7 @@ fn a_dump_is_sorted_and_one_line_a_key_beside_a_running_master_too() {
     for (key, record) in lines {
         let value = value_of(&key);
         let state = if key == b"/a" { "DELETED" } else { "" };
-        let fields = format!("{state}HASH{}SIZE{:016x}TIME", golden::md5(&value), value.len());
+        let fields = format!("{state}HASH{}SIZE{:016x}TIME", reference::md5(&value), value.len());
         assert!(record.starts_with(&fields), "{}: {record}", key.escape_ascii());
         assert!(record.ends_with(&c.placed(&key).join(",")), "{record}");
     }
@@ -311,7 +311,7 @@ fn a_record_that_does_not_decode_is_dumped_as_it_is_and_stops_what_would_act_on_
 fn a_million_keys_are_dumped_in_a_few_seconds() {
     let mut c = Setup::new().volumes(1).start();
     c.stop_master();
-    let text = format!("HASH{}SIZE{:016x}TIME{:016x}{}", golden::md5(b"v"), 1, 1, c.names[0]);
+    let text = format!("HASH{}SIZE{:016x}TIME{:016x}{}", reference::md5(b"v"), 1, 1, c.names[0]);
     {
         let index = c.db().join("index");
         let index = DB::open_cf(&Options::default(), index, ["default", "debris"]).unwrap();

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::cluster::{Cluster, Setup};
+use crate::support::cluster::{Cluster, Setup};
 use crate::values::bytes;
 
 /// What a program printed; it has to succeed.

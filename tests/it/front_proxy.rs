@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use prometheus_parse::{Scrape, Value};
 use rustix::process::Signal;
 
-use crate::client::{Conn, until};
-use crate::cluster::{Cluster, Setup, bound_to_us, same, signal, wait};
+use crate::support::cluster::{Cluster, Setup, bound_to_us, same, signal, wait};
+use crate::support::http_client::{Conn, until};
 
 struct Metrics(Scrape);
 

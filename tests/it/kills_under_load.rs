@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::client::{Conn, follow, head, target};
-use crate::cluster::{Cluster, Setup};
 use crate::model::{Kept, after};
-use crate::operations::but_for_debris;
+use crate::store_history::but_for_debris;
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::http_client::{Conn, follow, head, target};
 use crate::values::bytes;
 
 const ROUNDS: usize = 100;

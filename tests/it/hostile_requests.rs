@@ -4,8 +4,8 @@ use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
 use std::time::Duration;
 
-use crate::client::{Conn, LAST_CHUNK, find, head};
-use crate::cluster::{Cluster, Setup};
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::http_client::{Conn, LAST_CHUNK, find, head};
 
 /// The most memory that the master may ever have, in MiB.
 const MEMORY: u64 = 256;

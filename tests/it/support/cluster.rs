@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use percent_encoding::percent_decode_str;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::client::{self, Answer, Conn, PATIENCE, follow, target, until};
-use crate::faulty::Faulty;
-use crate::golden;
+use crate::support::faulty_proxy::Faulty;
+use crate::support::http_client::{self, Answer, Conn, PATIENCE, follow, target, until};
+use crate::support::reference;
 
 /// A loopback address that is this test's alone, so that every port of it is free and stays so
 /// while a server is down. It is another's as soon as the listener is dropped.
@@ -431,7 +431,7 @@ impl Cluster {
 
     #[track_caller]
     pub fn ask_target(&self, method: &str, target: &str) -> Answer {
-        client::ask(&self.address(), method, target, &[], None)
+        http_client::ask(&self.address(), method, target, &[], None)
     }
 
     /// A request with headers, and a body that gets a length.
@@ -443,7 +443,7 @@ impl Cluster {
         headers: &[(&str, &str)],
         body: impl AsRef<[u8]>,
     ) -> Answer {
-        client::ask(&self.address(), method, &target(key), headers, Some(body.as_ref()))
+        http_client::ask(&self.address(), method, &target(key), headers, Some(body.as_ref()))
     }
 
     #[track_caller]
@@ -512,8 +512,8 @@ impl Cluster {
             .find_map(|replica| location.strip_prefix(replica.as_str()))
             .unwrap_or_else(|| panic!("{location} is on none of {replicas:?}"))
             .to_string();
-        let version = golden::version_of(&path);
-        assert_eq!(path, golden::path(key, version), "the path of {}", key.escape_ascii());
+        let version = reference::version_of(&path);
+        assert_eq!(path, reference::path(key, version), "the path of {}", key.escape_ascii());
         assert_eq!(balanced, replicas == self.placed(key), "the balance of {replicas:?}");
         let md5 = answer.header("Content-Md5").map(String::from);
         Found { replicas, path, version, md5, balanced }
@@ -521,7 +521,7 @@ impl Cluster {
 
     /// Where the golden rule wants the key.
     pub fn placed(&self, key: impl AsRef<[u8]>) -> Vec<String> {
-        golden::place(key.as_ref(), &self.names, self.setup.replicas, self.setup.subvolumes)
+        reference::place(key.as_ref(), &self.names, self.setup.replicas, self.setup.subvolumes)
     }
 
     /// The number of the volume that holds this replica.
@@ -574,7 +574,7 @@ impl Cluster {
             same(&there, value, replica);
         }
         if let Some(md5) = &found.md5 {
-            assert_eq!(*md5, golden::md5(value), "Content-Md5 of {}", key.escape_ascii());
+            assert_eq!(*md5, reference::md5(value), "Content-Md5 of {}", key.escape_ascii());
         }
         found
     }
@@ -588,7 +588,7 @@ impl Cluster {
         assert!(!self.live().contains(&key.to_vec()), "{} is listed", key.escape_ascii());
         self.cleaned();
         let paths = self.blobs();
-        let plain = golden::path(key, 0);
+        let plain = reference::path(key, 0);
         let left: Vec<_> = paths.keys().filter(|blob| blob.contains(&plain)).collect();
         assert!(left.is_empty(), "blobs of {}: {left:?}", key.escape_ascii());
         self.ask("RELINK", key).expect(404);
@@ -656,7 +656,7 @@ impl Cluster {
         for (blob, file) in there {
             let bytes = fs::read(&file).expect("a blob can be read");
             match &expected[&blob] {
-                Some(md5) => assert_eq!(golden::md5(&bytes), *md5, "the md5 of {blob}"),
+                Some(md5) => assert_eq!(reference::md5(&bytes), *md5, "the md5 of {blob}"),
                 None => assert!(!bytes.is_empty(), "{blob} is empty"),
             }
         }

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::client::{Conn, head};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::Fault;
-use crate::golden;
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::{Conn, head};
+use crate::support::reference;
 
 /// The master waits for a volume's answer for a minute: these uploads do so at the same time.
 #[test]
@@ -50,7 +50,7 @@ fn untouched(c: &Cluster, old: &dyn Fn(&str) -> String) {
     assert_eq!(c.unlinked(), [b"/unlinked"]);
     c.ask("RELINK", "/unlinked").expect(204);
     c.holds("/unlinked", old("/unlinked"));
-    assert_eq!(golden::version_of(&c.found("/unlinked").path), 0);
+    assert_eq!(reference::version_of(&c.found("/unlinked").path), 0);
 }
 
 /// A client that stalls does not keep the master from stopping for longer than half a minute.
@@ -61,7 +61,7 @@ fn an_upload_that_never_ends_delays_sigterm_by_30_seconds() {
     c.ask("UNLINK", "/unlinked").expect(204);
     let mut conn = c.conn();
     conn.send(head("PUT", "/k", &[("Content-Length", "600000")])).send([b'v'; 500_000]);
-    crate::client::until("it is under way", || c.writing() == [b"/k"]);
+    crate::support::http_client::until("it is under way", || c.writing() == [b"/k"]);
     c.terminate_master();
     let begun = Instant::now();
     std::thread::sleep(Duration::from_secs(20));

@@ -9,7 +9,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::client::{Conn, PATIENCE};
+use crate::support::http_client::{Conn, PATIENCE};
 
 /// What happens to the requests of a method.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -437,7 +437,7 @@ fn echo(address: &str) {
 
 #[test]
 fn the_proxy_does_what_it_is_told() {
-    let (_own, host) = crate::cluster::own_address();
+    let (_own, host) = crate::support::cluster::own_address();
     let (volume, address) = (format!("{host}:3001"), format!("{host}:4001"));
     echo(&volume);
     let proxy = Faulty::start(&address, &volume);

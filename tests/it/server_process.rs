@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::client::{Conn, ask, until};
-use crate::cluster::{Cluster, Setup, signal};
+use crate::support::cluster::{Cluster, Setup, signal};
+use crate::support::http_client::{Conn, ask, until};
 
 fn mkv(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mkv"));
@@ -192,7 +192,7 @@ fn an_empty_index_beside_blobs_is_told() {
         let away = c.folder.join("away");
         fs::rename(c.db(), &away).unwrap();
         c.start_master();
-        crate::client::until("it is told", || {
+        crate::support::http_client::until("it is told", || {
             let log = c.log();
             let told = log.lines().filter(|line| line.contains("mkv rebuild"));
             c.names.iter().all(|name| told.clone().any(|line| line.contains(name)))

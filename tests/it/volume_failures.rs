@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::client::{Answer, follow};
-use crate::cluster::{Cluster, Setup, same};
-use crate::faulty::Fault;
-use crate::operator::{numbered, tree, value_of};
+use crate::support::cluster::{Cluster, Setup, same};
+use crate::support::commands::{numbered, tree, value_of};
+use crate::support::faulty_proxy::Fault;
+use crate::support::http_client::{Answer, follow};
 
 /// What is wrong with one of three volumes.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::client::{Conn, follow, until, within};
-use crate::cluster::{Cluster, Setup};
-use crate::faulty::{Fault, Faulty};
-use crate::golden;
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::faulty_proxy::{Fault, Faulty};
+use crate::support::http_client::{Conn, follow, until, within};
+use crate::support::reference;
 
 const KEY: &str = "/foo/été";
 
@@ -25,7 +25,8 @@ fn on_all(c: &Cluster, act: impl Fn(&Faulty)) {
 fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
     let mut conn = c.conn();
     let length = value.len().to_string();
-    conn.head(method, &crate::client::target(KEY), &[("Content-Length", &length)]).send(value);
+    conn.head(method, &crate::support::http_client::target(KEY), &[("Content-Length", &length)])
+        .send(value);
     conn
 }
 
@@ -51,8 +52,8 @@ fn is_cleaned(c: &mut Cluster, version: Option<u64>, left: usize) {
         let asked = c.proxies[c.number(&replica)].seen("DELETE").pop().expect("one is held");
         let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
         let path = asked.strip_prefix(&format!("/{below}")).expect("the replica's folder");
-        let found = golden::version_of(path);
-        assert_eq!(path, golden::path(KEY.as_bytes(), found));
+        let found = reference::version_of(path);
+        assert_eq!(path, reference::path(KEY.as_bytes(), found));
         match version {
             Some(version) => assert_eq!(found, version, "{asked}"),
             None => assert!(found > 0, "{asked} has no version"),
@@ -115,7 +116,7 @@ fn a_put_killed_when_some_replicas_are_stored_leaves_debris_that_is_deleted() {
 fn a_put_killed_in_the_middle_of_its_body_publishes_nothing() {
     let mut c = store();
     let mut writer = c.conn();
-    let target = crate::client::target(KEY);
+    let target = crate::support::http_client::target(KEY);
     writer.head("PUT", &target, &[("Content-Length", "2000000")]).send(vec![b'v'; 1_500_000]);
     until("every volume has begun", || c.volumes.iter().all(|volume| volume.uploads() > 0));
     crash(&mut c);
@@ -123,7 +124,7 @@ fn a_put_killed_in_the_middle_of_its_body_publishes_nothing() {
     is_cleaned(&mut c, Some(0), 0);
     let mut writer = c.conn();
     writer.head("PUT", &target, &[("Transfer-Encoding", "chunked")]);
-    writer.send(crate::client::chunks(&vec![b'v'; 1_500_000], &[100_000]));
+    writer.send(crate::support::http_client::chunks(&vec![b'v'; 1_500_000], &[100_000]));
     until("every volume has begun", || c.volumes.iter().all(|volume| volume.uploads() > 0));
     crash(&mut c);
     c.get(KEY).expect(404);
@@ -196,7 +197,7 @@ fn acknowledged_writes_survive_any_number_of_kills() {
                             let (key, value) = (format!("/{round}/{writer}/{n}"), n.to_string());
                             let Ok(mut conn) = Conn::try_open(address) else { continue };
                             let length = [("Content-Length", &*value.len().to_string())];
-                            let head = crate::client::head("PUT", &key, &length);
+                            let head = crate::support::http_client::head("PUT", &key, &length);
                             let sent = conn.try_send(&[&head, value.as_bytes()].concat()).is_ok();
                             let answer = conn.any_answer("PUT").ok().flatten();
                             let known = answer.is_some_and(|answer| answer.status == 201);
@@ -548,7 +549,7 @@ fn a_blob_that_appears_after_a_kill_is_cleaned_and_never_served() {
 }
 
 fn plain() -> String {
-    golden::path(KEY.as_bytes(), 0)
+    reference::path(KEY.as_bytes(), 0)
 }
 
 /// The volume has the whole body, its answer never came, and the blob appears when everything else
