@@ -8,7 +8,7 @@ use crate::support::cluster::{Cluster, Setup};
 use crate::support::commands::numbered;
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Conn, LAST_CHUNK, PATIENCE, chunks, follow, target, until};
-use crate::values::bytes;
+use crate::support::random::{random_bytes, seeded_rng};
 
 #[test]
 fn the_replicas_of_a_put_are_written_at_the_same_time() {
@@ -151,7 +151,7 @@ fn of_two_writers_of_a_key_one_wins_and_the_other_is_told() {
     let c = Setup::new().proxied().start();
     for (round, method) in ["PUT", "REPLACE"].into_iter().enumerate() {
         let key = format!("/{round}");
-        let first = bytes(&mut crate::random(), 500_000);
+        let first = random_bytes(&mut seeded_rng(), 500_000);
         c.proxies[0].set("PUT", Fault::HoldRequest);
         let mut one = c.conn();
         one.head(method, &key, &[("Content-Length", "500000")]).send(&first[..1000]);

@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Socket, Type};
 
-use crate::http::descriptors;
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Conn, head, until, within};
-use crate::values::bytes;
+use crate::support::random::{random_bytes, seeded_rng};
 
 /// A connection on which little is under way: the client has next to no room for answers, and the
 /// size of its packets makes the server's kernel keep little for it.
@@ -233,7 +232,7 @@ fn a_master_whose_descriptors_are_used_up_answers_once_some_are_free() {
         kept.ask("GET", "/none", &[], None).expect(404);
         // An odd one more: the last descriptor goes to the first half of a connection.
         let crowd = crowd(&c, 400 + round % 2);
-        until("all descriptors are in use", || descriptors(&c) >= 198);
+        until("all descriptors are in use", || c.open_descriptors() >= 198);
         for _ in 0..20 {
             kept.ask("GET", "/none", &[], None).expect(404);
         }
@@ -344,7 +343,7 @@ fn two_thousand_idle_connections_cost_little_and_delay_nobody() {
     for conn in idle.iter_mut().step_by(2) {
         conn.ask("GET", "/none", &[], None).expect(404);
     }
-    until("all are accepted", || descriptors(&c) > 4000);
+    until("all are accepted", || c.open_descriptors() > 4000);
     let each = c.memory("VmRSS").saturating_sub(before) / 2000;
     let mut slowest = Duration::ZERO;
     for _ in 0..50 {
@@ -440,7 +439,7 @@ fn a_head_takes_5_minutes_at_most() {
     let begin = "GET /none HTTP/1.1\r\nDribble: ";
     let mut heads = vec![first.send(begin), later.send(begin)];
     // An upload may take longer.
-    let value = bytes(&mut crate::random(), 315 << 10);
+    let value = random_bytes(&mut seeded_rng(), 315 << 10);
     upload.head("PUT", "/slow", &[("Content-Length", &value.len().to_string())]);
     let begun = Instant::now();
     for (part, second) in value.chunks(1 << 10).zip(1..) {

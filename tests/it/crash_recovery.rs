@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::faulty_proxy::{Fault, Faulty};
 use crate::support::http_client::{Conn, follow, until, within};
+use crate::support::random::seeded_rng;
 use crate::support::reference;
 
 const KEY: &str = "/foo/été";
@@ -15,10 +16,6 @@ const KEY: &str = "/foo/été";
 /// A store of three volumes behind proxies, each with a replica of every key.
 fn store() -> Cluster {
     Setup::new().proxied().start()
-}
-
-fn on_all(c: &Cluster, act: impl Fn(&Faulty)) {
-    c.proxies.iter().for_each(act);
 }
 
 /// Begins a write whose answer the test does not wait for.
@@ -33,7 +30,7 @@ fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
 /// kill -9, a start, and the cleaner is held before its first deletion.
 fn crash(c: &mut Cluster) {
     c.kill_master();
-    on_all(c, |proxy| {
+    c.each_proxy(|proxy| {
         proxy.lose_held("PUT");
         proxy.release("PUT");
         proxy.lose_held("DELETE");
@@ -46,7 +43,7 @@ fn crash(c: &mut Cluster) {
 /// this version (`None`: one that is not the plain name), and then its blobs are gone and `left`
 /// others are there. The entry may stay for some seconds more: a 404 is no proof that soon.
 fn is_cleaned(c: &mut Cluster, version: Option<u64>, left: usize) {
-    on_all(c, |proxy| proxy.wait_held("DELETE", 1));
+    c.each_proxy(|proxy| proxy.wait_held("DELETE", 1));
     assert_eq!(c.writing(), [KEY.as_bytes()]);
     for replica in c.placed(KEY) {
         let asked = c.proxies[c.number(&replica)].seen("DELETE").pop().expect("one is held");
@@ -59,7 +56,7 @@ fn is_cleaned(c: &mut Cluster, version: Option<u64>, left: usize) {
             None => assert!(found > 0, "{asked} has no version"),
         }
     }
-    on_all(c, |proxy| proxy.release("DELETE"));
+    c.each_proxy(|proxy| proxy.release("DELETE"));
     wait_for_blobs(c, left);
     c.debris_may_last(KEY);
 }
@@ -73,9 +70,9 @@ fn wait_for_blobs(c: &Cluster, count: usize) {
 #[test]
 fn a_put_killed_before_its_first_byte_is_debris_and_nothing_else() {
     let mut c = store();
-    on_all(&c, |proxy| proxy.set("PUT", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldRequest));
     let _writer = begin(&c, "PUT", "value");
-    on_all(&c, |proxy| proxy.wait_held("PUT", 1));
+    c.each_proxy(|proxy| proxy.wait_held("PUT", 1));
     // The entry stands before a volume hears anything.
     assert_eq!(c.writing(), [KEY.as_bytes()]);
     assert!(c.live().is_empty());
@@ -128,7 +125,7 @@ fn a_put_killed_in_the_middle_of_its_body_publishes_nothing() {
     until("every volume has begun", || c.volumes.iter().all(|volume| volume.uploads() > 0));
     crash(&mut c);
     c.get(KEY).expect(404);
-    on_all(&c, |proxy| proxy.release("DELETE"));
+    c.each_proxy(|proxy| proxy.release("DELETE"));
     c.lacks(KEY);
 }
 
@@ -165,7 +162,7 @@ fn a_put_killed_right_after_its_201_is_there() {
 fn a_failed_put_killed_before_it_was_cleared_is_cleared_later() {
     let mut c = store();
     let refuses = c.holder(KEY, 2);
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     c.proxies[refuses].set("PUT", Fault::Answer(500));
     let _writer = begin(&c, "PUT", "value");
     c.proxies[c.holder(KEY, 0)].wait_held("DELETE", 1);
@@ -178,7 +175,7 @@ fn a_failed_put_killed_before_it_was_cleared_is_cleared_later() {
 
 #[test]
 fn acknowledged_writes_survive_any_number_of_kills() {
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     let mut c = Cluster::new();
     let mut written: BTreeMap<String, String> = BTreeMap::new();
     for round in 0..4 {
@@ -267,7 +264,7 @@ fn a_replace_killed_before_the_flip_leaves_the_old_value() {
 fn a_replace_killed_after_the_flip_has_the_new_value_and_the_old_blobs_go() {
     let mut c = store();
     c.put(KEY, "the old value").expect(201);
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     c.replace(KEY, "the new one").expect(201);
     assert_eq!(c.blobs().len(), 6);
     assert_eq!(c.writing(), [KEY.as_bytes()]);
@@ -313,9 +310,9 @@ fn a_delete_of_an_unlinked_key_killed_halfway_is_finished_too() {
     let mut c = store();
     c.put(KEY, "value").expect(201);
     c.ask("UNLINK", KEY).expect(204);
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     let _deleter = begin(&c, "DELETE", "");
-    on_all(&c, |proxy| proxy.wait_held("DELETE", 1));
+    c.each_proxy(|proxy| proxy.wait_held("DELETE", 1));
     crash(&mut c);
     assert!(c.unlinked().is_empty());
     c.ask("RELINK", KEY).expect(404);
@@ -327,7 +324,7 @@ fn a_delete_of_an_unlinked_key_killed_halfway_is_finished_too() {
 fn a_cleaner_killed_halfway_goes_on_where_it_was() {
     let mut c = store();
     c.put(KEY, "value").expect(201);
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::Answer(500)));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::Answer(500)));
     c.ask("DELETE", KEY).refused(503, "deleted");
     let last = c.holder(KEY, 0);
     for n in 0..3 {
@@ -341,7 +338,7 @@ fn a_cleaner_killed_halfway_goes_on_where_it_was() {
     crash(&mut c);
     assert_eq!(c.writing(), [KEY.as_bytes()]);
     c.proxies[last].wait_held("DELETE", 1);
-    on_all(&c, |proxy| proxy.release("DELETE"));
+    c.each_proxy(|proxy| proxy.release("DELETE"));
     wait_for_blobs(&c, 0);
     c.debris_may_last(KEY);
     c.lacks(KEY);
@@ -394,9 +391,9 @@ fn a_put_over_an_unlinked_key_killed_before_the_flip_leaves_the_unlinked_value()
         let mut c = store();
         c.put(KEY, "unlinked").expect(201);
         c.ask("UNLINK", KEY).expect(204);
-        on_all(&c, |proxy| proxy.set("PUT", fault));
+        c.each_proxy(|proxy| proxy.set("PUT", fault));
         let _writer = begin(&c, "PUT", "the new one");
-        on_all(&c, |proxy| proxy.wait_held("PUT", 1));
+        c.each_proxy(|proxy| proxy.wait_held("PUT", 1));
         crash(&mut c);
         c.get(KEY).expect(404);
         assert_eq!(c.unlinked(), [KEY.as_bytes()]);
@@ -411,7 +408,7 @@ fn a_put_over_an_unlinked_key_killed_after_the_flip_has_the_new_value() {
     let mut c = store();
     c.put(KEY, "unlinked").expect(201);
     c.ask("UNLINK", KEY).expect(204);
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     c.put(KEY, "the new one").expect(201);
     crash(&mut c);
     assert!(c.unlinked().is_empty());
@@ -429,7 +426,7 @@ fn a_path_never_holds_two_values() {
     c.put(KEY, "value 0").expect(201);
     let mut last = 0;
     // While blobs of the key may lie anywhere, each write gets a version above all of them.
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::Answer(500)));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::Answer(500)));
     for round in 1..6 {
         c.ask("DELETE", KEY).refused(503, "deleted");
         let value = format!("value {round}");
@@ -442,7 +439,7 @@ fn a_path_never_holds_two_values() {
         assert_eq!(c.blobs().len(), 3 * (round + 1));
         assert_eq!(c.writing(), [KEY.as_bytes()]);
     }
-    on_all(&c, |proxy| proxy.release("DELETE"));
+    c.each_proxy(|proxy| proxy.release("DELETE"));
     c.cleaned();
     assert_eq!(c.holds(KEY, "value 5").version, last);
     assert_eq!(c.blobs().len(), 3);
@@ -458,15 +455,15 @@ fn a_path_never_holds_two_values() {
 fn a_slow_deletion_by_the_cleaner_never_meets_a_new_blob() {
     let c = store();
     c.put("/k", "first").expect(201);
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     c.replace("/k", "second").expect(201);
-    on_all(&c, |proxy| proxy.wait_held("DELETE", 1));
-    on_all(&c, |proxy| proxy.release_later("DELETE"));
+    c.each_proxy(|proxy| proxy.wait_held("DELETE", 1));
+    c.each_proxy(|proxy| proxy.release_later("DELETE"));
     c.ask("DELETE", "/k").expect(204);
     c.ask("DELETE", "/k").expect(204);
     assert!(c.writing().is_empty());
     c.put("/k", "third").expect(201);
-    on_all(&c, |proxy| proxy.release_held("DELETE"));
+    c.each_proxy(|proxy| proxy.release_held("DELETE"));
     until("the volumes have answered", || c.proxies.iter().all(|p| p.answered("DELETE") >= 3));
     assert_ne!(c.holds("/k", "third").version, 0);
     c.ask("DELETE", "/k").expect(204);
@@ -483,13 +480,13 @@ fn a_slow_deletion_by_the_cleaner_never_meets_a_new_blob() {
 fn a_deletion_without_an_answer_never_meets_a_new_blob() {
     let c = store();
     c.put("/k", "first").expect(201);
-    on_all(&c, |proxy| proxy.set("DELETE", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     c.ask("DELETE", "/k").expect(503);
-    on_all(&c, |proxy| proxy.release_later("DELETE"));
+    c.each_proxy(|proxy| proxy.release_later("DELETE"));
     c.ask("DELETE", "/k").expect(204);
     assert!(c.writing().is_empty());
     c.put("/k", "second").expect(201);
-    on_all(&c, |proxy| proxy.release_held("DELETE"));
+    c.each_proxy(|proxy| proxy.release_held("DELETE"));
     until("the volumes have done it", || {
         c.proxies.iter().all(|p| p.answered("DELETE") == p.seen("DELETE").len())
     });

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Answer, Conn, LAST_CHUNK, chunks, head, until};
+use crate::support::random::{random_bytes, seeded_rng};
 use crate::support::reference::{md5, md5_base64};
-use crate::values::bytes;
 
 /// What a key is before an upload to it fails.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -152,7 +152,7 @@ fn a_client_that_goes_away_in_the_middle_leaves_nothing() {
 #[test]
 fn a_wrong_digest_leaves_nothing() {
     let c = Cluster::new();
-    let value = bytes(&mut crate::random(), 9 << 20);
+    let value = random_bytes(&mut seeded_rng(), 9 << 20);
     for before in ALL {
         for (n, length) in [1, 1000, 5000, 256 << 10, 700_000, 9 << 20].into_iter().enumerate() {
             let key = format!("/{before:?}/{n}");
@@ -277,7 +277,7 @@ fn a_refusal_is_heard_while_the_way_to_the_volume_is_full() {
 fn a_volume_that_dies_in_the_middle_ends_the_upload() {
     let c = Setup::new().proxied().start();
     // More than the kernel takes from the master for a slow volume: it has not sent all of it.
-    let value = bytes(&mut crate::random(), 12_000_000);
+    let value = random_bytes(&mut seeded_rng(), 12_000_000);
     let mut keys = Vec::new();
     for before in ALL {
         for (n, cut) in [1, 100_000].into_iter().enumerate() {
@@ -303,7 +303,7 @@ fn a_volume_that_dies_in_the_middle_ends_the_upload() {
 #[test]
 fn a_volume_that_dies_at_the_last_byte_is_not_believed_for_a_while() {
     let mut c = Setup::new().proxied().start();
-    let (key, value) = ("/k", bytes(&mut crate::random(), 3_000_000));
+    let (key, value) = ("/k", random_bytes(&mut seeded_rng(), 3_000_000));
     let volume = c.holder(key, 1);
     c.proxies[volume].set("PUT", Fault::Cut(value.len() as u64 - 1));
     c.put(key, &value).refused(503, &c.names[volume]);
@@ -360,7 +360,7 @@ fn a_volume_that_is_down_makes_a_put_fail_at_once() {
 #[test]
 fn connections_that_a_restarted_volume_has_closed_cost_nobody_anything() {
     let mut c = Setup::new().volumes(1).start();
-    let value = bytes(&mut crate::random(), 700_000);
+    let value = random_bytes(&mut seeded_rng(), 700_000);
     let warm = |c: &Cluster, n: u8| {
         for key in [format!("/{n}/a"), format!("/{n}/b"), format!("/{n}/c")] {
             c.put(&key, &value).expect(201);
@@ -395,7 +395,7 @@ fn a_full_disk_on_one_volume_is_an_error_that_names_it() {
     });
     println!("a real full disk: {real}");
     let name = c.names[0].clone();
-    let value = bytes(&mut crate::random(), 3_000_000);
+    let value = random_bytes(&mut seeded_rng(), 3_000_000);
     for before in ALL {
         let key = format!("/{before:?}");
         before.prepare(&c, &key);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::http_client::{Conn, LAST_CHUNK, find, head};
+use crate::support::random::seeded_rng;
 
 /// The most memory that the master may ever have, in MiB.
 const MEMORY: u64 = 256;
@@ -248,7 +249,7 @@ impl Uploads {
 
 #[test]
 fn hostile_requests_harm_nobody() {
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     let c = Setup::new().start();
     c.put("/there", "value").expect(201);
     let mut uploads = Uploads::begin(&c);

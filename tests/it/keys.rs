@@ -8,6 +8,7 @@ use percent_encoding::percent_decode_str;
 
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::http_client::{follow, target, until};
+use crate::support::random::seeded_rng;
 use crate::support::reference;
 
 /// Keys that break what is careless.
@@ -205,7 +206,7 @@ struct Known {
 
 #[test]
 fn random_work_on_random_keys_does_what_it_would_in_a_map() {
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     let mut c = Setup::new().replicas(2).start();
     let keys: Vec<Vec<u8>> = (0..50)
         .map(|n| {

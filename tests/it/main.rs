@@ -1,6 +1,4 @@
 //! Tests of the real binary with real nginx volumes.
-//!
-//! Tests with random input print `MKV_SEED=…` and read it back from the environment.
 
 mod support;
 
@@ -15,6 +13,7 @@ mod http;
 mod keys;
 mod lists;
 mod model;
+mod monitoring;
 mod real_clients;
 mod server_process;
 mod values;
@@ -22,22 +21,17 @@ mod values;
 // Failures and crashes.
 mod crash_recovery;
 mod failed_uploads;
+mod index_failures;
 mod kills_under_load;
 mod upload_timeouts;
 mod volume_failures;
 
 // The index and the commands beside the server.
+mod dump;
 mod import;
 mod index_records;
 mod rebalance;
 mod rebuild;
+mod rebuild_after_crash;
 mod store_history;
 mod verify;
-
-/// The generator for a test's random input.
-fn random() -> fastrand::Rng {
-    let seed = std::env::var("MKV_SEED")
-        .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().expect("MKV_SEED is a number"));
-    println!("MKV_SEED={seed}");
-    fastrand::Rng::with_seed(seed)
-}

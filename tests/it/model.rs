@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use crate::keys::strange_keys;
 use crate::support::cluster::{Cluster, Setup, same};
 use crate::support::http_client::{Answer, LAST_CHUNK, chunks, follow, target};
+use crate::support::random::{random_bytes, seeded_rng};
 use crate::support::reference;
-use crate::values::bytes;
 
 /// What a store has of a key.
 #[derive(Clone, PartialEq)]
@@ -57,7 +57,7 @@ impl Pair {
             1 => self.random.usize(100_000..1_500_000),
             _ => self.random.usize(1..4000),
         };
-        let value = bytes(&mut self.random, length);
+        let value = random_bytes(&mut self.random, length);
         let digest = match self.random.u32(..8) {
             0 if length > 0 => Some(reference::md5_base64(b"another value")),
             1 | 2 => Some(reference::md5_base64(&value)),
@@ -238,10 +238,10 @@ impl Pair {
 
 #[test]
 fn a_minute_of_the_whole_api_goes_as_in_a_model() {
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     let mut keys = strange_keys();
     for length in 0..60 {
-        let tail = bytes(&mut random, if length < 50 { length / 4 } else { 1023 });
+        let tail = random_bytes(&mut random, if length < 50 { length / 4 } else { 1023 });
         keys.push([b"/".to_vec(), tail].concat());
     }
     keys.sort();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::support::cluster::{Cluster, Setup};
-use crate::values::bytes;
+use crate::support::random::{random_bytes, seeded_rng};
 
 /// What a program printed; it has to succeed.
 #[track_caller]
@@ -35,7 +35,7 @@ fn text(path: &Path) -> &str {
 fn curl_puts_gets_and_deletes() {
     let c = Cluster::new();
     let base = format!("http://{}", c.address());
-    let value = bytes(&mut crate::random(), 3_000_000);
+    let value = random_bytes(&mut seeded_rng(), 3_000_000);
     let (large, small) = (file(&c, "large", &value), file(&c, "small", b"small"));
     let curl = |arguments: &[&str]| run("curl", &[&["-q", "-sS", "--fail"], arguments].concat());
     let status = |arguments: &[&str]| -> String {
@@ -77,7 +77,7 @@ fn curl_puts_gets_and_deletes() {
 #[test]
 fn wget_puts_gets_and_deletes() {
     let c = Setup::new().replicas(2).start();
-    let value = bytes(&mut crate::random(), 300_000);
+    let value = random_bytes(&mut seeded_rng(), 300_000);
     let body = format!("--body-file={}", text(&file(&c, "value", &value)));
     let url = format!("http://{}/a/value", c.address());
     let wget = |arguments: &[&str]| {

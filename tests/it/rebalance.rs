@@ -11,6 +11,7 @@ use crate::support::cluster::{Cluster, Setup};
 use crate::support::commands::{flip_a_bit, numbered, peak, record, replicas};
 use crate::support::faulty_proxy::{Fault, Faulty};
 use crate::support::http_client::{Conn, head, target};
+use crate::support::random::seeded_rng;
 use crate::support::reference;
 
 const KEY: &str = "/foo/été";
@@ -54,10 +55,6 @@ fn is_intact(c: &mut Cluster) {
     assert_eq!(c.unlinked(), [b"/unlinked"]);
     c.ask("RELINK", "/unlinked").expect(204);
     assert!(c.holds("/unlinked", "unlinked value").balanced);
-}
-
-fn on_all(c: &Cluster, act: impl Fn(&Faulty)) {
-    c.proxies.iter().for_each(act);
 }
 
 fn settled(c: &Cluster) {
@@ -234,7 +231,7 @@ fn a_rebalance_killed_at_any_point_is_done_by_the_next_one() {
         proxy.wait_held(method, 1);
         rebalance.kill();
         proxy.lose_held(method);
-        on_all(&c, Faulty::behave);
+        c.each_proxy(Faulty::behave);
         // Nothing is lost: what the index names is there.
         let kept = c.mkv(&["verify", "-deep", "-volumes", &all.join(",")]);
         kept.never_says("replicas missing").never_says("wrong").never_says("does not know");
@@ -251,7 +248,7 @@ fn a_rebalance_killed_at_any_point_is_done_by_the_next_one() {
 
 #[test]
 fn a_rebalance_killed_again_and_again_ends_well() {
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     let mut c = store(Setup::new().volumes(4).replicas(2), 2);
     let before = c.dump();
     let all = c.names.clone();

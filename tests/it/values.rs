@@ -6,13 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::http_client::{LAST_CHUNK, ask, chunks, target};
-
-/// Bytes that no compression and no mixed-up order leaves as they are.
-pub fn bytes(random: &mut fastrand::Rng, length: usize) -> Vec<u8> {
-    let mut value = vec![0; length];
-    random.fill(&mut value);
-    value
-}
+use crate::support::random::{random_bytes, seeded_rng};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
@@ -59,9 +53,9 @@ fn comes_back(c: &Cluster, key: &str, value: &[u8]) {
 #[test]
 fn values_of_every_length_come_back_from_each_replica() {
     let c = Cluster::new();
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     for length in LENGTHS {
-        let value = bytes(&mut random, length);
+        let value = random_bytes(&mut random, length);
         let key = format!("/{length}");
         c.put(&key, &value).expect(201);
         comes_back(&c, &key, &value);
@@ -73,9 +67,9 @@ fn values_of_every_length_come_back_from_each_replica() {
 #[test]
 fn chunked_values_of_every_length_come_back_from_each_replica() {
     let c = Cluster::new();
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     for length in LENGTHS {
-        let value = bytes(&mut random, length);
+        let value = random_bytes(&mut random, length);
         let pieces: Vec<usize> = match random.usize(..4) {
             0 => vec![length],
             1 => vec![1, 2, 3, 1023, 1024, 1025],
@@ -97,7 +91,7 @@ fn chunked_values_of_every_length_come_back_from_each_replica() {
 #[test]
 fn a_value_may_come_in_small_pieces_and_a_request_in_single_bytes() {
     let c = Setup::new().volumes(1).start();
-    let value = bytes(&mut crate::random(), 3000);
+    let value = random_bytes(&mut seeded_rng(), 3000);
     let mut conn = c.conn();
     conn.head("PUT", "/k", &[("Content-Length", "3000")]);
     for piece in value.chunks(7) {
@@ -124,9 +118,9 @@ fn a_value_may_come_in_small_pieces_and_a_request_in_single_bytes() {
 #[test]
 fn a_client_that_expects_100_continue_is_told_so_only_when_its_body_is_wanted() {
     let c = Cluster::new();
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     for length in [10, 1024, 1025, 300_000] {
-        let value = bytes(&mut random, length);
+        let value = random_bytes(&mut random, length);
         let key = format!("/{length}");
         let headers = [("Content-Length", &*length.to_string()), ("Expect", "100-continue")];
         let mut conn = c.conn();
@@ -172,8 +166,8 @@ fn a_blobs_mtime_is_the_time_of_the_write_on_every_replica() {
 #[test]
 fn a_value_larger_than_the_masters_memory_passes_through_it() {
     let c = Cluster::new();
-    let mut random = crate::random();
-    let piece = bytes(&mut random, MIB);
+    let mut random = seeded_rng();
+    let piece = random_bytes(&mut random, MIB);
     let count = 100;
     for (key, chunked) in [("/length", false), ("/chunked", true)] {
         let mut conn = c.conn();

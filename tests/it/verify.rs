@@ -12,6 +12,7 @@ use crate::support::commands::{
 };
 use crate::support::faulty_proxy::{Fault, Faulty};
 use crate::support::http_client::{Conn, target};
+use crate::support::random::seeded_rng;
 use crate::support::reference;
 
 const KEY: &str = "/foo/été";
@@ -51,10 +52,6 @@ fn elsewhere(c: &Cluster, key: &str) -> String {
     let placed = c.placed(key);
     let other = c.names.iter().find(|name| !placed.iter().any(|r| r.starts_with(*name)));
     format!("{}/sv00", other.expect("there are more volumes than replicas"))
-}
-
-fn on_all(c: &Cluster, act: impl Fn(&Faulty)) {
-    c.proxies.iter().for_each(act);
 }
 
 // What is found.
@@ -224,7 +221,7 @@ fn a_volume_that_is_down_is_an_error_and_nothing_is_touched() {
 
 #[test]
 fn verify_beside_a_running_master_under_writes_has_no_findings() {
-    let mut random = crate::random();
+    let mut random = seeded_rng();
     let c = Setup::new().replicas(2).subvolumes(3).start();
     c.fill(&numbered("/still/", 20));
     let (stop, written) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -267,12 +264,12 @@ fn what_is_deleted_before_the_master_is_restarted_is_not_missing() {
     let mut c = Setup::new().proxied().start();
     c.put(KEY, "value").expect(201);
     c.put("/deleted", "value").expect(201);
-    on_all(&c, |proxy| proxy.set("GET", Fault::HoldRequest));
+    c.each_proxy(|proxy| proxy.set("GET", Fault::HoldRequest));
     let verify = c.begin(&["verify"]);
     crate::support::http_client::until("it lists", || held(&c, "GET"));
     c.ask("DELETE", "/deleted").expect(204);
     c.restart_master();
-    on_all(&c, |proxy| proxy.release("GET"));
+    c.each_proxy(|proxy| proxy.release("GET"));
     verify.ends().expect(0).says("the store is whole");
 }
 
@@ -411,7 +408,7 @@ fn an_old_copy_of_the_index_costs_no_blob() {
     let keys = numbered("/n/", 40);
     c.fill(&keys);
     // Two writes that are under way when the copy is made, and end well.
-    on_all(&c, |proxy| proxy.set("PUT", Fault::HoldAnswer));
+    c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
     let pending: Vec<Conn> = [("PUT", "/pending"), ("REPLACE", "/n/0000")]
         .into_iter()
         .map(|(method, key)| {
@@ -423,7 +420,7 @@ fn an_old_copy_of_the_index_costs_no_blob() {
         .collect();
     crate::support::http_client::until("both have begun", || c.writing().len() == 2);
     copy_folder(&c.db(), &c.folder.join("copy"));
-    on_all(&c, Faulty::behave);
+    c.each_proxy(Faulty::behave);
     pending.into_iter().for_each(|mut conn| drop(conn.answer().expect(201)));
     // Life goes on.
     for key in &keys[1..5] {
@@ -662,11 +659,11 @@ fn a_repair_killed_at_any_point_is_done_by_the_next_one() {
             let plain = reference::path(key.as_bytes(), 0);
             c.plant(&elsewhere(&c, key), &plain, "too much", now() - 10);
         }
-        on_all(&c, |proxy| proxy.set(method, fault));
+        c.each_proxy(|proxy| proxy.set(method, fault));
         let repair = c.begin(&["verify", "-deep", "-repair"]);
         crate::support::http_client::until("one is held", || held(&c, method));
         repair.kill();
-        on_all(&c, |proxy| {
+        c.each_proxy(|proxy| {
             proxy.lose_held(method);
             proxy.behave();
         });

@@ -4,12 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::cluster::{Cluster, Setup, same};
-use crate::support::commands::{numbered, tree, value_of};
+use crate::support::commands::{numbered, value_of};
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Answer, follow};
 
@@ -75,16 +75,16 @@ impl Wrong {
     }
 }
 
-fn fill_up(disk: &Path) {
+pub fn fill_up(disk: &Path) {
     let mut file = fs::File::create(disk.join(".filler")).unwrap();
     while file.write_all(&[0; 4096]).is_ok() {}
 }
 
-fn make_room(disk: &Path) {
+pub fn make_room(disk: &Path) {
     fs::remove_file(disk.join(".filler")).unwrap();
 }
 
-fn remount(disk: &Path, how: &str) -> bool {
+pub fn remount(disk: &Path, how: &str) -> bool {
     let option = format!("remount,{how}");
     let output = Command::new("mount").args(["-o", &option]).arg(disk).output();
     output.is_ok_and(|output| output.status.success())
@@ -92,7 +92,7 @@ fn remount(disk: &Path, how: &str) -> bool {
 
 /// Reads each of these keys a few times: no read takes longer than one silent volume may, and most
 /// of them do not pay that again.
-fn all_are_read(c: &Cluster, keys: &[Vec<u8>]) {
+pub fn all_are_read(c: &Cluster, keys: &[Vec<u8>]) {
     let mut slow = 0;
     for key in [keys, keys, keys].concat() {
         let begun = Instant::now();
@@ -246,248 +246,4 @@ fn with_all_volumes_down_the_index_still_answers() {
     c.ask("RELINK", &keys[3]).expect(204);
     all_are_read(&c, &[&keys[..2], &keys[3..]].concat());
     c.verified();
-}
-
-/// How the index's disk comes to take no more.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Disk {
-    Full,
-    Fails,
-}
-
-/// Ignores the signal that comes with the limit which stands in for a disk.
-const LIMITED: [&str; 4] = ["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"];
-
-/// From now on no file of the master's grows beyond this length.
-fn limit_files(c: &Cluster, bytes: &str) {
-    let pid = c.master_pid().to_string();
-    let limit = format!("--fsize={bytes}:unlimited");
-    let output = Command::new("prlimit").args(["--pid", &pid, &limit]).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-}
-
-fn index_takes_no_more(disk: Disk) {
-    let mut real = false;
-    let mut c = Cluster::start_with(Setup::new().replicas(2).launcher(&LIMITED), |c| {
-        fs::create_dir(c.db()).unwrap();
-        real = disk == Disk::Full && c.mount_small_disk(&c.db(), "2m");
-    });
-    println!("a real full disk: {real}");
-    let keys = numbered("/k", 20);
-    c.fill(&keys);
-    c.ask("UNLINK", &keys[0]).expect(204);
-    match disk {
-        Disk::Full if real => fill_up(&c.db()),
-        Disk::Full => limit_files(&c, "16384"),
-        Disk::Fails => limit_files(&c, "0"),
-    }
-    let mut stored = Vec::new();
-    let mut refused = Vec::new();
-    for key in numbered("/more", 5000) {
-        let answer = c.put(&key, value_of(&key));
-        if answer.status == 201 {
-            stored.push(key);
-            continue;
-        }
-        answer.refused(500, "index");
-        refused.push(key);
-        if refused.len() == 5 {
-            break;
-        }
-    }
-    println!("{} were stored", stored.len());
-    assert_eq!(refused.len(), 5);
-    for _ in 0..2 {
-        c.replace(&keys[1], "another value").refused(500, "index");
-        c.ask("DELETE", &keys[2]).refused(500, "index");
-        c.ask("UNLINK", &keys[3]).refused(500, "index");
-        c.ask("RELINK", &keys[0]).refused(500, "index");
-        let health = c.ask_target("GET", "/?health").expect(503).text();
-        assert!(!health.contains("\"index\":\"ok\""), "{health}");
-        all_are_read(&c, &[&keys[1..], &stored[..]].concat());
-        refused.iter().for_each(|key| drop(c.get(key).expect(404)));
-        assert_eq!(c.live().len(), keys.len() - 1 + stored.len());
-        assert_eq!(c.unlinked(), [keys[0].clone()]);
-    }
-    if real {
-        make_room(&c.db());
-    } else {
-        limit_files(&c, "unlimited");
-    }
-    c.terminate_master();
-    // What could not be written is told at the end, too, but nothing breaks.
-    assert!(matches!(c.await_master().code(), Some(0 | 1)), "{}", c.log());
-    c.start_master();
-    c.cleaned();
-    all_are_read(&c, &[&keys[1..], &stored[..]].concat());
-    assert_eq!(c.unlinked(), [keys[0].clone()]);
-    for key in &refused {
-        c.get(key).expect(404);
-        c.put(key, value_of(key)).expect(201);
-    }
-    c.ask("RELINK", &keys[0]).expect(204);
-    all_are_read(&c, &[&keys[..], &stored[..], &refused[..]].concat());
-    c.verified();
-}
-
-#[test]
-fn an_index_on_a_full_disk_refuses_writes_and_loses_none() {
-    index_takes_no_more(Disk::Full);
-}
-
-#[test]
-fn an_index_on_a_disk_that_fails_refuses_writes_and_loses_none() {
-    index_takes_no_more(Disk::Fails);
-}
-
-#[test]
-fn an_index_that_is_read_only_at_the_start_is_an_error() {
-    let mut real = false;
-    let mut c = Cluster::start_with(Setup::new().volumes(1), |c| {
-        fs::create_dir(c.db()).unwrap();
-        real = c.mount_small_disk(&c.db(), "16m");
-    });
-    let keys = numbered("/k", 5);
-    c.fill(&keys);
-    c.stop_master();
-    let before = c.index_files();
-    if real {
-        assert!(remount(&c.db(), "ro"));
-    } else {
-        assert!(Command::new("chmod").args(["-R", "a-w"]).arg(c.db()).status().unwrap().success());
-        c.setup = c.setup.clone().launcher(&["setpriv", "--reuid=65534", "--clear-groups"]);
-    }
-    let error = c.try_start_master().expect_err("the index cannot be written");
-    assert!(error.contains("-db") && error.contains(c.db().to_str().unwrap()), "{error}");
-    c.index_is(&before);
-    if real {
-        assert!(remount(&c.db(), "rw"));
-    } else {
-        assert!(Command::new("chmod").args(["-R", "u+w"]).arg(c.db()).status().unwrap().success());
-        c.setup = c.setup.clone().launcher(&[]);
-    }
-    c.start_master();
-    c.reads_back(&keys);
-}
-
-/// The index's files of this kind.
-fn files(c: &Cluster, kind: &str) -> Vec<PathBuf> {
-    let all = tree(&c.db().join("index")).into_keys();
-    let files: Vec<_> = all.filter(|file| file.to_str().unwrap().contains(kind)).collect();
-    assert!(!files.is_empty(), "no {kind}");
-    files
-}
-
-/// Damages these files, at this place of each.
-fn flip(files: &[PathBuf], place: fn(usize) -> usize) {
-    for file in files {
-        let mut bytes = fs::read(file).unwrap();
-        let place = place(bytes.len());
-        bytes[place] ^= 0x10;
-        fs::write(file, bytes).unwrap();
-    }
-}
-
-#[test]
-fn a_damaged_index_is_an_error_and_never_an_empty_store() {
-    let mut c = Setup::new().replicas(2).subvolumes(1).start();
-    let keys = numbered("/k", 40);
-    c.fill(&keys);
-    let (gone, hidden, live) = (&keys[..3], &keys[3..6], &keys[6..]);
-    gone.iter().for_each(|key| drop(c.ask("DELETE", key).expect(204)));
-    hidden.iter().for_each(|key| drop(c.ask("UNLINK", key).expect(204)));
-    // Its start puts what the log holds into tables; then the log gets the rest.
-    c.restart_master();
-    live[..20].iter().for_each(|key| {
-        c.replace(key, value_of(key)).expect(201);
-    });
-    c.cleaned();
-    c.kill_master();
-    let (index, disks) = (c.index_files(), c.disks());
-    let remove = |files: Vec<PathBuf>| files.iter().for_each(|file| fs::remove_file(file).unwrap());
-    let cut = |files: Vec<PathBuf>, at: fn(usize) -> usize| {
-        for file in files {
-            let bytes = fs::read(&file).unwrap();
-            fs::write(file, &bytes[..at(bytes.len())]).unwrap();
-        }
-    };
-    type Damage<'a> = (&'static str, &'a dyn Fn(&Cluster));
-    let damages: [Damage; 10] = [
-        ("a bit in each table's data", &|c| flip(&files(c, ".sst"), |_| 20)),
-        ("a bit in each table's end", &|c| flip(&files(c, ".sst"), |length| length - 20)),
-        ("tables cut short", &|c| cut(files(c, ".sst"), |length| length / 2)),
-        ("tables gone", &|c| remove(files(c, ".sst"))),
-        ("a bit in the log", &|c| flip(&files(c, ".log"), |length| length / 3)),
-        ("a bit in the manifest", &|c| flip(&files(c, "MANIFEST"), |length| length / 2)),
-        ("the manifest gone", &|c| remove(files(c, "MANIFEST"))),
-        ("CURRENT gone", &|c| remove(files(c, "CURRENT"))),
-        ("CURRENT empty", &|c| cut(files(c, "CURRENT"), |_| 0)),
-        ("all gone but the tables", &|c| {
-            let all = files(c, "index/").into_iter();
-            remove(all.filter(|file| file.extension().is_none_or(|kind| kind != "sst")).collect());
-        }),
-    ];
-    for (what, damage) in damages {
-        fs::remove_dir_all(c.db().join("index")).unwrap();
-        fs::create_dir(c.db().join("index")).unwrap();
-        index.iter().for_each(|(file, bytes)| fs::write(file, bytes).unwrap());
-        damage(&c);
-        // Again and again, as a supervisor would.
-        for _ in 0..3 {
-            match c.try_start_master() {
-                Err(error) => {
-                    println!("{what}: {error}");
-                    assert!(error.contains("mkv rebuild"), "{what}: {error}");
-                }
-                Ok(()) => {
-                    println!("{what}: it starts");
-                    serves_the_truth(&c, live, &[gone, hidden].concat());
-                    c.terminate_master();
-                    c.await_master();
-                }
-            }
-            c.disks_are(&disks);
-            c.mkv(&["verify", "-deep"]).expect(1);
-        }
-        // What the README says to do.
-        fs::rename(c.db().join("index"), c.folder.join("damaged")).unwrap();
-        c.mkv(&["rebuild", "-rehash"]).expect(0);
-        fs::remove_dir_all(c.folder.join("damaged")).unwrap();
-        c.start_master();
-        c.reads_back(live);
-        c.reads_back(hidden);
-        gone.iter().for_each(|key| drop(c.get(key).expect(404)));
-        c.verified();
-        c.stop_master();
-        c.disks_are(&disks);
-    }
-    c.start_master();
-}
-
-/// A damaged index may keep the master from answering, but what it answers is so.
-fn serves_the_truth(c: &Cluster, live: &[Vec<u8>], others: &[Vec<u8>]) {
-    let mut failed = 0;
-    for key in live {
-        let answer = c.get(key);
-        if answer.status == 500 {
-            failed += 1;
-            answer.refused(500, "index");
-            c.put(key, "another value").refused(500, "index");
-            c.ask("DELETE", key).refused(500, "index");
-        } else {
-            same(&follow(&answer.expect(302)).expect(200).body, &value_of(key), "a value");
-        }
-    }
-    for key in others {
-        let answer = c.get(key);
-        assert!(matches!(answer.status, 404 | 500), "{answer:?}");
-    }
-    println!("{failed} of {} could not be read", live.len());
-    assert!(failed > 0, "the damage did not matter");
-    let mut conn = c.conn();
-    conn.head("GET", "/?list", &[]);
-    // A list is whole, or has no end, or is an error.
-    if let Ok(Some(answer)) = conn.any_answer("GET") {
-        answer.expect(500);
-    }
 }

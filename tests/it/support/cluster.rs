@@ -313,6 +313,10 @@ impl Cluster {
         down.iter_mut().for_each(|volume| volume.await_ready());
     }
 
+    pub fn each_proxy(&self, act: impl Fn(&Faulty)) {
+        self.proxies.iter().for_each(act);
+    }
+
     // The master.
 
     /// The command line that starts the master, with a port that is chosen freely the first time.
@@ -373,6 +377,10 @@ impl Cluster {
         let status = fs::read_to_string(format!("/proc/{}/status", self.master_pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with(field)).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    pub fn open_descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.master_pid())).unwrap().count()
     }
 
     /// kill -9.

@@ -1,0 +1,178 @@
+//! Metrics, health and the log.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use prometheus_parse::{Scrape, Value};
+
+use crate::support::cluster::{Cluster, Setup};
+use crate::support::http_client::until;
+
+struct Metrics(Scrape);
+
+impl Metrics {
+    #[track_caller]
+    fn of(c: &Cluster) -> Metrics {
+        let answer = c.ask_target("GET", "/?metrics").expect(200);
+        assert_eq!(answer.header("Content-Type"), Some("text/plain; version=0.0.4"));
+        let text = answer.text();
+        promtool(&text);
+        let lines = text.lines().map(|line| Ok(line.to_string()));
+        Metrics(Scrape::parse(lines).expect("Prometheus text"))
+    }
+
+    /// The one value of this name and these labels; 0 where there is none yet.
+    #[track_caller]
+    fn get(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let fits = |sample: &&prometheus_parse::Sample| {
+            sample.metric == name
+                && labels.iter().all(|(label, value)| sample.labels.get(label) == Some(value))
+        };
+        let found: Vec<_> = self.0.samples.iter().filter(fits).collect();
+        assert!(found.len() < 2, "{name} {labels:?}: {found:?}");
+        found.first().map_or(0.0, |sample| match &sample.value {
+            Value::Counter(n) | Value::Gauge(n) | Value::Untyped(n) => *n,
+            Value::Histogram(counts) => {
+                let pairs = counts.windows(2);
+                assert!(pairs.clone().all(|p| p[0].count <= p[1].count), "{name}: {counts:?}");
+                let all = counts.last().expect("it has buckets");
+                assert_eq!(all.less_than, f64::INFINITY, "{name}");
+                all.count
+            }
+            other => panic!("{name}: {other:?}"),
+        })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.docs.contains_key(name) && self.0.samples.iter().any(|s| s.metric == name)
+    }
+}
+
+/// Has promtool read it too, where there is one.
+fn promtool(text: &str) {
+    let mut command = Command::new("promtool");
+    command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let Ok(mut child) = command.spawn() else { return };
+    let mut input = child.stdin.take().expect("its input is a pipe");
+    input.write_all(text.as_bytes()).expect("promtool reads");
+    drop(input);
+    let output = child.wait_with_output().expect("promtool ends");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn metrics_count_what_happens() {
+    let mut c = Setup::new().start();
+    let names = c.names.clone();
+    c.put("/k", "value").expect(201);
+    c.put("/k", "value").expect(403);
+    c.get("/k").expect(302);
+    c.get("/none").expect(404);
+    let before = Metrics::of(&c);
+    for family in [
+        "mkv_requests_total",
+        "mkv_received_bytes_total",
+        "mkv_sent_bytes_total",
+        "mkv_request_seconds",
+        "mkv_volume_seconds",
+        "mkv_uploads",
+        "mkv_connections",
+        "mkv_locks",
+        "mkv_keys",
+        "mkv_volume_up",
+        "mkv_errors_total",
+    ] {
+        assert!(before.has(family), "{family} is missing: {:?}", before.0);
+    }
+    for name in &names {
+        assert_eq!(before.get("mkv_volume_up", &[("volume", name)]), 1.0, "{name}");
+    }
+    c.put("/l", "a longer value").expect(201);
+    c.get("/l").expect(302);
+    c.get("/none").expect(404);
+    let after = Metrics::of(&c);
+    let grown =
+        |name: &str, labels: &[(&str, &str)]| after.get(name, labels) - before.get(name, labels);
+    let requests =
+        |method, status| grown("mkv_requests_total", &[("method", method), ("status", status)]);
+    assert_eq!(requests("PUT", "201"), 1.0);
+    assert_eq!(requests("PUT", "403"), 0.0);
+    assert_eq!(requests("GET", "302"), 1.0);
+    assert_eq!(requests("GET", "404"), 1.0);
+    assert_eq!(grown("mkv_received_bytes_total", &[]), "a longer value".len() as f64);
+    assert!(grown("mkv_sent_bytes_total", &[]) > 100.0);
+    assert_eq!(grown("mkv_request_seconds", &[("method", "PUT")]), 1.0);
+    for name in &names {
+        assert!(grown("mkv_volume_seconds", &[("volume", name)]) >= 1.0, "{name}");
+    }
+    assert_eq!((after.get("mkv_uploads", &[]), after.get("mkv_locks", &[])), (0.0, 0.0));
+
+    // An upload under way holds its key's lock.
+    let mut upload = c.conn();
+    upload.head("PUT", "/m", &[("Content-Length", "5000")]).send("begun");
+    until("the upload is counted", || {
+        let now = Metrics::of(&c);
+        now.get("mkv_uploads", &[]) == 1.0 && now.get("mkv_locks", &[]) == 1.0
+    });
+    until("its connection is counted", || Metrics::of(&c).get("mkv_connections", &[]) >= 1.0);
+    drop(upload);
+    until("the upload is over", || {
+        let now = Metrics::of(&c);
+        now.get("mkv_uploads", &[]) == 0.0 && now.get("mkv_locks", &[]) == 0.0
+    });
+
+    c.volumes[0].stop();
+    let errors =
+        |m: &Metrics| m.0.samples.iter().filter(|s| s.metric == "mkv_errors_total").count();
+    let kinds = errors(&Metrics::of(&c));
+    c.put("/n", "value").expect(503);
+    let down = Metrics::of(&c);
+    assert_eq!(down.get("mkv_volume_up", &[("volume", &names[0])]), 0.0);
+    assert_eq!(down.get("mkv_volume_up", &[("volume", &names[1])]), 1.0);
+    assert!(errors(&down) > kinds, "no error of a new kind: {:?}", down.0);
+    c.volumes[0].start();
+    until("the volume counts as up", || {
+        c.replace("/n", "value");
+        Metrics::of(&c).get("mkv_volume_up", &[("volume", &names[0])]) == 1.0
+    });
+}
+
+#[test]
+fn health_names_the_volume_that_is_down() {
+    let mut c = Cluster::new();
+    let state = |c: &Cluster, status| -> serde_json::Value {
+        let answer = c.ask_target("GET", "/?health").expect(status);
+        assert_eq!(answer.header("Content-Type"), Some("application/json"));
+        serde_json::from_slice(&answer.body).expect("JSON")
+    };
+    let name = c.names[1].clone();
+    let well = state(&c, 200);
+    assert_eq!((&well["healthy"], &well["index"]), (&true.into(), &"ok".into()));
+    assert!(c.names.iter().all(|name| well["volumes"][name] == "ok"), "{well}");
+    c.volumes[1].stop();
+    let ill = state(&c, 503);
+    assert_eq!((&ill["healthy"], &ill["index"]), (&false.into(), &"ok".into()));
+    for other in &c.names {
+        assert_eq!(ill["volumes"][other] == "ok", *other != name, "{ill}");
+    }
+    c.volumes[1].start();
+    state(&c, 200);
+}
+
+#[test]
+fn the_log_has_one_line_for_each_request_and_no_query() {
+    let c = Setup::new().volumes(1).start();
+    c.put("/logged", "value").expect(201);
+    c.get("/logged").expect(302);
+    c.ask_target("GET", "/?list&start=%2Fsecret").expect(200);
+    c.ask_target("GET", "/odd?password=secret").expect(403);
+    let log = c.log();
+    for line in ["PUT /logged 201", "GET /logged 302", "GET / 200", "GET /odd 403"] {
+        assert_eq!(
+            log.lines().filter(|l| l.contains(&format!("] {line} "))).count(),
+            1,
+            "{line}: {log}"
+        );
+    }
+    assert!(!log.contains("secret"), "{log}");
+}
