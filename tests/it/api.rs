@@ -1,4 +1,4 @@
-//! The table of the API: every status and every header.
+//! The API: every status and every header.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -68,7 +68,7 @@ fn a_key_is_unbalanced_once_placement_wants_it_elsewhere() {
         c.put(format!("/{n}"), [n]).expect(201);
         assert!(c.found(format!("/{n}")).balanced);
     }
-    // The list's order does not matter.
+    // The order of -volumes does not matter.
     c.names.reverse();
     c.restart_master();
     assert!((0..30).all(|n| c.found(format!("/{n}")).balanced));
@@ -107,7 +107,7 @@ fn a_key_whose_blobs_are_gone_or_of_another_length_is_gone() {
     sole(0);
     files.iter().for_each(|file| drop(fs::remove_file(file)));
     c.get("/k").refused(410, "replica");
-    // A folder in a blob's place is no blob.
+    // A folder in place of a blob does not count.
     fs::create_dir(&files[1]).unwrap();
     c.get("/k").refused(410, "replica");
     fs::remove_dir(&files[1]).unwrap();
@@ -136,7 +136,7 @@ fn a_silent_volume_makes_a_read_uncertain_only_where_no_other_has_the_blob() {
     for _ in 0..20 {
         assert_eq!(follow(&c.get("/k").expect(302)).text(), "value");
     }
-    // The one that is down may have it: nothing says that the value is gone.
+    // The stopped volume may still hold the value, so the answer is not 410.
     files[1..].iter().for_each(|file| fs::remove_file(file).unwrap());
     let name = c.names[first].clone();
     let answer = c.get("/k").refused(503, &name);
@@ -149,7 +149,7 @@ fn a_silent_volume_makes_a_read_uncertain_only_where_no_other_has_the_blob() {
     c.ask("RELINK", "/unlinked").refused(503, "volume");
     let answer = c.put("/new", "value").refused(503, &c.host);
     assert!(answer.header("Retry-After").is_some());
-    // What the index knows alone is known.
+    // Requests that need only the index still succeed.
     c.get("/other").expect(404);
     assert_eq!(c.live(), [b"/k"]);
     assert_eq!(c.unlinked(), [b"/unlinked"]);
@@ -241,7 +241,7 @@ fn a_put_needs_a_value_a_right_digest_and_a_key_of_at_most_1024_bytes() {
     assert!(c.live().is_empty());
     c.cleaned();
     assert!(c.blobs().is_empty());
-    // Counted are the key's bytes, not those of the target.
+    // The limit counts the bytes of the key, not of its encoded target.
     let most = format!("/{}", "%FF".repeat(1023));
     crate::support::http_client::ask(&c.address(), "PUT", &most, &[], Some(b"value")).expect(201);
     digest("value", &md5_base64(b"value")).expect(201);
@@ -268,7 +268,7 @@ fn a_key_that_is_being_written_is_locked() {
         for method in ["DELETE", "UNLINK", "RELINK"] {
             c.ask(method, key).refused(409, "writing");
         }
-        // Readers see what is there, lists too.
+        // Readers and lists see the state before the write.
         match key {
             "/live" => drop(c.holds(key, "old")),
             _ => drop(c.get(key).refused(404, "no such key")),
@@ -396,7 +396,7 @@ fn unknown_methods_are_405_and_unknown_queries_403() {
             assert!(method == "HEAD" || answer.text().contains("query"));
         }
     }
-    // An upload to a query stores nothing, under no name.
+    // A PUT with a query stores nothing under any name.
     crate::support::http_client::ask(&c.address(), "PUT", "/up?partNumber=1", &[], Some(b"x"))
         .expect(403);
     assert_eq!(c.live(), [b"/k"]);
@@ -428,7 +428,7 @@ fn a_key_that_is_not_here_is_sought_at_the_fallback() {
     c.ask("UNLINK", "/here").expect(204);
     let answer = c.get("/here").expect(302);
     assert_eq!(answer.header("Location"), Some("http://elsewhere.test:3000/here"));
-    // The volumes say that it is gone: the fallback server is not asked for what was written here.
+    // 410 even with -fallback: this store wrote the key, so the fallback server cannot have it.
     c.ask("RELINK", "/here").expect(204);
     let files = c.files("/here");
     fs::remove_file(&files[0]).unwrap();

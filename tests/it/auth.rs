@@ -1,4 +1,4 @@
-//! A store with a lock on its door: basic authorization, which the volumes decide.
+//! Basic authorization, which the volumes decide.
 
 use std::fs;
 use std::net::TcpListener;
@@ -21,7 +21,7 @@ const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove
 
 const ME: &str = "me:secret";
 
-/// Users and passwords that break what is careless.
+/// Users and passwords that need careful encoding.
 const STRANGE: [&str; 12] = [
     "colon:a:b::c:",
     "at:p@ss@word",
@@ -46,13 +46,13 @@ struct Store {
     master: Option<Child>,
     port: u16,
     flags: Vec<String>,
-    /// What is loaded into the master before its own code.
+    /// A library to preload into the master.
     preload: Option<PathBuf>,
     _reserved: TcpListener,
 }
 
 impl Store {
-    /// Three volumes with these users, `user:password`; the master is not started.
+    /// Starts three volumes with these users (`user:password`), and no master.
     fn volumes(users: &[&str]) -> Store {
         let (reserved, host) = own_address();
         let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
@@ -76,14 +76,15 @@ impl Store {
         store
     }
 
-    /// A master that shows its volumes what its callers show it.
+    /// Starts volumes and a master with -basicauth, which checks each client's credentials at the
+    /// volumes.
     fn start(users: &[&str], flags: &[&str]) -> Store {
         let mut store = Store::volumes(users);
         store.start_master(&[&["-basicauth"], flags].concat());
         store
     }
 
-    /// Makes these the users, half of them with bcrypt and half with apr1.
+    /// Replaces the users. Half of the passwords use bcrypt, half apr1.
     fn allow(&self, users: &[&str]) {
         let mut text = String::new();
         for (n, user) in users.iter().enumerate() {
@@ -95,7 +96,7 @@ impl Store {
             text.push_str(String::from_utf8_lossy(&line.stdout).trim());
             text.push('\n');
         }
-        // In one step: nginx reads the file for each request.
+        // Replace the file atomically: nginx reads it for each request.
         let file = self.folder.join(".htpasswd");
         fs::write(file.with_extension("new"), text).expect("it can be written");
         fs::rename(file.with_extension("new"), file).expect("it can be renamed");
@@ -184,7 +185,7 @@ impl Store {
         format!("{}:{}", self.host, self.port)
     }
 
-    /// A request with `user:password`, or without.
+    /// Sends a request with or without `user:password`.
     #[track_caller]
     fn ask(&self, who: Option<&str>, method: &str, target: &str, body: Option<&[u8]>) -> Answer {
         let header = who.map(basic);
@@ -197,7 +198,7 @@ impl Store {
         self.ask(Some(who), "PUT", &target(key), Some(value.as_bytes()))
     }
 
-    /// The blobs on the disks, by their paths.
+    /// The paths of all blobs.
     fn blobs(&self) -> Vec<String> {
         let mut blobs = Vec::new();
         (0..3).for_each(|n| walk(&self.folder.join(format!("v{n}")), &mut blobs));
@@ -215,7 +216,7 @@ impl Store {
         format!("http://{}{}", self.address(), target(key))
     }
 
-    /// Nothing has panicked.
+    /// Checks that nothing has panicked.
     fn check(&self) {
         let panics: Vec<String> =
             self.log().lines().filter(|l| l.contains("panicked")).map(String::from).collect();
@@ -258,14 +259,14 @@ fn basic(userpass: &str) -> String {
     format!("Basic {}", STANDARD.encode(userpass))
 }
 
-/// `user:pass@`, as it stands in a redirect.
+/// `user:password@`, as in a redirect's URL.
 fn in_url(userpass: &str) -> String {
     let (user, password) = userpass.split_once(':').expect("user:password");
     let encode = |text: &str| percent_encode(text.as_bytes(), UNRESERVED).to_string();
     format!("{}:{}@", encode(user), encode(password))
 }
 
-/// What the redirect leads to, asked for with the credentials that it carries.
+/// Reads the URL of a redirect with the credentials in it.
 #[track_caller]
 fn follow(redirect: &Answer) -> Answer {
     let location = redirect.header("Location").expect("a redirect has a Location");
@@ -287,14 +288,14 @@ fn is_401(answer: &Answer) {
     }
 }
 
-/// What an answer tells, apart from the time.
+/// Everything in an answer but its Date.
 fn told(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>) {
     let headers = answer.headers.into_iter().filter(|(name, _)| !name.eq_ignore_ascii_case("date"));
     (answer.status, headers.collect(), answer.body)
 }
 
-/// How curl is told to follow a redirect. Before 8.2.0 it forgets -u at a redirect to another port and
-/// does not see the credentials in the Location either (curl/curl#11410).
+/// The curl flags that follow a redirect with credentials. Before 8.2.0, curl drops -u on a
+/// redirect to another port and also ignores the credentials in the Location (curl/curl#11410).
 fn follows() -> Vec<&'static str> {
     let said = Command::new("curl").args(["-q", "--version"]).output().expect("curl starts").stdout;
     let said = String::from_utf8_lossy(&said).into_owned();
@@ -360,7 +361,7 @@ fn without_the_right_credentials_everything_is_401_and_nothing_is_told() {
         answers.dedup();
         assert_eq!(answers.len(), 1, "{who:?}: {answers:?}");
     }
-    // An upload is refused before it is sent, and its sender told so.
+    // An upload is refused before its body is sent, and the client reads the refusal.
     for (who, headers) in [(None, vec![]), (Some("me:wrong"), vec![("Expect", "100-continue")])] {
         let header = who.map(basic);
         let mut headers: Vec<(&str, &str)> = headers;
@@ -422,7 +423,7 @@ fn a_malformed_header_is_401_and_no_crash() {
             is_401(&answer);
         }
     }
-    // What is unusual and right.
+    // Unusual but valid headers.
     for header in [format!("basic {token}"), format!("BASIC {token}"), format!("Basic   {token}  ")]
     {
         http_client::ask(&s.address(), "GET", "/live", &[("Authorization", &header)], None)
@@ -505,7 +506,7 @@ fn where_a_volume_is_down_the_others_decide_and_where_all_are_nobody_comes_in() 
     let users: Vec<&str> = users.iter().map(String::as_str).collect();
     let mut s = Store::start(&users, &[]);
     s.put(users[0], "/live", "value").expect(201);
-    // Of users that were not asked for before nothing is remembered.
+    // Users that the master has not cached yet.
     s.stop_volume(1);
     for who in &users[1..6] {
         s.ask(Some(who), "GET", "/?list", None).expect(200);
@@ -540,7 +541,7 @@ fn a_changed_password_counts_at_once_for_values_and_a_no_is_forgotten_within_a_s
     is_401(&s.ask(Some("me:new"), "GET", "/?list", None));
     let asked = Instant::now();
     s.allow(&["me:new", "you:other"]);
-    // Whatever is remembered, no value is given away and none is written.
+    // Even while the old password is cached, no value is read or written with it.
     let before = s.blobs();
     is_401(&s.ask(Some("me:old"), "GET", "/live", None));
     let put = s.put("me:old", "/other", "value");
@@ -554,7 +555,7 @@ fn a_changed_password_counts_at_once_for_values_and_a_no_is_forgotten_within_a_s
     s.ask(Some("you:other"), "DELETE", "/live", None).expect(204);
 }
 
-/// A clock that can be put forward: what the file in LATER says, in seconds.
+/// A preloaded clock that runs ahead by the seconds in the file named by LATER.
 const CLOCK: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -588,7 +589,7 @@ fn a_yes_is_remembered_for_thirty_seconds_and_then_asked_for_again() {
     s.allow(&["me:new"]);
     later("25");
     assert_eq!(list("me:old"), 200);
-    // It was asked once: being asked for does not make it last.
+    // The cache entry dates from the first check: using it does not extend it.
     later("31");
     assert_eq!((list("me:old"), list("me:new")), (401, 200));
     later("63");
@@ -610,7 +611,7 @@ fn a_volume_that_lets_everybody_in_keeps_the_master_from_starting() {
         );
     }
     s.stop_volume(1);
-    // One that is down is no error.
+    // A volume that is down does not prevent the start.
     s.start_master(&["-basicauth"]);
     s.ask(Some(ME), "GET", "/?list", None).expect(200);
     is_401(&s.ask(Some("me:wrong"), "GET", "/?list", None));
@@ -622,7 +623,7 @@ fn a_volume_that_comes_up_without_a_lock_opens_no_door() {
     s.stop_volume(1);
     s.start_master(&["-basicauth"]);
     s.start_volume(1, false);
-    // It is the only one that could say yes.
+    // The volume without authorization is the only one that answers.
     s.stop_volume(0);
     s.stop_volume(2);
     for n in 0..5 {
@@ -662,7 +663,7 @@ fn rebuild_rebalance_and_verify_show_the_volumes_their_userpass() {
     assert!(ran.status.success(), "{ran:?}");
     let ran = s.run(&["-userpass", ME, "rebalance", "-replicas", "3", "-settle", "0s"]);
     assert!(ran.status.success() && s.blobs().len() == 30, "{ran:?}");
-    // Without a colon it is a mistake that is named before anything is done.
+    // A -userpass without a colon is an error on the command line.
     let ran = s.run(&["-userpass", "secret", "verify"]);
     let said = String::from_utf8_lossy(&ran.stderr);
     assert!(ran.status.code() == Some(2) && said.contains("-userpass") && !said.contains("secret"));
@@ -674,7 +675,7 @@ fn the_cleaner_deletes_with_the_servers_own_userpass_and_waits_without_one() {
     s.put(ME, "/a", "old").expect(201);
     s.ask(Some(ME), "REPLACE", "/a", Some(b"new")).expect(201);
     let writing = |s: &Store| s.ask(Some(ME), "GET", "/?writing", None).expect(200).text();
-    // A caller's own deletion needs no cleaner.
+    // A client's own DELETE needs no cleaner.
     s.put(ME, "/b", "value").expect(201);
     s.ask(Some(ME), "DELETE", "/b", None).expect(204);
     thread::sleep(Duration::from_millis(300));
@@ -732,7 +733,7 @@ fn neither_the_log_nor_a_command_tells_a_password() {
         s.ask(Some(who), "DELETE", "/a", None).expect(204);
     }
     s.put(users[1], "/a", "value").expect(201);
-    // Errors of all kinds.
+    // Provoke all kinds of errors.
     (0..3).for_each(|n| s.stop_volume(n));
     for method in ["GET", "HEAD", "PUT", "REPLACE", "DELETE", "REBALANCE"] {
         let body = ["PUT", "REPLACE"].contains(&method).then_some(b"x".as_slice());

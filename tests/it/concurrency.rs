@@ -1,4 +1,4 @@
-//! What happens at the same time: replicas, readers beside slow uploads, writers of one key.
+//! Concurrency: parallel replicas, readers during slow uploads, several writers of one key.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -27,7 +27,7 @@ fn the_replicas_of_a_put_are_written_at_the_same_time() {
                 writer.answer()
             });
             held.wait_held("PUT", 1);
-            // The others do not wait for the one that is held.
+            // The other replicas do not wait for the held one.
             for (proxy, before) in c.proxies.iter().zip(&before) {
                 proxy.wait_seen("PUT", before + 1);
             }
@@ -155,7 +155,7 @@ fn of_two_writers_of_a_key_one_wins_and_the_other_is_told() {
         c.proxies[0].set("PUT", Fault::HoldRequest);
         let mut one = c.conn();
         one.head(method, &key, &[("Content-Length", "500000")]).send(&first[..1000]);
-        // Once debris is written, the lock is held.
+        // The lock is held once the debris is written.
         until("the first has begun", || c.writing().len() == 1);
         for other in ["PUT", "REPLACE"] {
             c.send(other, &key, &[], vec![b'2'; 500_000]).refused(409, "writing");
@@ -174,7 +174,7 @@ fn of_two_writers_of_a_key_one_wins_and_the_other_is_told() {
 fn many_writers_and_readers_of_one_key_see_only_whole_values() {
     let c = Cluster::new();
     let (address, stop) = (c.address(), AtomicBool::new(false));
-    // A value tells who wrote it, and all its bytes are the same.
+    // All bytes of a value are the same and identify its writer.
     let value = |writer: usize, round: usize| -> Vec<u8> {
         let length = [3, 700, 5000, 300_000][(writer + round) % 4] + writer;
         vec![b'a' + (writer * 3 + round % 3) as u8; length]
@@ -224,7 +224,8 @@ fn many_writers_and_readers_of_one_key_see_only_whole_values() {
                         let answer = c.get("/k");
                         match answer.status {
                             302 => {
-                                // What was replaced in between is gone, never another value.
+                                // The blob may have been replaced since the redirect, but it never
+                                // holds another value.
                                 let found = follow(&answer);
                                 if found.status == 200 {
                                     whole(&found.body);

@@ -1,4 +1,4 @@
-//! Connections: clients that do not read, bursts, limits that are reached, idle clients.
+//! Connections: clients that do not read, bursts, resource limits, idle clients.
 
 use std::fs;
 use std::io::{ErrorKind, Write};
@@ -14,8 +14,8 @@ use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Conn, head, until, within};
 use crate::support::random::{random_bytes, seeded_rng};
 
-/// A connection on which little is under way: the client has next to no room for answers, and the
-/// size of its packets makes the server's kernel keep little for it.
+/// Opens a connection that buffers little: the client's receive buffer is minimal, and a small
+/// segment size keeps the server's send buffer small.
 fn narrow(c: &Cluster, packet: u32) -> TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(1).unwrap();
@@ -26,10 +26,10 @@ fn narrow(c: &Cluster, packet: u32) -> TcpStream {
     socket.into()
 }
 
-/// Requests that are sent without a pause: fewer than the master lets wait for their turn.
+/// Requests sent without a pause, fewer than the master queues for one connection.
 const BATCH: usize = 8;
 
-/// A client that never reads.
+/// A client that sends requests and never reads the answers.
 struct Deaf {
     socket: TcpStream,
     request: Vec<u8>,
@@ -52,7 +52,7 @@ impl Deaf {
         match self.socket.write(&self.unsent) {
             Ok(n) => drop(self.unsent.drain(..n)),
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-            // What the server closed with requests unanswered it closed with a reset.
+            // The server closes with unread requests pending, which resets the connection.
             Err(e) if [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&e.kind()) => {
                 self.closed = true;
             }
@@ -61,7 +61,7 @@ impl Deaf {
     }
 }
 
-/// What others want meanwhile: on a connection that is kept, and on new ones.
+/// Other clients meanwhile, on a kept connection and on new ones.
 struct Others {
     kept: Conn,
     slowest: Duration,
@@ -88,11 +88,11 @@ impl Others {
     }
 }
 
-/// Its requests are answered until nothing more finds room on the way to it; then they wait, and at
-/// last the master closes the connection.
+/// The master answers such a client until all buffers are full, then stops reading its requests,
+/// and at last closes the connection.
 #[test]
 fn clients_that_never_read_delay_nobody_else() {
-    // Keys as long as they may be, whose answers are the longest.
+    // Keys of the maximum length have the longest answers.
     let long = |first: &str| format!("/{first}{}", "k".repeat(1000));
     let c = Setup::new().volumes(1).start();
     c.put("/there", "value").expect(201);
@@ -100,7 +100,7 @@ fn clients_that_never_read_delay_nobody_else() {
     let requests = [("GET", long("none")), ("GET", long("there")), ("UNLINK", long("none"))];
     let mut others = Others::new(&c);
     for packet in [88, 536, 32_000] {
-        // How many requests each kind takes until it is closed.
+        // How many requests of each kind the master accepts before it closes.
         let most = requests.each_ref().map(|(method, key)| {
             let mut deaf = Deaf::new(&c, packet, method, key);
             while !deaf.closed {
@@ -110,7 +110,7 @@ fn clients_that_never_read_delay_nobody_else() {
             }
             deaf.sent
         });
-        // Clients that send a little less: their connections stay open.
+        // Clients that send slightly less: their connections stay open.
         let mut deaf: Vec<_> = (0..60)
             .map(|n| (most[n % 3], Deaf::new(&c, packet, requests[n % 3].0, &requests[n % 3].1)))
             .collect();
@@ -128,7 +128,7 @@ fn clients_that_never_read_delay_nobody_else() {
     println!("others waited for {:?} at most", others.slowest);
 }
 
-/// Opens that many connections, which all ask at once; the longest that one of them waited.
+/// Opens this many connections, sends a request on each, and returns the longest wait.
 #[track_caller]
 fn burst(c: &Cluster, count: usize) -> (Vec<Conn>, Duration) {
     let mut conns: Vec<(Instant, Conn)> = (0..count)
@@ -151,7 +151,7 @@ fn burst(c: &Cluster, count: usize) -> (Vec<Conn>, Duration) {
 fn no_connection_of_a_burst_waits_longer_than_250_ms() {
     let mut c = Setup::new().volumes(1).start();
     for count in [16, 50, 100, 200] {
-        // A busy machine may delay some of them: not on every server.
+        // A busy machine may delay a few of them, but not on four servers in a row.
         let mut servers = Vec::new();
         while servers.len() < 4 && servers.iter().all(|worst| *worst >= Duration::from_millis(250))
         {
@@ -175,7 +175,7 @@ fn no_connection_of_a_burst_waits_longer_than_250_ms() {
     }
 }
 
-/// Sets a soft limit of the master's, or takes it back; as the user the master runs as.
+/// Sets a soft limit of the master process. prlimit must run as the master's user.
 #[track_caller]
 fn limit(c: &Cluster, user: Option<&str>, limit: &str) {
     let pid = c.master_pid().to_string();
@@ -189,13 +189,13 @@ fn limit(c: &Cluster, user: Option<&str>, limit: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// More descriptors for the test itself than a shell gives.
+/// Raises this process's descriptor limit, for tests with thousands of connections.
 fn raise_our_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
 }
 
-/// Connections that come one after the other and ask, as far as they can.
+/// Opens connections one after the other and sends a request on each, as far as the server lets it.
 fn crowd(c: &Cluster, count: usize) -> Vec<Conn> {
     let open = |_| {
         let mut conn = c.conn();
@@ -205,7 +205,7 @@ fn crowd(c: &Cluster, count: usize) -> Vec<Conn> {
     (0..count).map(open).collect()
 }
 
-/// How long it takes until new connections are answered, all of a few in a row.
+/// Measures how long it takes until five new connections in a row are answered.
 #[track_caller]
 fn until_answered(c: &Cluster) -> Duration {
     let begun = Instant::now();
@@ -227,10 +227,11 @@ fn a_master_whose_descriptors_are_used_up_answers_once_some_are_free() {
     c.put("/k", "value").expect(201);
     limit(&c, None, "--nofile=200:");
     for round in 0..5 {
-        // One that was there before is served all the while.
+        // An existing connection is served throughout.
         let mut kept = c.conn();
         kept.ask("GET", "/none", &[], None).expect(404);
-        // An odd one more: the last descriptor goes to the first half of a connection.
+        // An odd count in every second round: one connection then gets the last descriptor but not
+        // the two that it needs.
         let crowd = crowd(&c, 400 + round % 2);
         until("all descriptors are in use", || c.open_descriptors() >= 198);
         for _ in 0..20 {
@@ -244,7 +245,7 @@ fn a_master_whose_descriptors_are_used_up_answers_once_some_are_free() {
 
 #[test]
 fn a_master_without_threads_answers_once_there_are_some() {
-    // The limit does not bind root. What root may do with files stays, for the tests' folders.
+    // The limit does not apply to root. Keep root's access to the tests' folders.
     let user = (100_000 + fastrand::u32(..1_000_000_000)).to_string();
     let user = rustix::process::geteuid().is_root().then_some(user.as_str());
     let mut setup = Setup::new().volumes(1);
@@ -266,7 +267,7 @@ fn a_master_without_threads_answers_once_there_are_some() {
         for _ in 0..20 {
             kept.ask("GET", "/none", &[], None).expect(404);
         }
-        // A moment later than it fails, or as long as it takes to try again.
+        // Lift the limit at different times after the failure, up to the longest retry interval.
         std::thread::sleep(Duration::from_secs([0, 1, 3, 7][round]));
         limit(&c, user, "--nproc=1000:");
         println!("round {round}: {:?}", until_answered(&c));
@@ -306,10 +307,10 @@ fn connections_above_maxconns_are_refused_and_the_others_go_on() {
             None => refused += 1,
         }
     }
-    // The master talks to itself now and then.
+    // The master opens connections to itself now and then.
     assert!((95..=100).contains(&there.len()), "{} are served", there.len());
     for _ in 0..10 {
-        // One that says nothing is closed too.
+        // A connection without a request is closed too.
         c.conn().end();
     }
     for conn in &mut there {
@@ -327,7 +328,7 @@ fn connections_that_have_ended_are_not_too_many() {
     }
 }
 
-/// Time on the processor, in ticks of 10 ms.
+/// Processor time, in ticks of 10 ms.
 fn ticks(c: &Cluster) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{}/stat", c.master_pid())).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
@@ -394,7 +395,7 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
                 assert!((55..75).contains(&after.as_secs()), "closed after {after:?}");
             });
         }
-        // One that sends a byte a second.
+        // This client sends one byte a second.
         scope.spawn(move || {
             while !dribble.readable(Duration::from_secs(1)) {
                 dribble.send("d");
@@ -402,13 +403,13 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
             }
             assert!(begun.elapsed() > Duration::from_secs(55));
         });
-        // One that asks now and then, for longer than a minute.
+        // This client sends a request every ten seconds for more than a minute.
         for _ in 0..7 {
             std::thread::sleep(Duration::from_secs(10));
             busy.ask("GET", "/none", &[], None).expect(404);
         }
     });
-    // Nor has the listener run into its own timeout.
+    // The listener has not run into its own timeout either.
     assert!(!c.log().contains("accepting connections failed"), "{}", c.log());
     for key in ["/length", "/chunked", "/dribble"] {
         c.lacks(key);
@@ -417,8 +418,8 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
     }
 }
 
-/// Were each answered in the call that answered the one before it, 60 of them would need 300 KiB of
-/// stack, on the thread that hears volumes for all.
+/// If each request were answered in the call that answered the previous one, 60 of them would need
+/// 300 KiB of stack, on the thread that serves all volumes.
 #[test]
 fn requests_that_waited_for_their_turn_are_answered_one_call_each() {
     let small = ["env", "RUST_MIN_STACK=200000"];
@@ -438,7 +439,7 @@ fn a_head_takes_5_minutes_at_most() {
     later.ask("GET", "/none", &[], None).expect(404);
     let begin = "GET /none HTTP/1.1\r\nDribble: ";
     let mut heads = vec![first.send(begin), later.send(begin)];
-    // An upload may take longer.
+    // An upload may take longer than a head.
     let value = random_bytes(&mut seeded_rng(), 315 << 10);
     upload.head("PUT", "/slow", &[("Content-Length", &value.len().to_string())]);
     let begun = Instant::now();

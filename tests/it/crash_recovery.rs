@@ -1,4 +1,4 @@
-//! The write protocols: the master is killed after each step, and what the design says is found.
+//! The write protocols: the master is killed after each step, and the state must match the design.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,12 +13,12 @@ use crate::support::reference;
 
 const KEY: &str = "/foo/été";
 
-/// A store of three volumes behind proxies, each with a replica of every key.
+/// A store of three volumes behind proxies. Each volume holds a replica of every key.
 fn store() -> Cluster {
     Setup::new().proxied().start()
 }
 
-/// Begins a write whose answer the test does not wait for.
+/// Sends a write without waiting for its answer.
 fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
     let mut conn = c.conn();
     let length = value.len().to_string();
@@ -27,7 +27,7 @@ fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
     conn
 }
 
-/// kill -9, a start, and the cleaner is held before its first deletion.
+/// Kills and restarts the master, and holds the cleaner's first deletion.
 fn crash(c: &mut Cluster) {
     c.kill_master();
     c.each_proxy(|proxy| {
@@ -39,9 +39,9 @@ fn crash(c: &mut Cluster) {
     c.start_master();
 }
 
-/// The debris of one write is found by the cleaner on all volumes that the write went to, under
-/// this version (`None`: one that is not the plain name), and then its blobs are gone and `left`
-/// others are there. The entry may stay for some seconds more: a 404 is no proof that soon.
+/// Checks that the cleaner deletes one write's blobs on all its volumes, under this version
+/// (`None`: any version but the plain name), so that `left` blobs remain. The debris may stay for
+/// some seconds more, because a 404 is no proof so soon after a crash.
 fn is_cleaned(c: &mut Cluster, version: Option<u64>, left: usize) {
     c.each_proxy(|proxy| proxy.wait_held("DELETE", 1));
     assert_eq!(c.writing(), [KEY.as_bytes()]);
@@ -73,7 +73,7 @@ fn a_put_killed_before_its_first_byte_is_debris_and_nothing_else() {
     c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldRequest));
     let _writer = begin(&c, "PUT", "value");
     c.each_proxy(|proxy| proxy.wait_held("PUT", 1));
-    // The entry stands before a volume hears anything.
+    // The debris is written before any volume is contacted.
     assert_eq!(c.writing(), [KEY.as_bytes()]);
     assert!(c.live().is_empty());
     c.get(KEY).expect(404);
@@ -83,7 +83,7 @@ fn a_put_killed_before_its_first_byte_is_debris_and_nothing_else() {
     is_cleaned(&mut c, Some(0), 0);
     c.put(KEY, "next").expect(201);
     c.holds(KEY, "next");
-    // Nothing has appeared: the entry goes.
+    // No blob has appeared, so the entry is dropped.
     until("there is no debris", || c.writing().is_empty());
 }
 
@@ -215,7 +215,7 @@ fn acknowledged_writes_survive_any_number_of_kills() {
         });
         c.start_master();
         for (key, value, known) in results.into_iter().flatten() {
-            // Not acknowledged is whole or not there.
+            // A write without an acknowledgement is stored whole or not at all.
             if known || c.get(&key).status == 302 {
                 written.insert(key, value);
             } else {
@@ -234,7 +234,7 @@ fn acknowledged_writes_survive_any_number_of_kills() {
 
 // REPLACE.
 
-/// Until the flip a reader has the old value, whatever lies on the volumes.
+/// Readers see the old value until the flip, whatever the volumes hold.
 #[test]
 fn a_replace_killed_before_the_flip_leaves_the_old_value() {
     for fault in [Fault::HoldRequest, Fault::HoldAnswer] {
@@ -292,7 +292,7 @@ fn a_delete_killed_before_its_blobs_are_gone_is_finished_by_the_cleaner() {
             c.proxies[c.holder(KEY, replica)].wait_held("DELETE", 1);
         }
         wait_for_blobs(&c, 3 - gone);
-        // The batch is written before a blob goes.
+        // The index changes before any blob is deleted.
         c.get(KEY).expect(404);
         assert!(c.live().is_empty());
         assert_eq!(c.writing(), [KEY.as_bytes()]);
@@ -357,7 +357,7 @@ fn a_delete_that_was_not_finished_can_be_asked_for_again() {
         assert_eq!(c.blobs().len(), 1);
     }
     c.proxies[refuses].release("DELETE");
-    // The cleaner may have been first.
+    // The cleaner may have finished first.
     let status = c.ask("DELETE", KEY).status;
     assert!([204, 404].contains(&status), "{status}");
     c.lacks(KEY);
@@ -425,7 +425,7 @@ fn a_path_never_holds_two_values() {
     let c = store();
     c.put(KEY, "value 0").expect(201);
     let mut last = 0;
-    // While blobs of the key may lie anywhere, each write gets a version above all of them.
+    // While old blobs may remain, each write gets a version above all earlier ones.
     c.each_proxy(|proxy| proxy.set("DELETE", Fault::Answer(500)));
     for round in 1..6 {
         c.ask("DELETE", KEY).refused(503, "deleted");
@@ -444,13 +444,13 @@ fn a_path_never_holds_two_values() {
     assert_eq!(c.holds(KEY, "value 5").version, last);
     assert_eq!(c.blobs().len(), 3);
     c.ask("DELETE", KEY).expect(204);
-    // Nothing is left of it anywhere: the plain name is free again.
+    // No blob of the key is left, so the plain name is free again.
     c.put(KEY, "anew").expect(201);
     assert_eq!(c.holds(KEY, "anew").version, 0);
 }
 
-/// The cleaner does not hold the key's lock while it waits for a volume: what it deletes there is not
-/// written again in the meantime.
+/// The cleaner does not hold the key's lock while it waits for a volume, so no new blob may take
+/// the path that it deletes.
 #[test]
 fn a_slow_deletion_by_the_cleaner_never_meets_a_new_blob() {
     let c = store();
@@ -475,7 +475,7 @@ fn a_slow_deletion_by_the_cleaner_never_meets_a_new_blob() {
     });
 }
 
-/// One of a volume's processes has the deletion and does it when another one has answered the next.
+/// One nginx worker holds the DELETE and runs it after another worker has answered the next one.
 #[test]
 fn a_deletion_without_an_answer_never_meets_a_new_blob() {
     let c = store();
@@ -501,7 +501,7 @@ fn debris_on_volumes_that_hold_no_new_blobs_is_cleaned_there() {
     c.put(key, "value").expect(201);
     c.volumes[old].stop();
     c.ask("DELETE", key).expect(503);
-    // The master forgets the volume, its debris does not.
+    // The volume leaves -volumes, but its debris stays.
     let all = c.names.clone();
     c.names.remove(old);
     c.restart_master();
@@ -518,8 +518,8 @@ fn debris_on_volumes_that_hold_no_new_blobs_is_cleaned_there() {
     c.restart_master();
 }
 
-/// The volume has the whole body when the master dies, and publishes it when another value has been
-/// written and the cleaner has already been told that there is no blob.
+/// The volume has the whole body when the master dies. It publishes the blob after the cleaner has
+/// seen a 404 and another value has been written.
 #[test]
 fn a_blob_that_appears_after_a_kill_is_cleaned_and_never_served() {
     let mut c = store();
@@ -530,7 +530,7 @@ fn a_blob_that_appears_after_a_kill_is_cleaned_and_never_served() {
     wait_for_blobs(&c, 2);
     c.kill_master();
     c.start_master();
-    // The cleaner has asked the volume, and it said 404.
+    // The cleaner has asked the volume and got a 404.
     c.proxies[late].wait_seen("DELETE", 1);
     wait_for_blobs(&c, 0);
     c.get(KEY).expect(404);
@@ -549,8 +549,8 @@ fn plain() -> String {
     reference::path(KEY.as_bytes(), 0)
 }
 
-/// The volume has the whole body, its answer never came, and the blob appears when everything else
-/// is over.
+/// The volume has the whole body but its answer is lost. The blob appears after everything else is
+/// over.
 #[test]
 fn a_blob_that_appears_late_is_cleaned_and_never_served() {
     let mut c = store();
@@ -559,14 +559,14 @@ fn a_blob_that_appears_late_is_cleaned_and_never_served() {
     c.put(KEY, "value").refused(503, &c.names[late]);
     c.proxies[late].wait_held("PUT", 1);
     until("the others are cleared", || c.blobs().is_empty());
-    // A 404 proves nothing yet: the entry stays, through a kill too.
+    // A 404 does not prove anything yet: the entry stays, also across a kill.
     let asked = c.proxies[late].seen("DELETE").len();
     c.proxies[late].wait_seen("DELETE", asked + 2);
     assert_eq!(c.writing(), [KEY.as_bytes()]);
     c.kill_master();
     c.start_master();
     assert_eq!(c.writing(), [KEY.as_bytes()]);
-    // The next value has a name of its own.
+    // The next value gets its own version.
     c.put(KEY, "next").refused(503, &c.names[late]);
     c.proxies[late].wait_held("PUT", 2);
     c.proxies[late].lose_held("PUT");
@@ -587,20 +587,20 @@ fn late_blobs_of_several_versions_are_all_deleted() {
     }
     c.proxies[late].wait_held("PUT", VERSIONS);
     until("the others are cleared", || c.blobs().is_empty());
-    // The cleaner is told that there is nothing, before there is.
+    // The cleaner gets a 404 before the blobs appear.
     until("all versions are asked for", || c.proxies[late].answered("DELETE") >= VERSIONS);
-    // Some came twice: the master tries again where a connection ends without an answer.
+    // Some requests arrived twice: the master retries when a connection closes without an answer.
     let come = c.proxies[late].seen("PUT").len();
     c.proxies[late].set("DELETE", Fault::HoldAnswer);
     c.proxies[late].release("PUT");
     until("the late blobs are published", || c.proxies[late].answered("PUT") == come);
     c.get(KEY).expect(404);
     assert!(c.live().is_empty());
-    // The cleaner hears of several at the same moment.
+    // The cleaner gets several answers at the same moment.
     c.proxies[late].wait_held("DELETE", 2);
     std::thread::sleep(Duration::from_millis(100));
     c.proxies[late].release("DELETE");
     within(Duration::from_secs(15), "the late blobs are deleted", || c.blobs().is_empty());
-    // Each was seen to be deleted: nothing is left to wait for.
+    // Every blob was seen to be deleted, so no debris is left.
     c.lacks(KEY);
 }

@@ -37,7 +37,7 @@ fn a_dump_is_sorted_and_one_line_a_key_beside_a_running_master_too() {
     let before = c.index_files();
     assert!(c.dump() == dump);
     c.index_is(&before);
-    // What was written since is in the next one.
+    // The next dump has the new key.
     c.start_master();
     c.put("/zzz", "value").expect(201);
     let after = c.dump();

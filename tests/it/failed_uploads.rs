@@ -1,4 +1,4 @@
-//! Uploads that fail: the right answer, and nothing left of them.
+//! Failed uploads: the right answer, and no trace.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use crate::support::http_client::{Answer, Conn, LAST_CHUNK, chunks, head, until}
 use crate::support::random::{random_bytes, seeded_rng};
 use crate::support::reference::{md5, md5_base64};
 
-/// What a key is before an upload to it fails.
+/// The state of a key before the failed upload.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Before {
     Absent,
@@ -29,7 +29,7 @@ impl Before {
         }
     }
 
-    /// The failed upload has left no trace: the key is what it was, and can be written.
+    /// Checks that the failed upload left no trace: the key is in its old state and can be written.
     #[track_caller]
     fn is_untouched(self, c: &Cluster, key: &str) {
         match self {
@@ -57,7 +57,7 @@ fn plain(key: &str) -> String {
     crate::support::reference::path(key.as_bytes(), 0)
 }
 
-/// Requests that end too early: a name, and the bytes that are sent.
+/// Truncated uploads: a description, and the bytes to send.
 fn cut_short(key: &str) -> Vec<(String, Vec<u8>)> {
     let value = vec![b'v'; 600_000];
     let mut all = Vec::new();
@@ -123,7 +123,8 @@ fn a_client_that_goes_away_in_the_middle_leaves_nothing() {
                         conn.end_sending();
                         match conn.any_answer("PUT") {
                             Ok(Some(answer)) => drop(answer.refused(400, "upload")),
-                            // So short a body is read before the master hears of the request.
+                            // A body this short is read before the master sees the request, so the
+                            // connection just closes.
                             Ok(None) if name.ends_with("of 1 bytes") => {}
                             Ok(None) if name.ends_with("of 1024 bytes") => {}
                             other => panic!("{name}: {other:?}"),
@@ -141,7 +142,7 @@ fn a_client_that_goes_away_in_the_middle_leaves_nothing() {
     for (before, name, key) in keys {
         println!("{name}: {key}");
         if before == Before::Unlinked {
-            // Relinked just now.
+            // The loop above has just relinked it.
             assert_eq!(c.holds(&key, &key).version, 0);
         } else {
             before.is_untouched(&c, &key);
@@ -174,7 +175,7 @@ fn a_wrong_digest_leaves_nothing() {
     }
 }
 
-/// Uploads so slowly that the answer to it comes in the middle; returns it, and how much was sent.
+/// Uploads slowly until the answer arrives. Returns the answer and how many bytes were sent.
 fn upload_until_answered(conn: &mut Conn, key: &str, chunked: bool) -> (Answer, usize) {
     const PIECE: usize = 64 << 10;
     const ALL: usize = 1 << 30;
@@ -212,7 +213,7 @@ fn a_volume_that_refuses_at_once_ends_the_upload_soon() {
             assert!(text.contains(&status.to_string()), "{status}: {text}");
             assert!(sent < 32 << 20, "{sent} bytes were taken");
             assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
-            // A value that is sent at once.
+            // Also for a value that is sent in one go.
             c.replace(&key, vec![b'v'; 10_000]).refused(500, &c.names[volume]);
             c.proxies[volume].release("PUT");
             before.is_untouched(&c, &key);
@@ -239,7 +240,7 @@ fn a_volume_that_refuses_in_the_middle_ends_the_upload_soon() {
     }
 }
 
-/// The volume says no and reads no more, while the master has more to send than fits on the way.
+/// The volume refuses and stops reading while the master has more to send than the buffers hold.
 #[test]
 fn a_refusal_is_heard_while_the_way_to_the_volume_is_full() {
     let c = Setup::new().proxied().start();
@@ -276,7 +277,8 @@ fn a_refusal_is_heard_while_the_way_to_the_volume_is_full() {
 #[test]
 fn a_volume_that_dies_in_the_middle_ends_the_upload() {
     let c = Setup::new().proxied().start();
-    // More than the kernel takes from the master for a slow volume: it has not sent all of it.
+    // Larger than the socket buffers to a slow volume, so that the master cannot have sent all of
+    // it.
     let value = random_bytes(&mut seeded_rng(), 12_000_000);
     let mut keys = Vec::new();
     for before in ALL {
@@ -308,7 +310,7 @@ fn a_volume_that_dies_at_the_last_byte_is_not_believed_for_a_while() {
     c.proxies[volume].set("PUT", Fault::Cut(value.len() as u64 - 1));
     c.put(key, &value).refused(503, &c.names[volume]);
     c.proxies[volume].release("PUT");
-    // It was sent all of it, so that its 404 proves nothing yet.
+    // The volume received the whole body, so its 404 proves nothing yet.
     c.debris_may_last(key);
     until("the other blobs are gone", || c.blobs().is_empty());
     assert_eq!(c.writing(), [key.as_bytes()]);
@@ -388,7 +390,7 @@ fn connections_that_a_restarted_volume_has_closed_cost_nobody_anything() {
 #[test]
 fn a_full_disk_on_one_volume_is_an_error_that_names_it() {
     let mut real = false;
-    // Where no disk can be mounted, a volume answers as nginx does on a full one.
+    // Where no disk can be mounted, the proxy answers as nginx does on a full disk.
     let mut c = Cluster::start_with(Setup::new().proxied(), |c| {
         let disk = c.volumes[0].folder.clone();
         real = c.mount_small_disk(&disk, "2m");
@@ -413,7 +415,7 @@ fn a_full_disk_on_one_volume_is_an_error_that_names_it() {
         c.proxies[0].release("PUT");
         before.is_untouched(&c, &key);
     }
-    // What fits is stored; a disk filled to its last block takes no more, and loses nothing.
+    // Values that fit are stored. A disk filled to its last block refuses more and loses nothing.
     let mut stored = Vec::new();
     loop {
         let key = format!("/{}", stored.len());
@@ -440,7 +442,7 @@ fn a_full_disk_on_one_volume_is_an_error_that_names_it() {
     c.restart_master();
 }
 
-/// tiny_http allocates what it does not read of a body.
+/// tiny_http allocates memory for the unread part of a body.
 #[test]
 fn refused_uploads_take_no_memory() {
     let mut c = Cluster::new();

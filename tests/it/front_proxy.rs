@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use crate::support::cluster::{Cluster, Setup, bound_to_us, same, signal, wait};
 use crate::support::http_client::{Conn, until};
 
-/// The nginx of front.conf, with TLS, before a store's master.
+/// The nginx of front.conf, with TLS, in front of a master.
 struct Front {
     nginx: Child,
     address: String,
@@ -46,7 +46,7 @@ impl Front {
         Front { nginx, address, certificate }
     }
 
-    /// Runs curl through it; gives status and headers, and the body.
+    /// Runs curl through the proxy. Returns status and redirect data, and the body.
     #[track_caller]
     fn curl(&self, args: &[&str], path: &str) -> (String, Vec<u8>) {
         let url = format!("https://{}{path}", self.address);
@@ -64,7 +64,7 @@ impl Front {
 }
 
 impl Front {
-    /// Sends bytes inside TLS; the first line that comes back.
+    /// Sends raw bytes inside TLS, and returns the first line of the answer.
     fn raw(&self, request: &str) -> String {
         let mut tls = bound_to_us("KILL")
             .args(["openssl", "s_client", "-quiet", "-verify_return_error"])
@@ -97,7 +97,7 @@ fn path(folder: &Path, name: &str) -> String {
     folder.join(name).to_str().expect("the temporary folder's name is text").to_string()
 }
 
-/// front.conf with its lines marked HERE set, and temporary files of its own.
+/// front.conf with its lines marked HERE filled in, and with its own temporary folders.
 fn configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> String {
     let text = fs::read_to_string("front.conf").expect("front.conf is there");
     let mut set = 0;
@@ -134,7 +134,8 @@ fn the_front_passes_what_is_right_and_refuses_the_rest() {
     let file = path(&c.folder, "value");
     fs::write(&file, &value).expect("it can be written");
 
-    // Uploads with a length and in chunks, to a key that only an untouched target names.
+    // Uploads with a length and in chunks, to a key that survives only if nginx does not normalize
+    // the target.
     let (said, _) = front.curl(&["-T", &file, "--path-as-is"], "//a/../%2Fkey%3F");
     assert!(said.starts_with("201 "), "{said}");
     c.holds("//a/..//key?", &value);
@@ -143,7 +144,7 @@ fn the_front_passes_what_is_right_and_refuses_the_rest() {
     assert!(said.starts_with("201 "), "{said}");
     c.holds("/chunked", &value);
 
-    // The redirect is to the volume itself, and holds what was sent.
+    // The redirect points to the volume itself.
     let (said, body) = front.curl(&["-I"], "/chunked");
     let location = c.get("/chunked").expect(302).header("Key-Volumes").map(String::from);
     let at = location.expect("it has volumes");
@@ -157,7 +158,7 @@ fn the_front_passes_what_is_right_and_refuses_the_rest() {
     assert!(said.starts_with("204 "), "{said}");
     c.lacks("/chunked");
 
-    // What the front refuses the master never sees.
+    // Requests that the proxy refuses do not reach the master.
     let requests = || c.log().lines().filter(|line| line.contains("mkv::http]")).count();
     let before = requests();
     let large = format!("X-Large: {}", "a".repeat(9 << 10));
@@ -168,7 +169,7 @@ fn the_front_passes_what_is_right_and_refuses_the_rest() {
     assert_eq!(requests(), before, "{}", c.log());
 }
 
-/// What tiny_http hides from the master means one thing only behind the front.
+/// tiny_http hides some malformed requests from the master. The front proxy refuses them.
 #[test]
 fn the_front_refuses_what_the_master_cannot_see() {
     let c = Setup::new().volumes(1).start();

@@ -1,4 +1,4 @@
-//! Everything that a hostile client may send, while others are served.
+//! Requests of a hostile client, sent while other clients are served.
 
 use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
@@ -8,16 +8,16 @@ use crate::support::cluster::{Cluster, Setup};
 use crate::support::http_client::{Conn, LAST_CHUNK, find, head};
 use crate::support::random::seeded_rng;
 
-/// The most memory that the master may ever have, in MiB.
+/// The master's peak memory must stay below this, in MiB.
 const MEMORY: u64 = 256;
 
 const UPLOADS: usize = 64;
 const VALUE: usize = 1 << 20;
 
-/// Bytes that are a request where they are taken for one.
+/// Bytes after a request that become a second request if the server gets the framing wrong.
 const SMUGGLED: &str = "PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nbad";
 
-/// What a client sends, and which answers may come, beside none.
+/// What a client sends, and which statuses are allowed. No answer at all is always allowed.
 struct Attack {
     bytes: Vec<u8>,
     answers: fn(u16) -> bool,
@@ -27,12 +27,13 @@ fn refused(status: u16) -> bool {
     (400..500).contains(&status)
 }
 
-/// A request that is odd, but means one thing only: it may get its true answer.
+/// For requests that are odd but unambiguous.
 fn served(status: u16) -> bool {
     (200..500).contains(&status)
 }
 
-/// What begins with this head must be refused, and what follows is never a request.
+/// A request that begins with this head must be refused. What follows must never be taken for a
+/// request.
 fn attack(head: impl AsRef<[u8]>) -> Attack {
     let bytes = [head.as_ref(), SMUGGLED.as_bytes()].concat();
     Attack { bytes, answers: refused }
@@ -94,7 +95,7 @@ fn framings() -> Vec<Attack> {
         "Transfer-Encoding: chunked,\r\n\tidentity".into(),
         "Content-Length: 3\r\n Transfer-Encoding: chunked".into(),
         " : x".into(),
-        // A header that is there only for whoever takes a bare LF, CR or NUL for a line's end.
+        // Headers that exist only for a parser that ends lines at a bare LF, CR or NUL.
         format!("X: y\nContent-Length: {long}"),
         format!("X: y\rContent-Length: {long}"),
         format!("X: y\0Content-Length: {long}"),
@@ -151,7 +152,7 @@ fn lines() -> Vec<Attack> {
     .into_iter()
     .map(attack)
     .collect();
-    // Heads without an end, or too large: the master has no limit of its own for them.
+    // Unfinished or oversized heads. The master itself does not limit them.
     let long = "a".repeat(1 << 20);
     let many = "X: y\r\n".repeat(100_000);
     for request in [
@@ -185,13 +186,13 @@ fn odd_but_valid() -> Vec<Attack> {
     .into()
 }
 
-/// Sends it; the master answers as it may and closes. `open`: this client is patient, and closes
-/// its side only when the answer is there or does not come.
+/// Sends an attack and checks the answers. With `open`, the client waits for the answer before it
+/// shuts down its sending side.
 #[track_caller]
 fn suffer(c: &Cluster, attack: &Attack, open: bool) {
     let shown = attack.bytes[..attack.bytes.len().min(300)].escape_ascii().to_string();
     let mut conn = c.conn();
-    // The master may close before it has it all.
+    // The master may close before it has read everything.
     let _ = conn.try_send(&attack.bytes);
     if open {
         conn.readable(Duration::from_millis(20));
@@ -210,7 +211,7 @@ fn suffer(c: &Cluster, attack: &Attack, open: bool) {
     }
 }
 
-/// Uploads under way, which send a little now and then.
+/// Uploads in progress, which send a few bytes now and then.
 struct Uploads {
     conns: Vec<Conn>,
     value: Vec<u8>,
@@ -268,8 +269,7 @@ fn hostile_requests_harm_nobody() {
     }
     c.get("/stored").expect(404);
     assert_eq!(c.live(), [b"/there"]);
-    // The same with some bytes changed. What is right now nobody knows; but who is not refused is
-    // answered, not dropped.
+    // The same with random bytes changed. The right answer is then unknown, but it is never a 500.
     for attack in &attacks {
         let mut bytes = attack.bytes.clone();
         for _ in 0..random.usize(1..4) {

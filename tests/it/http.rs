@@ -1,4 +1,4 @@
-//! HTTP's edges: what a client may do, and what it may not.
+//! HTTP edge cases: valid and invalid requests, framing, pipelining.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ fn bursts_of_connections_that_are_kept_are_all_answered() {
                 conn.answer().expect(404);
             }
         }
-        // One after the other, while all stay open.
+        // Send requests one after the other while all connections stay open.
         for conn in &mut conns {
             conn.ask("PUT", "/k", &[], Some(b"v"));
             conn.ask("GET", "/k", &[], None).expect(302);
@@ -46,8 +46,8 @@ fn bursts_of_connections_that_are_kept_are_all_answered() {
     }
 }
 
-/// Sends a request that is no good, with a body that must not be taken for a request; the server
-/// refuses it or closes, says nothing more, stores nothing and lives.
+/// Sends a malformed request and bytes that must not be taken for a second one. The server must
+/// refuse it or close, send no second answer and store nothing.
 #[track_caller]
 fn is_refused(c: &Cluster, request: &[u8]) {
     let shown = request.escape_ascii().to_string();
@@ -89,7 +89,7 @@ fn a_length_that_is_none_or_too_large_is_refused() {
         "٣",
     ] {
         for method in ["PUT", "REPLACE"] {
-            // Some of these are right lengths of a body that then is cut short.
+            // Some of these lengths are valid, but the body is cut short.
             is_refused(&c, &head(method, "/k", &[("Content-Length", length)]));
         }
     }
@@ -208,7 +208,7 @@ fn a_refused_upload_is_answered_before_its_body_is_sent() {
     let mut conn = c.conn();
     conn.head("PUT", "/k", &[("Content-Length", "10000000"), ("Expect", "100-continue")]);
     assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 403);
-    // Also where the client sends on: it is not cut off before it has read the answer.
+    // A client that goes on sending is not cut off before it has read the answer.
     for _ in 0..5 {
         let mut conn = c.conn();
         conn.head("PUT", "/k", &[("Content-Length", "4000000")]);

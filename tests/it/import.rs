@@ -1,6 +1,7 @@
-//! `import`: an index that goleveldb wrote, as a Go master leaves it, into ours.
+//! `mkv import`: an index that goleveldb wrote, as a Go master leaves it.
 //!
-//! The indexes lie in `tests/goleveldb`, each with a text of what goleveldb reads in it.
+//! The fixtures are in `tests/goleveldb`, each with a text of the records that goleveldb reads in
+//! it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -10,7 +11,7 @@ use std::process::{Command, Output};
 
 use rustix::fs::{FlockOperation, flock};
 
-/// A folder for one test, with a copy of a fixture as `old`; `new` is for the test to make.
+/// A test's folder: `old` is a copy of a fixture, `new` does not exist yet.
 struct Place(PathBuf);
 
 impl Place {
@@ -41,7 +42,8 @@ impl Place {
         mkv(&["-db", self.new_db().to_str().unwrap(), "dump"])
     }
 
-    /// Fails to import, says `what` in one line that names -leveldb or -db, and leaves no index.
+    /// Checks that the import fails with one error line that contains `what` and -leveldb, and
+    /// leaves no index.
     fn refused(&self, what: &str) {
         let output = self.import();
         let text = text(&output.stderr);
@@ -76,16 +78,16 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// What `dump` should say: the lines of whole records that decode.
+/// The lines that `dump` should print: those of the records that decode.
 fn expected(fixture: &str, keep: impl Fn(&str) -> bool) -> String {
     let all = fs::read_to_string(fixtures().join(fixture).with_extension("txt")).unwrap();
     all.split_inclusive('\n').filter(|line| keep(line.split_once('\t').unwrap().1)).collect()
 }
 
-/// Size, times and content of a file.
+/// A file's inode, mtime, ctime and content.
 type Entry = (u64, i64, i64, i64, i64, Vec<u8>);
 
-/// Everything that could change about a folder: names, sizes, times, places on the disk, content.
+/// Everything about a folder that an import could change.
 fn fingerprint(folder: &Path) -> BTreeMap<PathBuf, Entry> {
     let files = fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
     files

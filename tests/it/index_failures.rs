@@ -9,17 +9,17 @@ use crate::support::commands::{numbered, tree, value_of};
 use crate::support::http_client::follow;
 use crate::volume_failures::{all_are_read, fill_up, make_room, remount};
 
-/// How the index's disk comes to take no more.
+/// How the index's disk fails.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Disk {
     Full,
     Fails,
 }
 
-/// Ignores the signal that comes with the limit which stands in for a disk.
+/// Ignores SIGXFSZ: a file size limit stands in for a failing disk.
 const LIMITED: [&str; 4] = ["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"];
 
-/// From now on no file of the master's grows beyond this length.
+/// Limits the size of the master's files.
 fn limit_files(c: &Cluster, bytes: &str) {
     let pid = c.master_pid().to_string();
     let limit = format!("--fsize={bytes}:unlimited");
@@ -76,7 +76,7 @@ fn index_takes_no_more(disk: Disk) {
         limit_files(&c, "unlimited");
     }
     c.terminate_master();
-    // What could not be written is told at the end, too, but nothing breaks.
+    // The exit may report what could not be written, but nothing breaks.
     assert!(matches!(c.await_master().code(), Some(0 | 1)), "{}", c.log());
     c.start_master();
     c.cleaned();
@@ -131,7 +131,7 @@ fn an_index_that_is_read_only_at_the_start_is_an_error() {
     c.reads_back(&keys);
 }
 
-/// The index's files of this kind.
+/// The index's files whose path contains this text.
 fn files(c: &Cluster, kind: &str) -> Vec<PathBuf> {
     let all = tree(&c.db().join("index")).into_keys();
     let files: Vec<_> = all.filter(|file| file.to_str().unwrap().contains(kind)).collect();
@@ -139,7 +139,7 @@ fn files(c: &Cluster, kind: &str) -> Vec<PathBuf> {
     files
 }
 
-/// Damages these files, at this place of each.
+/// Flips a bit in each file, at this position.
 fn flip(files: &[PathBuf], place: fn(usize) -> usize) {
     for file in files {
         let mut bytes = fs::read(file).unwrap();
@@ -157,7 +157,7 @@ fn a_damaged_index_is_an_error_and_never_an_empty_store() {
     let (gone, hidden, live) = (&keys[..3], &keys[3..6], &keys[6..]);
     gone.iter().for_each(|key| drop(c.ask("DELETE", key).expect(204)));
     hidden.iter().for_each(|key| drop(c.ask("UNLINK", key).expect(204)));
-    // Its start puts what the log holds into tables; then the log gets the rest.
+    // A restart flushes the log into tables; the writes that follow go to the log.
     c.restart_master();
     live[..20].iter().for_each(|key| {
         c.replace(key, value_of(key)).expect(201);
@@ -193,7 +193,7 @@ fn a_damaged_index_is_an_error_and_never_an_empty_store() {
         fs::create_dir(c.db().join("index")).unwrap();
         index.iter().for_each(|(file, bytes)| fs::write(file, bytes).unwrap());
         damage(&c);
-        // Again and again, as a supervisor would.
+        // Restart repeatedly, as a supervisor would.
         for _ in 0..3 {
             match c.try_start_master() {
                 Err(error) => {
@@ -210,7 +210,7 @@ fn a_damaged_index_is_an_error_and_never_an_empty_store() {
             c.disks_are(&disks);
             c.mkv(&["verify", "-deep"]).expect(1);
         }
-        // What the README says to do.
+        // The procedure of the README.
         fs::rename(c.db().join("index"), c.folder.join("damaged")).unwrap();
         c.mkv(&["rebuild", "-rehash"]).expect(0);
         fs::remove_dir_all(c.folder.join("damaged")).unwrap();
@@ -225,7 +225,7 @@ fn a_damaged_index_is_an_error_and_never_an_empty_store() {
     c.start_master();
 }
 
-/// A damaged index may keep the master from answering, but what it answers is so.
+/// With a damaged index the master may fail to answer, but it never answers wrongly.
 fn serves_the_truth(c: &Cluster, live: &[Vec<u8>], others: &[Vec<u8>]) {
     let mut failed = 0;
     for key in live {
@@ -247,7 +247,7 @@ fn serves_the_truth(c: &Cluster, live: &[Vec<u8>], others: &[Vec<u8>]) {
     assert!(failed > 0, "the damage did not matter");
     let mut conn = c.conn();
     conn.head("GET", "/?list", &[]);
-    // A list is whole, or has no end, or is an error.
+    // A list is complete, breaks off, or is an error.
     if let Ok(Some(answer)) = conn.any_answer("GET") {
         answer.expect(500);
     }

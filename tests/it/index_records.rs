@@ -1,4 +1,4 @@
-//! The index on disk: what is written into it, and what older masters have written.
+//! The records on disk: what the master writes, and what older masters have written.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -10,7 +10,7 @@ use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{ask, follow};
 use crate::support::reference::{self, md5};
 
-/// The index of a master that is stopped.
+/// Opens the index of a stopped master.
 fn index(c: &Cluster) -> DB {
     DB::open_cf(&Options::default(), c.folder.join("db/index"), ["default", "debris"])
         .expect("the index opens")
@@ -96,7 +96,7 @@ fn debris_lies_under_key_and_version_and_names_the_volumes_of_the_write() {
     assert!(records(&c).is_empty());
 }
 
-/// Stores a blob without the master's knowledge.
+/// Stores a blob directly on a volume.
 fn plant(key: &str, replica: &str, value: &str) {
     let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
     let path = format!("{below}{}", reference::path(key.as_bytes(), 0));
@@ -131,7 +131,7 @@ fn records_of_older_masters_are_read_in_place() {
     assert_eq!(c.holds("/bare", "value").md5, None);
     assert_eq!(c.holds("/hashed", "value").md5, Some(hash.clone()));
     assert!(!c.holds("/one", "value").balanced);
-    // Without SIZE any length is right.
+    // Without SIZE, any length is accepted.
     for file in c.files("/bare") {
         fs::write(file, "longer than it was").unwrap();
     }
@@ -141,7 +141,7 @@ fn records_of_older_masters_are_read_in_place() {
         c.ask("RELINK", key).expect(204);
         c.holds(key, "value");
     }
-    // A write that a Go master did not end is no value, and what it left makes way.
+    // An unfinished write of a Go master is not a value, and a new write replaces it.
     c.get("/init").expect(404);
     c.ask("UNLINK", "/init").expect(404);
     c.put("/init", "whole").expect(201);
@@ -187,7 +187,7 @@ fn a_record_that_does_not_decode_is_an_error_that_names_its_key() {
     }
     c.ask_target("GET", "/?list").refused(500, "/broken/00");
     c.ask_target("GET", "/?unlinked").refused(500, "/broken/00");
-    // Nothing was stored for them, and the rest of the store works.
+    // Nothing was stored for these keys, and the rest of the store works.
     assert_eq!(c.keys("/g", "list"), [b"/good"]);
     c.holds("/good", "value");
     c.put("/new", "value").expect(201);
@@ -229,7 +229,7 @@ fn a_list_of_over_a_million_keys_needs_a_limit() {
     assert_eq!(answer.text(), r#"{"next":"/one/more","keys":["/0999998","/0999999"]}"#);
     let answer = c.ask_target("GET", "/?unlinked").expect(200);
     assert_eq!(answer.text(), r#"{"next":"","keys":["/unlinked"]}"#);
-    // Their blobs were never there: an empty store is whole again.
+    // The million keys have no blobs: start over with an empty index.
     c.ask("DELETE", "/one/more").expect(204);
     c.stop_master();
     fs::remove_dir_all(c.folder.join("db")).unwrap();

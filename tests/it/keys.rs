@@ -1,4 +1,4 @@
-//! Every key of 1 to 1,024 bytes, whatever the bytes.
+//! Keys: 1 to 1,024 arbitrary bytes.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -11,7 +11,7 @@ use crate::support::http_client::{follow, target, until};
 use crate::support::random::seeded_rng;
 use crate::support::reference;
 
-/// Keys that break what is careless.
+/// Keys that need careful handling.
 pub fn strange_keys() -> Vec<Vec<u8>> {
     let mut keys: Vec<Vec<u8>> = [
         "/",
@@ -140,10 +140,10 @@ fn a_key_is_found_however_its_target_is_encoded() {
     }
 }
 
-/// Two keys of which one's blob would lie below the other's, as if that were a folder.
+/// Two keys, where the path of the second's blob lies below that of the first's.
 fn keys_with_nested_blobs() -> (Vec<u8>, Vec<u8>) {
     let mut outer: HashMap<(String, String), Vec<u8>> = HashMap::new();
-    // Without padding, and without a `/` of its own: three, six, nine… bytes.
+    // The first key's base64 must have no padding and no `/`.
     for n in 0..400u32 {
         let key = format!("/{n:05}").into_bytes();
         let text = STANDARD.encode(&key);
@@ -154,7 +154,7 @@ fn keys_with_nested_blobs() -> (Vec<u8>, Vec<u8>) {
     for outer_key in outer.values() {
         let text = STANDARD.encode(outer_key);
         for n in 0..100_000u32 {
-            // The base64 of a byte of 0xfc begins with `/`.
+            // The base64 of 0xfc begins with `/`.
             let inner = [outer_key.as_slice(), &[0xfc], format!("{n:05}").as_bytes()].concat();
             let plain = reference::path(&inner, 0);
             if plain.starts_with(&format!("{}/", reference::path(outer_key, 0))) {
@@ -171,11 +171,13 @@ fn a_key_whose_blob_would_lie_below_anothers_does_it_no_harm() {
     let mut c = Setup::new().replicas(2).start();
     let (outer, inner) = keys_with_nested_blobs();
     println!("{} and {}", outer.escape_ascii(), inner.escape_ascii());
-    // A name that a folder has taken is remembered for a while, so that the next write gets another.
+    // A name taken by a folder stays as debris for a while, so that the next write gets another
+    // version.
     c.debris_may_last(&outer);
     for (first, second) in [(&outer, &inner), (&inner, &outer)] {
         c.put(first, "first").expect(201);
-        // No path can be a file and a folder: the second may be refused, the first is safe.
+        // A path cannot be both a file and a folder. The second write may fail, but the first value
+        // is safe.
         let answer = c.put(second, "second");
         c.holds(first, "first");
         if answer.status == 201 {
@@ -197,7 +199,7 @@ fn a_key_whose_blob_would_lie_below_anothers_does_it_no_harm() {
     }
 }
 
-/// What the model knows of a key.
+/// A key's state in the model.
 #[derive(Clone)]
 struct Known {
     value: Vec<u8>,
@@ -241,7 +243,7 @@ fn random_work_on_random_keys_does_what_it_would_in_a_map() {
             }
             3 => {
                 if known.is_none() {
-                    // With debris there would be something to delete.
+                    // DELETE answers 204 while the key has debris.
                     c.cleaned();
                 }
                 assert_eq!(alter("DELETE"), if known.is_some() { 204 } else { 404 });

@@ -1,4 +1,4 @@
-//! SIGKILL of the master under load, again and again: what was acknowledged stays.
+//! Repeated SIGKILL of the master under load: acknowledged writes survive.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,14 +16,14 @@ const KEYS: usize = 8;
 
 struct Key {
     name: String,
-    /// What was acknowledged last.
+    /// The state after the last acknowledged request.
     kept: Option<Kept>,
-    /// What it may be instead: a request got no answer.
+    /// The other possible state, after a request without an answer.
     perhaps: Option<Option<Kept>>,
     touched: bool,
 }
 
-/// A client with keys of its own.
+/// A client that writes its own keys.
 struct Writer {
     random: fastrand::Rng,
     keys: Vec<Key>,
@@ -63,7 +63,7 @@ impl Writer {
                     key.perhaps = Some(next);
                     return;
                 }
-                // Of a key that is gone there may be debris, which DELETE clears.
+                // A deleted key may still have debris. DELETE clears it and answers 204.
                 Some(204) if method == "DELETE" => {}
                 Some(answer) => assert_eq!(answer, status, "{method} {}", key.name),
             }
@@ -72,7 +72,8 @@ impl Writer {
         }
     }
 
-    /// Each key that was touched is what was acknowledged last, or what got no answer.
+    /// Checks that each touched key is in its acknowledged state, or in that of the unanswered
+    /// request.
     fn check(&mut self, c: &Cluster, unlinked: &BTreeSet<Vec<u8>>) {
         for key in self.keys.iter_mut().filter(|key| key.touched) {
             key.touched = false;
@@ -102,7 +103,7 @@ impl Writer {
     }
 }
 
-/// The status of the answer, if one comes.
+/// The status of the answer, or `None` if there is none.
 fn ask(
     conn: &mut Option<Conn>,
     address: &str,
@@ -113,14 +114,14 @@ fn ask(
     let mut open = conn.take().or_else(|| Conn::try_open(address).ok())?;
     let length = value.len().to_string();
     let head = head(method, &target(key), &[("Content-Length", &length)]);
-    // What refuses a body may close before it has all of it: its answer is what counts.
+    // The server may refuse the body and close before it has read all of it.
     let _ = open.try_send(&[&head, value].concat());
     let status = open.any_answer(method).ok()??.status;
     *conn = Some(open).filter(|_| status < 400);
     Some(status)
 }
 
-/// Has the writers at work for this long, and kills the master.
+/// Runs the writers for this long, then kills the master.
 fn killed_under_load(c: &mut Cluster, writers: &mut [Writer], time: Duration) {
     let (address, killed) = (c.address(), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -145,7 +146,7 @@ fn check(c: &Cluster, writers: &mut [Writer]) {
 #[test]
 fn whatever_16_writers_were_told_is_so_after_each_of_a_hundred_kills() {
     let mut random = seeded_rng();
-    // A volume that a busy machine makes slow is no volume that is down.
+    // A long -voltimeout, so that a busy machine does not make a volume look down.
     let mut c = Setup::new().flags(&["-voltimeout", "20s"]).start();
     let mut writers: Vec<Writer> =
         (0..WRITERS).map(|number| Writer::new(number, random.fork())).collect();
@@ -153,7 +154,7 @@ fn whatever_16_writers_were_told_is_so_after_each_of_a_hundred_kills() {
         killed_under_load(&mut c, &mut writers, Duration::from_millis(random.u64(50..=300)));
         c.start_master();
         thread::scope(|scope| {
-            // Debris is no fault while a master runs.
+            // While a master runs, debris is not a finding.
             let verify = scope.spawn(|| c.mkv(&["verify"]));
             check(&c, &mut writers);
             verify.join().unwrap().expect(0).says("the store is whole");

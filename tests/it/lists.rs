@@ -1,4 +1,4 @@
-//! Lists of keys: pages, prefixes, and keys that are no text.
+//! Lists of keys: pages, prefixes, and keys that are not UTF-8.
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ fn store_of(keys: &[&[u8]]) -> Cluster {
     c
 }
 
-/// A list's JSON.
+/// Reads a list and parses its JSON.
 #[track_caller]
 fn list(c: &Cluster, target: &str) -> Value {
     let answer = c.ask_target("GET", target).expect(200);
@@ -82,7 +82,7 @@ fn a_start_never_leads_out_of_the_prefix() {
     for start in ["/p/3", "/p0", "/q", "/z", "%FF"] {
         assert_eq!(list(&c, &format!("/p/?list&start={start}")), page("", &[]), "{start}");
     }
-    // The page ends with the prefix: there is no next one.
+    // The page ends with the prefix, so there is no next one.
     assert_eq!(list(&c, "/p/?list&limit=2"), both);
 }
 
@@ -92,7 +92,7 @@ fn the_options_of_a_list_come_in_any_order_and_others_are_refused() {
     let one = page("/a%2Bb", &["/a%20b"]);
     assert_eq!(list(&c, "/?list&limit=1&encoding=url"), one);
     assert_eq!(list(&c, "/?list&encoding=url&start=/a&limit=1"), one);
-    // As in a form, a plus is a space.
+    // A plus means a space, as in a form.
     assert_eq!(list(&c, "/?list&start=/a+b"), page("", &["/a b", "/a+b", "/c"]));
     assert_eq!(list(&c, "/?list&start=/a%2bb"), page("", &["/a+b", "/c"]));
     for wrong in ["limit=x", "limit=-1", "limit=1.5", "encoding=base64", "strat=/a", "start=%f"] {
@@ -132,7 +132,7 @@ fn writing_lists_each_key_with_debris_once_and_in_pages() {
     let proxy = &c.proxies[0];
     proxy.set("DELETE", Fault::Answer(500));
     for key in keys {
-        // Two versions of each key are debris.
+        // Create two versions of debris for each key.
         for value in ["v", "w"] {
             c.replace(key, value).expect(201);
             c.ask("DELETE", key).refused(503, "deleted");

@@ -1,4 +1,4 @@
-//! The whole API against a model in memory: the same requests, the same answers, the same lists.
+//! The whole API compared with an in-memory model: the same requests, answers and lists.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -11,15 +11,15 @@ use crate::support::http_client::{Answer, LAST_CHUNK, chunks, follow, target};
 use crate::support::random::{random_bytes, seeded_rng};
 use crate::support::reference;
 
-/// What a store has of a key.
+/// The stored state of a key.
 #[derive(Clone, PartialEq)]
 pub struct Kept {
     pub value: Vec<u8>,
-    /// `false`: it is unlinked.
+    /// `false` if the key is unlinked.
     pub live: bool,
 }
 
-/// What a whole store answers to a request that changes a key, and what it has of it afterwards.
+/// The status that a healthy store answers with, and the key's state afterwards.
 pub fn after(kept: Option<&Kept>, method: &str, value: &[u8]) -> (u16, Option<Kept>) {
     let with = |live: bool| kept.map(|kept| Kept { live, ..kept.clone() });
     match (method, kept.map(|kept| kept.live)) {
@@ -39,9 +39,9 @@ struct Pair {
     random: fastrand::Rng,
     keys: Vec<Vec<u8>>,
     model: BTreeMap<Vec<u8>, Kept>,
-    /// Where a key was last put.
+    /// The replicas of each key, as placed by its last write or rebalance.
     replicas: BTreeMap<Vec<u8>, Vec<String>>,
-    /// Keys of which there may be debris.
+    /// Keys that may have debris.
     dirty: BTreeSet<Vec<u8>>,
 }
 
@@ -105,7 +105,7 @@ impl Pair {
         let lengths = [1, self.random.usize(1..5000), 70_000];
         let mut conn = self.c.conn();
         conn.head(method, &target(key), &headers);
-        // What refuses a body may close before it has all of it: its answer is what counts.
+        // The server may refuse the body and close before it has read all of it.
         let _ = conn.try_send(&[&chunks(value, &lengths), LAST_CHUNK].concat());
         conn.answer()
     }
@@ -114,7 +114,7 @@ impl Pair {
         let method = ["DELETE", "UNLINK", "RELINK", "REBALANCE"][self.random.usize(..4)];
         let (status, kept) = after(self.model.get(key), method, b"");
         let answer = self.c.ask(method, key);
-        // Of a key that is gone there may be debris, which DELETE clears.
+        // A deleted key may still have debris. DELETE clears it and answers 204.
         if !(method == "DELETE" && answer.status == 204 && self.dirty.contains(key)) {
             assert_eq!(answer.status, status, "{method}: {}", answer.text());
         }
@@ -186,7 +186,7 @@ impl Pair {
         assert_eq!(there, wanted, "{query}");
     }
 
-    /// Only keys that were written may have debris, and only one page of them is given.
+    /// Checks a page of `?writing`: only keys that were written may have debris.
     fn may_be_written(&self, page: &Value, limit: usize, inside: impl Fn(&[u8]) -> bool) {
         let dirty: Vec<String> = self.dirty.iter().filter(|key| inside(key)).map(target).collect();
         let keys: Vec<&str> =
@@ -194,7 +194,7 @@ impl Pair {
         let next = page["next"].as_str().expect("next is a string");
         assert!(limit == 0 || keys.len() <= limit, "{limit}: {page}");
         assert!(next.is_empty() || limit > 0 && keys.len() == limit, "{limit}: {page}");
-        // They come in the order of the keys, each once.
+        // The page is in key order, each key once.
         let mut rest = dirty.iter();
         for key in keys.into_iter().chain(Some(next).filter(|next| !next.is_empty())) {
             assert!(rest.any(|dirty| dirty == key), "{key} of {page}, written: {dirty:?}");
@@ -205,7 +205,7 @@ impl Pair {
         self.model.iter().filter(move |(_, kept)| kept.live == live).map(|(key, _)| key)
     }
 
-    /// Something goes down and comes back while nobody asks for anything.
+    /// Restarts a volume or the master while no request is running.
     fn restart(&mut self) {
         self.c.cleaned();
         self.dirty.clear();
@@ -215,7 +215,7 @@ impl Pair {
             1 => self.c.volumes[volume].kill(),
             2 => {
                 self.c.stop_master();
-                // From now on keys belong elsewhere.
+                // Placement changes with these flags.
                 let (replicas, subvolumes) = (self.random.usize(1..=3), self.random.u32(1..4));
                 self.c.setup = self.c.setup.clone().replicas(replicas).subvolumes(subvolumes);
                 self.c.start_master();
@@ -247,7 +247,7 @@ fn a_minute_of_the_whole_api_goes_as_in_a_model() {
     keys.sort();
     keys.dedup();
     let mut pair = Pair {
-        // A volume that a busy machine makes slow is no volume that is down.
+        // A long -voltimeout, so that a busy machine does not make a volume look down.
         c: Setup::new().replicas(2).flags(&["-settle", "0s", "-voltimeout", "20s"]).start(),
         random,
         keys,

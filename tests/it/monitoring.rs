@@ -21,7 +21,7 @@ impl Metrics {
         Metrics(Scrape::parse(lines).expect("Prometheus text"))
     }
 
-    /// The one value of this name and these labels; 0 where there is none yet.
+    /// The value with this name and these labels, or 0 if there is none yet.
     #[track_caller]
     fn get(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let fits = |sample: &&prometheus_parse::Sample| {
@@ -48,7 +48,7 @@ impl Metrics {
     }
 }
 
-/// Has promtool read it too, where there is one.
+/// Checks the text with promtool too, if it is installed.
 fn promtool(text: &str) {
     let mut command = Command::new("promtool");
     command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -107,7 +107,7 @@ fn metrics_count_what_happens() {
     }
     assert_eq!((after.get("mkv_uploads", &[]), after.get("mkv_locks", &[])), (0.0, 0.0));
 
-    // An upload under way holds its key's lock.
+    // An upload in progress holds its key's lock.
     let mut upload = c.conn();
     upload.head("PUT", "/m", &[("Content-Length", "5000")]).send("begun");
     until("the upload is counted", || {

@@ -1,4 +1,4 @@
-//! The clients that people have: curl, wget, Python's requests.
+//! Common clients: curl, wget, Python's requests.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::random::{random_bytes, seeded_rng};
 
-/// What a program printed; it has to succeed.
+/// Runs a program that must succeed, and returns its output.
 #[track_caller]
 fn run(program: &str, arguments: &[&str]) -> Vec<u8> {
     let Output { status, stdout, stderr } = Command::new(program)
@@ -42,7 +42,7 @@ fn curl_puts_gets_and_deletes() {
         let quiet = ["-q", "-sS", "-o", "/dev/null", "-w", "%{http_code}"];
         String::from_utf8(run("curl", &[&quiet, arguments].concat())).expect("a number")
     };
-    // With a length, and with Expect: 100-continue; then as chunks.
+    // Uploads with a length, with Expect: 100-continue, and in chunks.
     for (key, file, extra) in [
         ("/large", &large, vec![]),
         ("/small", &small, vec!["-H", "Expect: 100-continue"]),
@@ -62,7 +62,7 @@ fn curl_puts_gets_and_deletes() {
     let body = format!("@{}", text(&large));
     assert_eq!(status(&["-X", "REPLACE", "--data-binary", &body, &url]), "201");
     c.holds("/small", &value);
-    // A range is nginx's to answer.
+    // nginx answers range requests.
     assert_eq!(curl(&["-L", "-r", "10-19", &url]), &value[10..20]);
     for (method, code) in
         [("UNLINK", "204"), ("RELINK", "204"), ("DELETE", "204"), ("RELINK", "404")]
@@ -133,7 +133,7 @@ print("done")
 "#,
     );
     let url = format!("http://{}", c.address());
-    // The one that has the module: the distribution's, or another that stands before it.
+    // Pick a python3 that has the module: the first in PATH may not be the distribution's.
     let python = ["python3", "/usr/bin/python3"]
         .into_iter()
         .find(|python| {

@@ -17,8 +17,8 @@ use crate::support::reference;
 const KEY: &str = "/foo/été";
 const KEYS: usize = 33;
 
-/// A store with values, one of them replaced and one unlinked, whose master is stopped and knows
-/// only so many of the volumes. Then all of them are known.
+/// A store with values, one of them replaced and one unlinked, that was written with only the first
+/// `known` volumes. The master is stopped, and -volumes now names all volumes.
 fn store(setup: Setup, known: usize) -> Cluster {
     let mut c = setup.start();
     let all = c.names.clone();
@@ -38,12 +38,12 @@ fn store(setup: Setup, known: usize) -> Cluster {
     c
 }
 
-/// What records hold besides their replicas: state, hash, size, time, version.
+/// The fields of each record but its replicas: state, hash, size, time, version.
 fn fields(dump: &str) -> Vec<&str> {
     dump.lines().map(|line| &line[..line.find("127.").expect("it names a volume")]).collect()
 }
 
-/// Everything is where placement wants it, and is what it was.
+/// Checks that every key is balanced and has its value.
 fn is_intact(c: &mut Cluster) {
     c.start_master();
     for key in numbered("/n/", KEYS - 3) {
@@ -147,7 +147,7 @@ fn a_dry_run_says_what_would_be_done_and_changes_nothing() {
     assert_eq!(c.dump(), dump);
     c.disks_are(&disks);
     assert!(c.debris().is_empty());
-    // What is to be copied, by the golden rule.
+    // The expected copies, by the reference placement.
     let (mut copies, mut bytes, mut moved) = ([0; 4], [0; 4], 0);
     for line in dump.lines() {
         let key: Vec<u8> =
@@ -205,7 +205,7 @@ fn a_rebalance_without_an_index_makes_none() {
     is_intact(&mut c);
 }
 
-// When it is killed.
+// Kills.
 
 #[test]
 fn a_rebalance_killed_at_any_point_is_done_by_the_next_one() {
@@ -221,7 +221,7 @@ fn a_rebalance_killed_at_any_point_is_done_by_the_next_one() {
         (2, "GET", Fault::HoldAnswer),
     ] {
         c.names = all[..known].to_vec();
-        // When some keys are moved.
+        // A volume where some of the requests are needed.
         let at = c.proxies.iter().position(|proxy| {
             proxy.address == all[if (known == 3) == (method == "PUT") { 2 } else { 0 }]
         });
@@ -232,7 +232,7 @@ fn a_rebalance_killed_at_any_point_is_done_by_the_next_one() {
         rebalance.kill();
         proxy.lose_held(method);
         c.each_proxy(Faulty::behave);
-        // Nothing is lost: what the index names is there.
+        // Nothing is lost: all replicas of the index exist.
         let kept = c.mkv(&["verify", "-deep", "-volumes", &all.join(",")]);
         kept.never_says("replicas missing").never_says("wrong").never_says("does not know");
         assert_eq!(fields(&c.dump()), fields(&before));
@@ -276,7 +276,7 @@ fn what_was_replaced_stays_until_its_copies_have_settled() {
     rebalance.until_says("waiting");
     let moved = c.blobs().len() - KEYS;
     assert!(moved > 0);
-    // Killed while it waits: the next one waits too.
+    // The run was killed while it waited, so the next one waits too.
     rebalance.kill();
     assert_eq!(c.debris().len(), moved);
     let rebalance = c.begin(&["rebalance"]);
@@ -298,7 +298,7 @@ fn the_master_waits_for_copies_to_settle_too() {
     let there = c.disks();
     assert!(there.len() > KEYS);
     c.start_master();
-    // A round of the cleaner, on behalf of another key.
+    // Trigger the cleaner with another key.
     c.replace("/new", "1").expect(201);
     let gone = c.found("/new").path;
     c.replace("/new", "2").expect(201);
@@ -308,9 +308,10 @@ fn the_master_waits_for_copies_to_settle_too() {
     c.ask("DELETE", "/new").expect(204);
     c.disks_are(&there);
     c.stop_master();
-    // What a rebuild from nothing would take for replicas is none: it is still debris.
+    // With the old index, rebuild does not take the surplus replicas for replicas: they are still
+    // debris.
     c.mkv(&["rebuild"]).expect(0).says(&format!("{KEYS} keys, {KEYS} replicas"));
-    // An hour has passed, as it were.
+    // Without the old index, their debris is forgotten.
     fs::remove_dir_all(c.db()).unwrap();
     c.mkv(&["rebuild"]).expect(0);
     settled(&c);
@@ -319,7 +320,7 @@ fn the_master_waits_for_copies_to_settle_too() {
     c.reads_back(&numbered("/n/", KEYS - 3));
 }
 
-// What cannot be done.
+// Failures.
 
 #[test]
 fn keys_that_fail_are_counted_and_listed_and_the_others_are_moved() {
@@ -327,7 +328,7 @@ fn keys_that_fail_are_counted_and_listed_and_the_others_are_moved() {
     let before = c.dump();
     let down = c.names[0].clone();
     c.volumes[0].stop();
-    // Keys that have a replica there, or want one.
+    // The keys that have or want a replica on the stopped volume.
     let stays: Vec<String> = before
         .lines()
         .map(|line| line.split('\t').next().unwrap().to_string())
@@ -353,7 +354,7 @@ fn keys_that_fail_are_counted_and_listed_and_the_others_are_moved() {
         let moved = c.placed(percent_encoding::percent_decode_str(key).collect::<Vec<_>>());
         assert!(
             stays.contains(&key.to_string()) != line.ends_with(&moved.join(",")) || {
-                // It stays where it is, which may be where it should be.
+                // An unmoved record may happen to be balanced already.
                 before.contains(line)
             }
         );
@@ -392,7 +393,7 @@ fn a_lost_machine_is_asked_nothing_and_its_keys_are_restored_from_the_others() {
     c.verified();
     c.start_master();
     c.reads_back(&numbered("/n/", 30));
-    // Its blobs come back with it: what they are is known, but for the deleted key's.
+    // The machine comes back with its blobs. All are known but that of the deleted key.
     c.stop_master();
     c.proxies[3].behave();
     c.start_volumes();
@@ -401,7 +402,8 @@ fn a_lost_machine_is_asked_nothing_and_its_keys_are_restored_from_the_others() {
         c.blobs().into_iter().find(|(blob, _)| blob.ends_with(&reference::path(&deleted, 0)));
     c.mkv(&["verify"]).fails(&[]).says("surplus").says("that the index does not know: 1");
     fs::remove_file(stray.expect("it was never deleted").1).unwrap();
-    // Where it is wanted nothing goes: an index that knows it may be the right one.
+    // Repair leaves surplus replicas where placement wants them, because a newer index may refer to
+    // them.
     c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("mkv rebalance takes it up");
     settled(&c);
     c.mkv(&["verify", "-repair"]).expect(0);
@@ -414,7 +416,7 @@ fn a_lost_disk_is_treated_as_empty() {
     let (dump, disks) = (c.dump(), c.disks());
     let lost = format!("{}/sv02", c.names[1]);
     let disk = c.disk(&lost);
-    // Whatever lies there counts for nothing.
+    // The bytes on a lost disk do not matter.
     let there: Vec<_> = disks.keys().filter(|file| file.starts_with(&disk)).collect();
     assert!(!there.is_empty());
     there.iter().for_each(|file| flip_a_bit(file));
@@ -440,7 +442,7 @@ fn a_source_with_other_bytes_is_no_source() {
         assert_eq!(c.dump(), dump);
         c.disks_are(&disks);
     }
-    // No good one is left: nothing is copied, nothing removed.
+    // No good replica is left: nothing is copied or removed.
     fs::remove_file(&files[1]).unwrap();
     [0, 2].iter().for_each(|n| flip_a_bit(&files[*n]));
     let bad = c.disks();
@@ -478,7 +480,7 @@ fn a_value_of_which_nothing_is_known_is_copied_only_where_its_replicas_agree_in_
     assert_eq!(record(&dump, "/differ"), Some(&*on_two));
     assert_eq!(fs::read(c.file(&c.names[2], &agree)).unwrap(), b"value");
     assert!(!c.file(&c.names[2], &differ).exists());
-    // An operator who knows which is right removes the other.
+    // The operator resolves the conflict by removing one replica.
     fs::remove_file(c.file(&c.names[0], &differ)).unwrap();
     settled(&c);
     c.start_master();
@@ -486,14 +488,14 @@ fn a_value_of_which_nothing_is_known_is_copied_only_where_its_replicas_agree_in_
     c.holds("/differ", "three");
 }
 
-/// The same address in other digits: 127.1.2.3 is 127.1.515 too.
+/// The same address in another notation: 127.1.2.3 is also 127.1.515.
 fn alias(name: &str) -> String {
     let (host, port) = name.split_once(':').unwrap();
     let parts: Vec<u32> = host.split('.').map(|part| part.parse().unwrap()).collect();
     format!("{}.{}.{}:{port}", parts[0], parts[1], parts[2] << 8 | parts[3])
 }
 
-/// Otherwise each value would be copied onto itself, and then deleted under its old name.
+/// Otherwise each value would be copied onto itself and then deleted under its old name.
 #[test]
 fn a_volume_under_another_name_is_no_other_volume() {
     let mut c = store(Setup::new().subvolumes(1), 3);
@@ -505,7 +507,7 @@ fn a_volume_under_another_name_is_no_other_volume() {
     c.start_master();
     c.ask("REBALANCE", KEY).refused(500, told);
     c.stop_master();
-    // Both names at once.
+    // Both names of one volume in -volumes.
     c.names = names.iter().cloned().chain([alias(&names[0])]).collect();
     for command in [&["rebalance"][..], &["verify", "-repair"], &["rebuild"]] {
         c.mkv(command).fails(&[told]);
@@ -513,7 +515,7 @@ fn a_volume_under_another_name_is_no_other_volume() {
     assert!(c.try_start_master().unwrap_err().contains(told));
     assert_eq!(c.dump(), before);
     c.disks_are(&disks);
-    // How it is done.
+    // The supported way to rename volumes.
     c.names = names.iter().map(|name| alias(name)).collect();
     c.mkv(&["rebuild"]).fails(&["not in -volumes", "-lost"]);
     c.mkv(&["rebuild", "-lost", &names.join(",")]).expect(0);
@@ -524,7 +526,7 @@ fn a_volume_under_another_name_is_no_other_volume() {
     is_intact(&mut c);
 }
 
-/// Puts a key on the first of two volumes that placement wants on the second.
+/// Puts a key on the first of two volumes, where placement wants it on the second.
 fn one_that_moves(c: &mut Cluster) -> String {
     let all = c.names.clone();
     let moves = |key: &String| reference::place(key.as_bytes(), &all, 1, 1)[0] == all[1];
@@ -537,7 +539,7 @@ fn one_that_moves(c: &mut Cluster) -> String {
     key
 }
 
-/// A power cut on a volume can cost a copy: nginx does not fsync.
+/// A power cut can lose a copy, because nginx does not fsync.
 #[test]
 fn what_was_replaced_stays_as_long_as_its_copy_is_missing() {
     let mut c = Setup::new().volumes(2).replicas(1).subvolumes(1).flags(&["-settle", "1s"]).start();
@@ -551,7 +553,7 @@ fn what_was_replaced_stays_as_long_as_its_copy_is_missing() {
     c.get(&key).expect(410);
     assert_eq!(c.blobs().len(), 1);
     c.stop_master();
-    // The last pass of the command knows it too.
+    // The last pass of the command checks this too.
     c.mkv(&["rebalance", "-settle", "0s"]).expect(1);
     assert_eq!(c.blobs().len(), 1);
     c.mkv(&["verify", "-repair"]).expect(0);
@@ -594,7 +596,7 @@ fn none_goes_where_replicas_differ_and_no_hash_tells_which_is_right() {
     c.holds(KEY, "value");
 }
 
-/// One of a volume's processes has the deletion, and does it when another has taken a new copy.
+/// One nginx worker holds the DELETE and runs it after another worker has stored a new copy.
 #[test]
 fn a_deletion_without_an_answer_never_meets_a_new_copy() {
     let setup = Setup::new().proxied().volumes(2).replicas(1).subvolumes(1);
@@ -607,13 +609,13 @@ fn a_deletion_without_an_answer_never_meets_a_new_copy() {
     c.ask("REBALANCE", &key).refused(503, "try again in an hour");
     c.holds(&key, "value");
     c.cleaned();
-    // Its successor knows nothing of it, and all is over.
+    // After a restart the master no longer knows of the unanswered deletion.
     c.restart_master();
     c.ask("REBALANCE", &key).expect(204);
     assert!(c.holds(&key, "value").balanced);
 }
 
-/// A plain import knows the hash and no length.
+/// An import without sizes knows only the hash.
 #[test]
 fn a_source_of_another_length_is_passed_over_where_only_the_hash_is_known() {
     let mut c = Setup::new().subvolumes(1).start();
@@ -714,7 +716,7 @@ fn a_key_cannot_be_rebalanced_while_a_volume_is_down_or_another_writes_it() {
     let old = c.holder(&key, 0);
     c.names = all;
     c.restart_master();
-    // Neither the volume that has it nor the one that should may be down.
+    // Both the current volume and the wanted one must be up.
     for (volume, method) in [(old, "HEAD"), (2, "PUT")] {
         c.volumes[volume].stop();
         let answer = c.ask("REBALANCE", &key).refused(503, &c.names[volume]);
@@ -722,7 +724,7 @@ fn a_key_cannot_be_rebalanced_while_a_volume_is_down_or_another_writes_it() {
         c.start_volumes();
         assert!(!c.holds(&key, "value").balanced);
     }
-    // The proxy took all of the copy: whether it will appear is not known for an hour.
+    // The proxy read the whole copy, so the copy may still appear within an hour.
     c.debris_may_last(&key);
     assert_eq!(c.blobs().len(), 1);
     c.proxies[2].set("PUT", Fault::HoldRequest);
@@ -761,7 +763,7 @@ fn a_running_master_takes_no_source_with_other_bytes() {
     flip_a_bit(&files[1]);
     c.ask("REBALANCE", KEY).expect(204);
     assert!(c.holds(KEY, "value").balanced);
-    // Without any replica there is nothing to move.
+    // Without any replica there is nothing to copy.
     files.iter().for_each(|file| fs::remove_file(file).unwrap());
     assert!(matches!(c.ask("REBALANCE", KEY).status, 410 | 500));
     fs::write(&files[1], "value").unwrap();

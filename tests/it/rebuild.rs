@@ -1,4 +1,4 @@
-//! `mkv rebuild`: each of its rules, with the history that needs it.
+//! `mkv rebuild`: each rule, with a history that needs it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,8 @@ use crate::support::reference;
 
 pub const KEY: &str = "/foo/été";
 
-/// A store with values, one of them replaced and one unlinked, whose master is stopped.
+/// A store with values, one of them replaced and one unlinked. The master is stopped. Also returns
+/// its dump.
 pub fn store(setup: Setup) -> (Cluster, String) {
     let mut c = setup.start();
     c.fill(&numbered("/n/", 30));
@@ -42,7 +43,7 @@ pub fn is_intact(c: &mut Cluster) {
     c.holds("/unlinked", "unlinked value");
 }
 
-// What is found again.
+// Recovery.
 
 #[test]
 fn the_index_that_is_rebuilt_is_the_one_that_was() {
@@ -53,7 +54,7 @@ fn the_index_that_is_rebuilt_is_the_one_that_was() {
         .says("33 keys, 66 replicas, 0 under-replicated, 0 skipped")
         .never_says("names that are no blob");
     assert_eq!(c.dump(), dump);
-    // The swap keeps the old index, as it was, until the next one.
+    // The exchange keeps the old index until the next rebuild.
     assert_eq!(by_name(tree(&c.db().join("index.old"))), by_name(before));
     assert!(!c.db().join("index.new").exists());
     let second = c.index_files();
@@ -65,7 +66,7 @@ fn the_index_that_is_rebuilt_is_the_one_that_was() {
     is_intact(&mut c);
 }
 
-/// The files of an index, wherever it lies now.
+/// The files by name, without their folder.
 fn by_name(files: BTreeMap<PathBuf, Vec<u8>>) -> BTreeMap<String, Vec<u8>> {
     let name = |path: PathBuf| path.file_name().unwrap().to_string_lossy().into_owned();
     files.into_iter().map(|(path, bytes)| (name(path), bytes)).collect()
@@ -119,7 +120,7 @@ fn another_index_is_carried_over_from_where_from_says_so() {
     c.mkv(&["rebuild", "-from", from.to_str().unwrap()]).expect(0);
     assert_eq!(c.dump(), dump);
     assert_eq!(tree(&from.join("index")), backup);
-    // One that was asked for by name has to open.
+    // An index given with -from must open.
     let before = c.index_files();
     c.mkv(&["rebuild", "-from", "/nowhere"]).fails(&["/nowhere"]);
     c.index_is(&before);
@@ -146,7 +147,7 @@ fn rehash_reads_what_has_no_hash_and_nothing_else() {
     let files = c.files("/with");
     c.stop_master();
     let right = format!("HASH{}", reference::md5(b"another value"));
-    // Its hash is known: what lies there now is for `verify -deep` to find.
+    // The hash is known, so rebuild does not read the blob. `verify -deep` finds the damage.
     let bytes = fs::read(&files[0]).unwrap();
     files.iter().for_each(|file| flip_a_bit(file));
     c.mkv(&["rebuild"]).expect(0);
@@ -185,7 +186,7 @@ fn a_blob_that_cannot_be_read_for_its_md5_is_named_unless_another_replica_can() 
     c.holds(KEY, "value");
 }
 
-/// The first replica has rotted: its md5 must not become the one that the others are measured by.
+/// The first replica is damaged. Its md5 must not become the reference for the others.
 #[test]
 fn rehash_takes_an_md5_that_two_replicas_have() {
     let (mut c, dump) = store(Setup::new());
@@ -197,7 +198,7 @@ fn rehash_takes_an_md5_that_two_replicas_have() {
     assert_eq!(record(&c.dump(), KEY), record(&dump, KEY));
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
     assert!(files.iter().all(|file| fs::read(file).unwrap() == b"value"));
-    // Of two that differ nobody knows.
+    // With two different replicas there is no majority.
     flip_a_bit(&files[0]);
     fs::remove_file(&files[1]).unwrap();
     fs::remove_dir_all(c.db()).unwrap();
@@ -213,7 +214,7 @@ fn rehash_takes_an_md5_that_two_replicas_have() {
     is_intact(&mut c);
 }
 
-/// What a power cut on two of three volumes leaves.
+/// A power cut on two of three volumes can leave empty files.
 #[test]
 fn an_empty_blob_is_no_value() {
     let (mut c, dump) = store(Setup::new());
@@ -234,7 +235,7 @@ fn an_empty_blob_is_no_value() {
     c.holds(KEY, "value");
 }
 
-// What could not be read.
+// Unreadable volumes and listings.
 
 #[test]
 fn one_volume_down_leaves_the_index_byte_for_byte() {
@@ -294,11 +295,11 @@ fn an_unmounted_disk_is_an_error_that_names_it_unless_it_is_lost() {
         let disk = c.volumes[1].folder.join(disk);
         c.unmount(&disk);
         c.mkv(&["rebuild"]).fails(&[&lost, "-lost", "mounted"]);
-        // Another one's loss is no excuse.
+        // -lost for another volume does not help.
         let other = &c.names[0];
         c.mkv(&["rebuild", "-lost", other]).fails(&[&lost, "-lost"]);
         c.index_is(&before);
-        // An empty folder, or none at all: it makes no difference.
+        // An empty folder and a missing one are treated alike.
         let ran = c.mkv(&["rebuild", "-lost", &lost]).expect(0);
         let under = ran.number(" under-replicated");
         assert!(under > 0 && ran.number(" replicas") == 66 - under, "{ran:?}");
@@ -383,7 +384,7 @@ fn keys_without_a_blob_keep_their_record_and_are_listed() {
     is_intact(&mut c);
 }
 
-// What lies on the disks.
+// Unexpected files and versions.
 
 #[test]
 fn of_unknown_keys_the_version_with_the_most_replicas_counts_and_then_the_newest() {
@@ -439,7 +440,7 @@ fn the_version_of_the_old_index_wins_over_others() {
     let files = c.files(KEY);
     c.stop_master();
     let (dump, names) = (c.dump(), c.names.clone());
-    // One replica is left; an older and a newer version have more.
+    // One replica of the indexed version is left. An older and a newer version have more.
     files[1..].iter().for_each(|file| fs::remove_file(file).unwrap());
     for name in &names {
         for other in [0, version - 1, version + 1] {
@@ -460,7 +461,7 @@ fn the_version_of_the_old_index_wins_over_others() {
     }
 }
 
-/// A backup of an index knows less than the volumes.
+/// A backup of the index is older than the volumes.
 #[test]
 fn a_value_written_after_the_backup_of_the_index_is_found() {
     let mut c = Setup::new().volumes(2).start();
@@ -543,7 +544,7 @@ fn names_that_are_no_blob_are_counted_and_listed_and_not_indexed() {
     let name = c.names[0].clone();
     let path = reference::path(KEY.as_bytes(), 0);
     let strays = [
-        // Beside the folders, in them, and below.
+        // Beside the subvolumes, in them, and below.
         "/note.txt",
         "/sv00/note.txt",
         "/sv00/ab/note.txt",
@@ -552,7 +553,7 @@ fn names_that_are_no_blob_are_counted_and_listed_and_not_indexed() {
         "/sv0g/ab/cd/L2E=",
         "/svAA0/0639/L2E=",
         "/00000000001",
-        // A blob's name, but in the wrong folder or with a wrong version.
+        // Valid blob names in the wrong folder or with an invalid version.
         &format!("/sv01/ab/cd/{}", &path[7..]),
         &format!("/sv01{path}.0"),
         &format!("/sv01{path}.0006289D3A1B2C3D"),
@@ -565,7 +566,7 @@ fn names_that_are_no_blob_are_counted_and_listed_and_not_indexed() {
     let out = ran.out.clone();
     assert!(out.contains("names that are no blob, not indexed"));
     for stray in strays {
-        // Of a folder that can hold no blob only its own name is told.
+        // A folder that cannot hold blobs is reported without its contents.
         let parts: Vec<&str> = stray.split('/').collect();
         let told = (2..=parts.len()).any(|n| {
             out.lines().any(|line| line.trim() == format!("{name}{}", parts[..n].join("/")))
@@ -573,7 +574,7 @@ fn names_that_are_no_blob_are_counted_and_listed_and_not_indexed() {
         assert!(told, "{stray} is missing:\n{out}");
     }
     assert_eq!(c.dump(), dump);
-    // Without -v the first ones are shown, and how many more there are.
+    // Without -v, the output shows the first names and the number of the others.
     c.mkv(&["rebuild"]).expect(0).says("-v shows all");
     c.mkv(&["verify"]).fails(&["not whole"]).says(&format!("{name}/note.txt"));
     for stray in strays {
@@ -607,7 +608,7 @@ fn a_folder_with_very_many_names_takes_no_more_memory_than_others() {
     let file = c.file(replica, &reference::path(KEY.as_bytes(), 0));
     let folder = file.parent().unwrap().parent().unwrap();
     let strays: Vec<_> = (0..MANY).map(|n| folder.join(format!("stray-{n:06}"))).collect();
-    // A file may have some ten thousand names, and a link is made faster than a file.
+    // A file can have some ten thousand names, and a hard link is faster to create than a file.
     for names in strays.chunks(10_000) {
         fs::File::create(&names[0]).unwrap();
         names[1..].iter().for_each(|name| fs::hard_link(&names[0], name).unwrap());

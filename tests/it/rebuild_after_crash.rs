@@ -11,7 +11,7 @@ use crate::support::faulty_proxy::{Fault, FaultyProxy};
 use crate::support::http_client::{Conn, target};
 use crate::support::reference;
 
-/// Begins a write whose answer the test does not wait for.
+/// Sends a write without waiting for its answer.
 fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
     let mut conn = c.conn();
     let length = value.len().to_string();
@@ -19,8 +19,8 @@ fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
     conn
 }
 
-/// What was under way when a copy of the index was made is a value by now, or is none: `rebuild` must
-/// not give it to the cleaner.
+/// A write in progress at the time of the copy may have succeeded since. `rebuild` must not leave
+/// its blobs to the cleaner.
 #[test]
 fn a_write_that_a_copy_of_the_index_saw_unfinished_is_left_alone() {
     let mut c = Setup::new().proxied().start();
@@ -47,7 +47,7 @@ fn a_write_that_a_copy_of_the_index_saw_unfinished_is_left_alone() {
     c.cleaned();
     c.holds("/other", "other");
     c.disks_are(&disks);
-    // The volumes alone tell all of it.
+    // The volumes alone are enough to rebuild everything.
     c.stop_master();
     fs::remove_dir_all(c.db()).unwrap();
     c.mkv(&["rebuild", "-rehash"]).expect(0);
@@ -57,7 +57,7 @@ fn a_write_that_a_copy_of_the_index_saw_unfinished_is_left_alone() {
     c.holds("/replaced", "new");
 }
 
-/// The master is stopped before what was replaced is cleared.
+/// The master is stopped before it has deleted the old version.
 #[test]
 fn a_whole_newer_version_is_what_replaced_that_of_an_old_copy() {
     let mut c = Setup::new().proxied().start();
@@ -82,7 +82,8 @@ fn a_whole_newer_version_is_what_replaced_that_of_an_old_copy() {
     assert_eq!(c.blobs().len(), 3);
 }
 
-/// Fixed lengths and plain names: the copy's record is that of the value before.
+/// Both values have the same length and the plain name, but the copy's record describes the first
+/// one.
 #[test]
 fn a_copy_of_the_index_tells_nothing_of_a_value_that_was_written_anew() {
     let mut c = Setup::new().volumes(2).start();
@@ -182,7 +183,7 @@ fn a_replace_killed_before_its_flip_leaves_the_old_value_also_after_a_rebuild() 
 
 #[test]
 fn a_rebalance_killed_before_its_last_pass_and_then_deleted_stays_deleted() {
-    // Of four volumes the master knows three at first; the fourth takes a replica of one of them.
+    // The master starts with three of four volumes. The fourth then takes over a replica.
     let mut c = Setup::new().volumes(4).proxied().start();
     let all = c.names.clone();
     c.names.truncate(3);
@@ -252,7 +253,7 @@ fn copies_that_a_killed_rebalance_had_made_are_not_replicas_after_a_rebuild() {
 fn a_rebuild_killed_at_any_point_is_done_by_the_next_one() {
     let (mut c, dump) = store(Setup::new().proxied().replicas(2));
     let before = c.index_files();
-    // Of some 50, and each release lets several on.
+    // Out of about 50 listings. Each release lets several pass.
     for listings in [1, 10, 30] {
         c.proxies[0].set("GET", Fault::HoldRequest);
         let asked = c.proxies[0].seen("GET").len();
@@ -279,7 +280,7 @@ fn a_rebuild_killed_at_any_point_is_done_by_the_next_one() {
 #[test]
 fn a_rebuild_killed_after_the_exchange_leaves_a_whole_index() {
     let (mut c, dump) = store(Setup::new().volumes(1));
-    // What it leaves between the two steps of its end: the old index under the new one's name.
+    // The state between the last two steps: the old index is still named index.new.
     c.mkv(&["rebuild"]).expect(0);
     fs::rename(c.db().join("index.old"), c.db().join("index.new")).unwrap();
     assert_eq!(c.dump(), dump);

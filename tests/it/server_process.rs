@@ -1,4 +1,4 @@
-//! The command line, starting and stopping.
+//! The server process: command line, start and shutdown.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -15,7 +15,7 @@ fn mkv(arguments: &[&str]) -> Command {
     command
 }
 
-/// Runs a command that should end by itself: its exit code, and what it printed.
+/// Runs a command that should exit by itself. Returns its exit code and output.
 #[track_caller]
 fn ended(command: &mut Command) -> (i32, String, String) {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -33,7 +33,7 @@ fn ended(command: &mut Command) -> (i32, String, String) {
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
 }
 
-/// It ends with this code, and one line that holds these words.
+/// Checks for this exit code and one error line that contains these words.
 #[track_caller]
 fn fails(command: &mut Command, code: i32, words: &[&str]) {
     let (status, out, error) = ended(command);
@@ -80,7 +80,7 @@ fn an_idle_master_stops_at_once_on_sigterm_and_sigint() {
         signal(c.master_pid(), number);
         assert_eq!(c.await_master().code(), Some(0));
         assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
-        // What was acknowledged is there, and the folder's lock is free.
+        // Acknowledged writes are stored, and the lock on -db is free.
         c.start_master();
         c.holds("/k", "value");
     }
@@ -168,13 +168,13 @@ fn a_db_that_is_none_is_refused() {
     fs::write(&file, "x").unwrap();
     fails(&mut server(&file), 1, &["-db", "a-file"]);
     fails(&mut server(&file.join("below")), 1, &["-db", "below"]);
-    // The folder of a Go master is imported, not used.
+    // A Go master's folder must be imported, not opened.
     let go = c.folder.join("go");
     fs::create_dir(&go).unwrap();
     fs::write(go.join("CURRENT"), "MANIFEST-000001\n").unwrap();
     fails(&mut server(&go), 1, &["-db", "import"]);
     assert_eq!(fs::read(go.join("CURRENT")).unwrap(), b"MANIFEST-000001\n");
-    // A damaged index is an error, never a panic and never an empty store.
+    // A damaged index is an error, not a panic and not an empty store.
     let damaged = c.folder.join("damaged");
     fs::create_dir_all(damaged.join("index")).unwrap();
     fs::write(damaged.join("index/CURRENT"), "MANIFEST-000099\n").unwrap();

@@ -13,7 +13,7 @@ use crate::support::commands::{Ran, flip_a_bit, numbered, record, value_of};
 use crate::support::random::seeded_rng;
 use crate::support::reference;
 
-/// All is as it was: the records, the values for a reader and on every disk, and what is unlinked.
+/// The expected state of the store.
 struct Expected {
     live: Vec<Vec<u8>>,
     unlinked: Vec<Vec<u8>>,
@@ -51,7 +51,7 @@ fn a_store_with_strange_names_survives_all_that_is_done_to_it() {
     keys.extend((0..60).map(|n| format!("/été/日本語/{n}?").into_bytes()));
     keys.sort();
     c.fill(&keys);
-    // Some have a history.
+    // Give some keys several versions.
     for key in keys.iter().step_by(20) {
         c.replace(key, "another value").expect(201);
         c.replace(key, value_of(key)).expect(201);
@@ -97,10 +97,10 @@ fn a_store_with_strange_names_survives_all_that_is_done_to_it() {
     expected.holds(&mut c);
 }
 
-/// A store as it should be: each key's value, and whether it is unlinked.
+/// A model of the store: each key's value, and whether it is unlinked.
 type Model = BTreeMap<Vec<u8>, (Vec<u8>, bool)>;
 
-/// A write, and what the model says of it.
+/// Sends a random write to the store and applies it to the model.
 fn write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng) {
     let value: Vec<u8> = (0..random.usize(1..3000)).map(|_| random.u8(..)).collect();
     let old = model.get(key).cloned();
@@ -117,7 +117,7 @@ fn write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng)
             model.insert(key.to_vec(), (value, false));
         }
         6 => {
-            // Of a key that is gone there may be debris, which DELETE clears.
+            // A deleted key may still have debris. DELETE clears it and answers 204.
             let answer = c.ask("DELETE", key);
             assert!(answer.status == 204 || old.is_none() && answer.status == 404, "{answer:?}");
             model.remove(key);
@@ -134,7 +134,7 @@ fn write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng)
     }
 }
 
-/// What an operator may do to a store whose master is stopped, or was killed.
+/// Runs a random command on a store whose master was stopped or killed.
 fn operate(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> String {
     match random.u32(..6) {
         0 => {
@@ -160,7 +160,7 @@ fn operate(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> Strin
             "repair".into()
         }
         4 => {
-            // Where a key has a replica left.
+            // Damage one replica of a key that has another.
             let files: Vec<_> = c.blobs().into_values().collect();
             if c.setup.replica_count() > 1 && !files.is_empty() {
                 let file = &files[random.usize(..files.len())];
@@ -214,7 +214,7 @@ fn any_history_of_writes_kills_and_commands_ends_well() {
     c.verified();
 }
 
-/// The second replica of a key that was replaced, and the path of its blob.
+/// The second replica of a replaced key, and its blob's path.
 fn a_blob_with_a_history(dump: &str) -> (String, String) {
     let line = dump.lines().find(|line| line.contains("VERS")).expect("a key was replaced");
     let (key, record) = line.split_once('\t').expect("a tab");

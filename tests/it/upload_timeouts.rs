@@ -1,4 +1,4 @@
-//! A volume that takes all of a value and never says a word.
+//! Uploads that stall: a volume that never answers, a client that never finishes.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Conn, head};
 use crate::support::reference;
 
-/// The master waits for a volume's answer for a minute: these uploads do so at the same time.
+/// The master waits a minute for a volume's answer. The three uploads wait in parallel.
 #[test]
 fn a_volume_that_never_answers_ends_the_upload_after_a_while() {
     let c = Setup::new().proxied().start();
@@ -34,7 +34,8 @@ fn a_volume_that_never_answers_ends_the_upload_after_a_while() {
     }
     assert!(begun.elapsed() < Duration::from_secs(90));
     untouched(&c, &old);
-    // The blobs were published, unknown to the master: they are deleted all the same.
+    // The volume publishes the blobs without the master's knowledge. The cleaner deletes them
+    // anyway.
     c.proxies[silent].release("PUT");
     c.lacks("/absent");
     assert_eq!(c.blobs().len(), 6);
@@ -53,7 +54,7 @@ fn untouched(c: &Cluster, old: &dyn Fn(&str) -> String) {
     assert_eq!(reference::version_of(&c.found("/unlinked").path), 0);
 }
 
-/// A client that stalls does not keep the master from stopping for longer than half a minute.
+/// A stalled client delays the master's shutdown by at most half a minute.
 #[test]
 fn an_upload_that_never_ends_delays_sigterm_by_30_seconds() {
     let mut c = Cluster::new();

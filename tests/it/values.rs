@@ -1,4 +1,4 @@
-//! Every value: from one byte to more than fits into the master's memory.
+//! Values: from one byte to more than fits into the master's memory.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -11,7 +11,7 @@ use crate::support::random::{random_bytes, seeded_rng};
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
-/// Lengths at and around every boundary that the server has.
+/// Lengths at and around all buffer and chunk sizes of the server.
 const LENGTHS: [usize; 25] = [
     1,
     2,
@@ -40,7 +40,7 @@ const LENGTHS: [usize; 25] = [
     16 * MIB + 1,
 ];
 
-/// The value as it lies on the disks and as nginx gives it out, from each replica.
+/// Checks the value on the disks and as nginx serves it from each replica.
 fn comes_back(c: &Cluster, key: &str, value: &[u8]) {
     let found = c.holds(key, value);
     for replica in &found.replicas {
@@ -82,7 +82,7 @@ fn chunked_values_of_every_length_come_back_from_each_replica() {
         conn.send(chunks(&value, &pieces)).send(LAST_CHUNK);
         conn.answer().expect(201);
         comes_back(&c, &key, &value);
-        // The connection is at the next request.
+        // The server has read the whole body: the connection takes the next request.
         conn.ask("DELETE", &key, &[], None).expect(204);
     }
     assert!(c.blobs().is_empty());
@@ -151,7 +151,7 @@ fn a_blobs_mtime_is_the_time_of_the_write_on_every_replica() {
     let before = seconds(SystemTime::now());
     let mut conn = c.conn();
     conn.head("PUT", "/k", &[("Content-Length", "600000")]).send(vec![b'v'; 500_000]);
-    // The upload takes so long that its end is in another second.
+    // The upload ends in a later second than it began.
     std::thread::sleep(Duration::from_millis(2500));
     conn.send(vec![b'v'; 100_000]).answer().expect(201);
     let after = seconds(SystemTime::now());
@@ -159,7 +159,7 @@ fn a_blobs_mtime_is_the_time_of_the_write_on_every_replica() {
     let times: Vec<i64> =
         c.files("/k").iter().map(|file| fs::metadata(file).unwrap().mtime()).collect();
     assert_eq!(times, [times[0]; 3]);
-    // nginx alone would give each the moment when it was published.
+    // By itself, nginx would set each mtime to the moment of publication.
     assert!((before..after).contains(&times[0]), "{} in {before}..{after}", times[0]);
 }
 

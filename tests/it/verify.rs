@@ -1,4 +1,4 @@
-//! `mkv verify`: what it finds, what `-repair` mends, and what neither may ever cost.
+//! `mkv verify`: its findings, what `-repair` repairs, and what it must never delete.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +18,8 @@ use crate::support::reference;
 const KEY: &str = "/foo/été";
 const KEYS: usize = 33;
 
-/// A store with values, one of them replaced and one unlinked, whose master is stopped.
+/// A store with values, one of them replaced and one unlinked. The master is stopped. Also returns
+/// the disks' contents.
 fn store(setup: Setup) -> (Cluster, Disks) {
     let mut c = setup.start();
     c.fill(&numbered("/n/", KEYS - 3));
@@ -33,7 +34,7 @@ fn store(setup: Setup) -> (Cluster, Disks) {
     (c, disks)
 }
 
-/// Every blob that was there is there, with its bytes.
+/// Checks that every blob still exists with its bytes.
 #[track_caller]
 fn nothing_is_lost(c: &Cluster, before: &Disks) {
     let after = c.disks();
@@ -47,14 +48,14 @@ fn files_of(c: &Cluster, key: &str, version: u64) -> Vec<PathBuf> {
     replicas(&c.dump(), key).iter().map(|replica| c.file(replica, &path)).collect()
 }
 
-/// A volume on which placement wants no replica of the key.
+/// A folder on a volume where placement wants no replica of the key.
 fn elsewhere(c: &Cluster, key: &str) -> String {
     let placed = c.placed(key);
     let other = c.names.iter().find(|name| !placed.iter().any(|r| r.starts_with(*name)));
     format!("{}/sv00", other.expect("there are more volumes than replicas"))
 }
 
-// What is found.
+// Findings.
 
 #[test]
 fn a_whole_store_is_told_to_be_whole_and_nothing_is_changed() {
@@ -70,7 +71,7 @@ fn a_whole_store_is_told_to_be_whole_and_nothing_is_changed() {
         c.disks_are(&disks);
     }
     assert!(tree(&temporary).is_empty());
-    // A store that needs no repair is left alone.
+    // -repair changes nothing in a healthy store.
     let dump = c.dump();
     c.mkv(&["verify", "-repair", "-deep", "-strays", "-grace", "0s"]).expect(0);
     assert_eq!(c.dump(), dump);
@@ -82,7 +83,7 @@ fn a_whole_store_is_told_to_be_whole_and_nothing_is_changed() {
 #[test]
 fn every_kind_of_fault_is_found_and_what_can_be_is_mended() {
     let (mut c, _) = store(Setup::new().replicas(2));
-    // A deletion that is not done.
+    // Leave an unfinished deletion.
     c.start_master();
     c.put("/deleted", "deleted").expect(201);
     c.stop_master();
@@ -125,13 +126,13 @@ fn every_kind_of_fault_is_found_and_what_can_be_is_mended() {
         .says(&format!("{}/note.txt", c.names[2]));
     c.disks_are(&damaged);
     assert_eq!(c.dump(), dump);
-    // An index that is older than a blob may be the wrong one: nothing goes.
+    // A blob newer than the index suggests that it is the wrong index, so nothing is removed.
     let ran = c.mkv(&["verify", "-repair"]).fails(&["not whole"]);
     let ran = lines[..2].iter().fold(ran, |ran, line| ran.never_says(line));
     let ran = lines[2..].iter().fold(ran, |ran, line| ran.says(line));
     ran.says("Nothing is removed").says("-db");
     fs::remove_file(c.file(&c.names[0], &newer)).unwrap();
-    // What nobody can know is left.
+    // Findings without a safe repair stay.
     let ran = c.mkv(&["verify", "-repair"]).fails(&["not whole"]);
     let ran = lines[..6].iter().fold(ran, |ran, line| ran.never_says(line));
     lines[6..].iter().fold(ran, |ran, line| ran.says(line));
@@ -284,14 +285,14 @@ fn debris_is_a_running_masters_business_and_a_finding_without_one() {
     c.mkv(&["verify"]).expect(0).says("debris");
     c.stop_master();
     c.mkv(&["verify"]).fails(&["not whole"]).says("debris: 1");
-    // It cannot be cleared yet.
+    // The volume still refuses, so the debris stays.
     c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("debris: 1");
     c.proxies[holder].behave();
     c.mkv(&["verify", "-repair"]).expect(0);
     assert!(c.debris().is_empty() && c.blobs().len() == 3);
 }
 
-// When -repair refuses.
+// Refused repairs.
 
 #[test]
 fn a_repair_beside_a_running_master_is_refused() {
@@ -341,7 +342,7 @@ fn a_mistyped_db_without_an_index_costs_nothing_and_makes_none() {
     c.start_master();
 }
 
-/// The names in a folder, if it is one; what the commands print apart.
+/// The names in a folder, if it is one, without the files that hold a command's output.
 fn names(folder: &Path) -> Option<Vec<String>> {
     let entries = fs::read_dir(folder).ok()?.flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -355,7 +356,7 @@ fn a_repair_with_an_empty_index_is_refused() {
     let (mut c, disks) = store(Setup::new().replicas(2));
     let (flags, kept) = (c.setup.clone(), c.db());
     fs::rename(&kept, c.folder.join("kept")).unwrap();
-    // What a master leaves that was started with the wrong folder.
+    // A master started with the wrong -db leaves an empty index.
     c.setup = flags.flags(&[]);
     c.start_master();
     assert!(c.live().is_empty());
@@ -377,7 +378,7 @@ fn the_index_of_another_store_costs_no_blob() {
         let keys = numbered("/n/", 40);
         c.fill(&keys[ours]);
         other.fill(&keys[theirs]);
-        // Versions that are newer here, and versions that are newer there.
+        // Some versions are newer in this store, some in the other.
         for n in 0..replaced {
             let store = if n % 2 == 0 { &c } else { &other };
             store.replace(&keys[10 + n], "another value").expect(201);
@@ -407,7 +408,7 @@ fn an_old_copy_of_the_index_costs_no_blob() {
     c.restart_master();
     let keys = numbered("/n/", 40);
     c.fill(&keys);
-    // Two writes that are under way when the copy is made, and end well.
+    // Two writes are in progress when the copy is made, and succeed later.
     c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
     let pending: Vec<Conn> = [("PUT", "/pending"), ("REPLACE", "/n/0000")]
         .into_iter()
@@ -422,7 +423,7 @@ fn an_old_copy_of_the_index_costs_no_blob() {
     copy_folder(&c.db(), &c.folder.join("copy"));
     c.each_proxy(Faulty::behave);
     pending.into_iter().for_each(|mut conn| drop(conn.answer().expect(201)));
-    // Life goes on.
+    // The store changes after the copy was made.
     for key in &keys[1..5] {
         c.replace(key, "replaced").expect(201);
     }
@@ -449,7 +450,7 @@ fn an_old_copy_of_the_index_costs_no_blob() {
         assert_eq!(c.dump(), dump);
         ran.expect(1);
     }
-    // With the right index again, what was copied in vain goes.
+    // With the right index, the unneeded copies are removed.
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
     nothing_is_lost(&c, &disks);
     c.start_master();
@@ -484,7 +485,7 @@ fn the_last_good_copy_is_never_removed() {
     for flags in [&ALL[..2], &ALL[..]] {
         c.mkv(flags);
         for file in &good[..3] {
-            // Healed from it, or left as it was: the value is somewhere.
+            // The value is repaired or still in the surplus replica.
             let key = good.iter().position(|other| other == file).unwrap();
             let there = [file, &files[key]].map(|file| fs::read(file).unwrap_or_default());
             assert!(there.iter().any(|bytes| bytes == b"the good value"), "{}", file.display());
@@ -516,7 +517,7 @@ fn nothing_is_removed_of_a_key_whose_replicas_are_not_all_whole() {
     c.disks_are(&disks);
 }
 
-/// A bad sector, as far as a test can make one.
+/// Stands in for a bad sector.
 #[test]
 fn a_blob_that_cannot_be_read_is_a_replica_that_is_missing() {
     let (c, disks) = store(Setup::new().replicas(2));
@@ -602,7 +603,7 @@ fn strays_go_only_when_they_are_asked_to_and_older_than_the_grace() {
     assert_eq!(there(), [true, true, false]);
     c.mkv(&["verify", "-repair", "-strays", "-grace", "1h"]).fails(&[]).says(&format!("{line}1"));
     assert_eq!(there(), [true, false, false]);
-    // One that came after everything in the index keeps all of them, whatever the grace.
+    // A stray newer than everything in the index protects all strays, whatever the grace.
     let new = elsewhere(&c, "/new");
     c.plant(&new, &plain("/new"), "stray", now() + 1);
     c.mkv(&["verify", "-repair", "-strays", "-grace", "0s"]).fails(&[]).says(&format!("{line}2"));
@@ -627,7 +628,7 @@ fn a_lost_disk_of_more_keys_than_are_looked_at_together_is_mended() {
     let more = format!("… and {} more", lost.len() - 10);
     let with_findings = format!("{} with findings", lost.len());
     c.mkv(&["verify"]).fails(&["not whole"]).says(&line).says(&more).says(&with_findings);
-    // What is newer than the index keeps all that looks superfluous, be it the first and the last.
+    // A blob newer than the index keeps all surplus blobs, from the first key to the last.
     let (first, last) = (elsewhere(&c, "/n/0000"), reference::path(b"/z", 0));
     c.plant(&first, &reference::path(b"/n/0000", 0), value_of(&keys[0]), 1000);
     c.plant(&c.names[1], &last, "newer", now() + 1);

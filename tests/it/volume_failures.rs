@@ -1,5 +1,4 @@
-//! A volume that fails, in each way a volume can; all of them; an index whose disk fails or whose
-//! files are damaged.
+//! Each way in which one volume can fail, and the failure of all volumes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +12,7 @@ use crate::support::commands::{numbered, value_of};
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Answer, follow};
 
-/// What is wrong with one of three volumes.
+/// The failure of one of three volumes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Wrong {
     Killed,
@@ -28,7 +27,7 @@ enum Wrong {
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Wrong {
-    /// What a write to the volume is answered with.
+    /// The status of a write to the failed volume.
     fn status(self) -> u16 {
         match self {
             Wrong::Killed | Wrong::Frozen | Wrong::Slow => 503,
@@ -37,7 +36,7 @@ impl Wrong {
         }
     }
 
-    /// `real`: the volume has a disk of its own.
+    /// `own_disk`: the volume's folder is a disk of its own.
     fn begin(self, c: &mut Cluster, real: bool) {
         let refuse = |methods: &[&str]| {
             methods.iter().for_each(|method| c.proxies[0].set(method, Fault::Answer(500)));
@@ -52,7 +51,7 @@ impl Wrong {
             }
             Wrong::Full if real => fill_up(&c.volumes[0].folder),
             Wrong::ReadOnly if real => assert!(remount(&c.volumes[0].folder, "ro")),
-            // Where no disk can be mounted, the volume answers as nginx does on such a one.
+            // Where no disk can be mounted, the proxy answers as nginx would.
             Wrong::Full => refuse(&["PUT"]),
             Wrong::ReadOnly => refuse(&["PUT", "DELETE"]),
             Wrong::Emptied => {
@@ -90,8 +89,7 @@ pub fn remount(disk: &Path, how: &str) -> bool {
     output.is_ok_and(|output| output.status.success())
 }
 
-/// Reads each of these keys a few times: no read takes longer than one silent volume may, and most
-/// of them do not pay that again.
+/// Reads each key three times. Only the first few reads may wait for the silent volume's timeout.
 pub fn all_are_read(c: &Cluster, keys: &[Vec<u8>]) {
     let mut slow = 0;
     for key in [keys, keys, keys].concat() {
@@ -131,7 +129,7 @@ fn survives(wrong: Wrong) {
         c.put(key, value_of(key)).expect(201);
     }
     for key in &new_on[..3] {
-        // The second time: no lock was left.
+        // The second try shows that the first left no lock.
         for _ in 0..2 {
             match status {
                 201 => drop(c.replace(key, value_of(key)).expect(201)),
@@ -145,7 +143,7 @@ fn survives(wrong: Wrong) {
     }
     c.ask("UNLINK", &on[1]).expect(204);
     c.ask("RELINK", &on[1]).expect(204);
-    // A deletion counts, also where a blob has to wait for its volume; one that is slow has time.
+    // The key is deleted even if a blob must wait for its volume. A slow volume gets enough time.
     let (gone_on, gone_off) = (on.pop().unwrap(), off.pop().unwrap());
     if matches!(wrong, Wrong::Slow | Wrong::Full | Wrong::Emptied) {
         c.ask("DELETE", &gone_on).expect(204);

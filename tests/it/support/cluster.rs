@@ -1,4 +1,4 @@
-//! A store for one test: volumes, a master, and what has to hold when the test is over.
+//! A store for one test: volumes, a master, and the checks that end every test.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,8 +16,8 @@ use crate::support::faulty_proxy::Faulty;
 use crate::support::http_client::{self, Answer, Conn, PATIENCE, follow, target, until};
 use crate::support::reference;
 
-/// A loopback address that is this test's alone, so that every port of it is free and stays so
-/// while a server is down. It is another's as soon as the listener is dropped.
+/// Reserves a loopback address for one test, so that all its ports are free and stay free while a
+/// server is down. Dropping the listener releases the address.
 pub fn own_address() -> (TcpListener, String) {
     loop {
         let [a, b, c, _] = fastrand::u32(..).to_be_bytes();
@@ -28,7 +28,7 @@ pub fn own_address() -> (TcpListener, String) {
     }
 }
 
-/// What a test asks for: three volumes, three replicas and ten subvolumes unless it says otherwise.
+/// The store that a test asks for. Defaults: three volumes, three replicas, ten subvolumes.
 #[derive(Clone)]
 pub struct Setup {
     volumes: usize,
@@ -71,7 +71,7 @@ impl Setup {
         Setup { subvolumes, ..self }
     }
 
-    /// A proxy stands before each volume, and the master knows only the proxies.
+    /// Puts a proxy in front of each volume. The master knows only the proxies.
     pub fn proxied(self) -> Setup {
         Setup { proxied: true, ..self }
     }
@@ -80,7 +80,7 @@ impl Setup {
         Setup { flags: flags.iter().map(|flag| flag.to_string()).collect(), ..self }
     }
 
-    /// The command that starts the master's command: it limits what the master may use.
+    /// A command that runs the master, for instance with resource limits.
     pub fn launcher(self, words: &[&str]) -> Setup {
         Setup { launcher: words.iter().map(|word| word.to_string()).collect(), ..self }
     }
@@ -90,7 +90,7 @@ impl Setup {
     }
 }
 
-/// A volume of nginx, run by volume.sh.
+/// An nginx volume, run by volume.sh.
 pub struct Volume {
     pub folder: PathBuf,
     pub address: String,
@@ -108,7 +108,8 @@ impl Volume {
             .expect("the log can be written");
         let mut command = bound_to_us("TERM");
         command
-            // Of the clone that is tested: another one may have built the tests, into the same folder.
+            // The working directory's volume.sh: clones may share a target folder, so the path of
+            // this binary says nothing.
             .arg("./volume.sh")
             .arg(&self.folder)
             .env("BIND", host)
@@ -129,7 +130,7 @@ impl Volume {
         self.await_ready();
     }
 
-    /// Stops it as its operator would.
+    /// Stops nginx gracefully.
     pub fn stop(&mut self) {
         if let Some(mut script) = self.script.take() {
             signal(script.id(), Signal::TERM);
@@ -137,7 +138,7 @@ impl Volume {
         }
     }
 
-    /// kill -9 for nginx and its workers.
+    /// Kills nginx and its workers with SIGKILL.
     pub fn kill(&mut self) {
         let Some(mut script) = self.script.take() else { return };
         for pid in self.nginx().expect("nginx runs") {
@@ -146,7 +147,7 @@ impl Volume {
         wait(&mut script, "volume.sh");
     }
 
-    /// Its workers stand still: they take connections and give no answer.
+    /// Stops the workers with SIGSTOP: the volume accepts connections but never answers.
     pub fn freeze(&self) {
         for pid in &self.nginx().expect("nginx runs")[1..] {
             signal(*pid, Signal::STOP);
@@ -159,7 +160,7 @@ impl Volume {
         }
     }
 
-    /// nginx and its workers, if it runs.
+    /// The process ids of nginx and its workers, nginx first, or `None` if it does not run.
     fn nginx(&self) -> Option<Vec<u32>> {
         let text = fs::read_to_string(self.folder.join(".nginx/nginx.pid")).ok()?;
         let nginx: u32 = text.trim().parse().ok()?;
@@ -177,14 +178,14 @@ impl Volume {
         (pids.len() > 1).then_some(pids)
     }
 
-    /// The blobs on its disk, without what begins with a dot: path below the volume and file.
+    /// The blobs on the volume's disk, by path. Skips names that begin with a dot.
     pub fn files(&self) -> BTreeMap<String, PathBuf> {
         let mut files = BTreeMap::new();
         walk(&self.folder, "", &mut files);
         files
     }
 
-    /// What lies in nginx's temporary folders: uploads under way, or left behind.
+    /// The number of files in nginx's temporary folder: uploads in progress or left behind.
     pub fn uploads(&self) -> usize {
         let mut files = BTreeMap::new();
         walk(&self.folder.join(".nginx/temp"), "", &mut files);
@@ -193,7 +194,7 @@ impl Volume {
 }
 
 fn walk(folder: &Path, below: &str, files: &mut BTreeMap<String, PathBuf>) {
-    // A folder may vanish while it is read, as a blob may.
+    // A folder may disappear during the walk, as a blob may.
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -209,11 +210,11 @@ fn walk(folder: &Path, below: &str, files: &mut BTreeMap<String, PathBuf>) {
     }
 }
 
-/// What a redirect tells of a key.
+/// What a redirect says about a key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Found {
     pub replicas: Vec<String>,
-    /// The blob's path below each replica.
+    /// The blob's path, the same below each replica.
     pub path: String,
     pub version: u64,
     pub md5: Option<String>,
@@ -226,12 +227,12 @@ pub struct Cluster {
     pub volumes: Vec<Volume>,
     pub proxies: Vec<Faulty>,
     pub setup: Setup,
-    /// The volumes that the master is told of.
+    /// The addresses of the volumes in the master's -volumes.
     pub names: Vec<String>,
     master: Option<Child>,
-    /// The port that the master was given.
+    /// The port that the master listens on; 0 before its first start.
     port: u16,
-    /// Keys whose debris may stay longer than a test lasts.
+    /// Keys whose debris may outlast the test.
     lasting: BTreeSet<Vec<u8>>,
     mounted: Vec<PathBuf>,
     _reserved: TcpListener,
@@ -246,7 +247,7 @@ impl Cluster {
         Cluster::start_with(setup, |_| {})
     }
 
-    /// Calls `prepare` with the folders of the volumes, before they are started.
+    /// Calls `prepare` once the volumes' folders exist and before nginx starts.
     pub fn start_with(setup: Setup, prepare: impl FnOnce(&mut Cluster)) -> Cluster {
         let (reserved, host) = own_address();
         let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
@@ -288,7 +289,7 @@ impl Cluster {
         cluster
     }
 
-    /// Puts a small disk of its own below this folder; `false`: this user may not mount.
+    /// Mounts a small tmpfs on this folder. Returns `false` if the user may not mount.
     pub fn mount_small_disk(&mut self, folder: &Path, size: &str) -> bool {
         let options = format!("size={size},mode=755");
         let mut command = Command::new("mount");
@@ -298,7 +299,7 @@ impl Cluster {
         mounted
     }
 
-    /// Restarts every volume, all at the same time.
+    /// Restarts all volumes in parallel.
     pub fn restart_volumes(&mut self, kill: bool) {
         for volume in &mut self.volumes {
             if kill { volume.kill() } else { volume.stop() }
@@ -306,7 +307,7 @@ impl Cluster {
         self.start_volumes();
     }
 
-    /// Starts the volumes that do not run.
+    /// Starts the volumes that are not running.
     pub fn start_volumes(&mut self) {
         let mut down: Vec<_> = self.volumes.iter_mut().filter(|v| v.script.is_none()).collect();
         down.iter_mut().for_each(|volume| volume.launch());
@@ -319,7 +320,8 @@ impl Cluster {
 
     // The master.
 
-    /// The command line that starts the master, with a port that is chosen freely the first time.
+    /// The command line that starts the master. The first start takes any free port, later ones the
+    /// same.
     pub fn master_command(&self) -> Command {
         let mut command = bound_to_us("KILL");
         command
@@ -342,7 +344,8 @@ impl Cluster {
         self.try_start_master().unwrap_or_else(|error| panic!("{error}\n{}", self.log()));
     }
 
-    /// Starts the master, or says with what words it ended instead: one line, and exit status 1.
+    /// Starts the master. If it exits instead, checks for exit status 1 and one line of error, and
+    /// returns that line.
     #[track_caller]
     pub fn try_start_master(&mut self) -> Result<(), String> {
         assert!(self.master.is_none(), "the master runs already");
@@ -371,8 +374,7 @@ impl Cluster {
         self.master.as_ref().expect("the master runs").id()
     }
 
-    /// What the kernel says of the master's memory, in KiB: VmRSS is what it has, VmHWM the most
-    /// that it has had.
+    /// A memory figure from /proc, in KiB: VmRSS is the current size, VmHWM the peak.
     pub fn memory(&self, field: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.master_pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with(field)).unwrap();
@@ -383,19 +385,19 @@ impl Cluster {
         fs::read_dir(format!("/proc/{}/fd", self.master_pid())).unwrap().count()
     }
 
-    /// kill -9.
+    /// Kills the master with SIGKILL.
     pub fn kill_master(&mut self) {
         let mut master = self.master.take().expect("the master runs");
         signal(master.id(), Signal::KILL);
         wait(&mut master, "the killed master");
     }
 
-    /// Tells the master to stop; it may still be busy.
+    /// Sends SIGTERM without waiting for the exit.
     pub fn terminate_master(&self) {
         signal(self.master_pid(), Signal::TERM);
     }
 
-    /// Waits for the end of a master that was told to stop.
+    /// Waits until a terminated master has exited.
     pub fn await_master(&mut self) -> ExitStatus {
         wait(self.master.as_mut().expect("the master runs"), "the master after SIGTERM");
         self.master.take().expect("it was there").wait().expect("its status is known")
@@ -412,7 +414,7 @@ impl Cluster {
         self.start_master();
     }
 
-    /// Restarts it with other flags.
+    /// Restarts the master with other flags.
     pub fn restart_with(&mut self, flags: &[&str]) {
         self.setup.flags = flags.iter().map(|flag| flag.to_string()).collect();
         self.restart_master();
@@ -442,7 +444,7 @@ impl Cluster {
         http_client::ask(&self.address(), method, target, &[], None)
     }
 
-    /// A request with headers, and a body that gets a length.
+    /// Sends a request with headers and a body. Adds the Content-Length.
     #[track_caller]
     pub fn send(
         &self,
@@ -469,7 +471,7 @@ impl Cluster {
         self.ask("GET", key)
     }
 
-    /// The keys of a list, page by page where it has several.
+    /// All keys of a list, read page by page.
     #[track_caller]
     pub fn keys(&self, prefix: &str, list: &str) -> Vec<Vec<u8>> {
         let mut keys: Vec<Vec<u8>> = Vec::new();
@@ -501,7 +503,8 @@ impl Cluster {
         self.keys("/", "writing")
     }
 
-    /// What the master says of a live key; everything that must fit together does.
+    /// Reads what the master says about a live key, and checks that the headers agree with each
+    /// other.
     #[track_caller]
     pub fn found(&self, key: impl AsRef<[u8]>) -> Found {
         let key = key.as_ref();
@@ -527,19 +530,19 @@ impl Cluster {
         Found { replicas, path, version, md5, balanced }
     }
 
-    /// Where the golden rule wants the key.
+    /// The replicas that placement wants for the key.
     pub fn placed(&self, key: impl AsRef<[u8]>) -> Vec<String> {
         reference::place(key.as_ref(), &self.names, self.setup.replicas, self.setup.subvolumes)
     }
 
-    /// The number of the volume that holds this replica.
+    /// The index of the volume that holds this replica.
     pub fn number(&self, replica: &str) -> usize {
         let name = replica.split('/').next();
         let found = self.names.iter().position(|n| Some(n.as_str()) == name);
         found.unwrap_or_else(|| panic!("{replica} is on none of {:?}", self.names))
     }
 
-    /// The number of the volume that holds the key's first, second, … replica.
+    /// The index of the volume that should hold the key's nth replica.
     pub fn holder(&self, key: impl AsRef<[u8]>, replica: usize) -> usize {
         self.number(&self.placed(key)[replica])
     }
@@ -558,7 +561,7 @@ impl Cluster {
         found.replicas.iter().map(|replica| self.file(replica, &found.path)).collect()
     }
 
-    /// Every blob on every volume: `host:port/svXX/…`, as the replicas are named, and its file.
+    /// Every blob on every volume: `host:port/svXX/…` and its file.
     pub fn blobs(&self) -> BTreeMap<String, PathBuf> {
         self.volumes
             .iter()
@@ -569,7 +572,7 @@ impl Cluster {
             .collect()
     }
 
-    /// The value as a client reads it, and as it lies on each replica's disk.
+    /// Checks the value as a client reads it, and as every replica's disk holds it.
     #[track_caller]
     pub fn holds(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Found {
         let (key, value) = (key.as_ref(), value.as_ref());
@@ -587,8 +590,8 @@ impl Cluster {
         found
     }
 
-    /// The key is not there: neither for a reader, nor in a list, nor, when the cleaner has done
-    /// its work, on a disk. Its lock is free.
+    /// Checks that the key cannot be read, is not listed, is not locked, and, once the cleaner is
+    /// done, has no blob.
     #[track_caller]
     pub fn lacks(&self, key: impl AsRef<[u8]>) {
         let key = key.as_ref();
@@ -602,7 +605,7 @@ impl Cluster {
         self.ask("RELINK", key).expect(404);
     }
 
-    /// Waits until the cleaner has nothing more to do.
+    /// Waits until the cleaner has cleared all debris, except that of `allow_debris`.
     #[track_caller]
     pub fn cleaned(&self) {
         let mut left = Vec::new();
@@ -623,13 +626,14 @@ impl Cluster {
         }
     }
 
-    /// This key's debris may stay: a 404 does not prove yet that its blob is gone.
+    /// Lets this key's debris outlast the test, because a 404 does not yet prove that its blob is
+    /// gone.
     pub fn debris_may_last(&mut self, key: impl AsRef<[u8]>) {
         self.lasting.insert(key.as_ref().to_vec());
     }
 
-    /// The store is whole: what the index names lies where it should, as it should, and nothing
-    /// else lies anywhere. Debris is cleared first.
+    /// Checks that every blob of the index is on its volumes with the right bytes, and that the
+    /// volumes hold no other blob. Waits for the cleaner first.
     #[track_caller]
     pub fn check_whole(&mut self) {
         self.proxies.iter().for_each(Faulty::behave);
@@ -651,7 +655,7 @@ impl Cluster {
             expect(&key);
         }
         for key in unlinked {
-            // Only of a live key the master tells anything.
+            // The master describes only live keys.
             self.ask("RELINK", &key).expect(204);
             expect(&key);
             self.ask("UNLINK", &key).expect(204);
@@ -673,8 +677,8 @@ impl Cluster {
         });
         let log = self.log();
         let panics = log.lines().filter(|line| line.contains("panicked at"));
-        // tiny_http panics at a connection that was reset before it was accepted, and where it gets
-        // no descriptor or no thread.
+        // tiny_http panics when a client resets a connection before it is accepted, and when it
+        // runs out of descriptors or threads.
         let own: Vec<_> = panics
             .filter(|line| !line.contains("tiny_http-0.12.0/src/"))
             .filter(|line| !line.contains("library/std/src/thread/"))
@@ -682,7 +686,7 @@ impl Cluster {
         assert!(own.is_empty(), "{own:?}:\n{log}");
     }
 
-    /// Ends everything that was started, and leaves nothing behind.
+    /// Stops all processes and removes all files.
     fn tear_down(&mut self) {
         self.proxies.clear();
         for volume in &self.volumes {
@@ -704,7 +708,7 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
-    /// A test that has come this far without a panic has the store checked.
+    /// Checks the store unless the test has failed.
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = self.log();
@@ -735,7 +739,7 @@ pub fn same(there: &[u8], value: &[u8], where_: &str) {
     );
 }
 
-/// A command whose process does not outlive this one.
+/// A command whose process is sent this signal when the test process dies.
 pub fn bound_to_us(signal: &str) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", signal, "--"]);
@@ -744,11 +748,11 @@ pub fn bound_to_us(signal: &str) -> Command {
 
 pub fn signal(pid: u32, signal: Signal) {
     let pid = Pid::from_raw(pid as i32).expect("a process has a number");
-    // It may have ended by itself.
+    // The process may have exited already.
     let _ = kill_process(pid, signal);
 }
 
-/// Waits for a process to end.
+/// Waits for a process to exit.
 #[track_caller]
 pub fn wait(process: &mut Child, what: &str) {
     until(&format!("{what} has ended"), || {
@@ -756,7 +760,7 @@ pub fn wait(process: &mut Child, what: &str) {
     });
 }
 
-/// The first line that a process prints; what follows is read and forgotten.
+/// The first line that a process prints. A thread drains the rest.
 pub fn first_line(process: &mut Child) -> String {
     let out = process.stdout.take().expect("its output is a pipe");
     let (send, line) = std::sync::mpsc::channel();

@@ -1,4 +1,4 @@
-//! The commands beside the server, as a store's operator runs them, and what they must not change.
+//! Runs mkv's commands, and compares disks and indexes before and after.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,10 +16,10 @@ use crate::support::cluster::{Cluster, bound_to_us, same, signal, wait};
 use crate::support::http_client::{self, Conn, target, until};
 use crate::support::reference;
 
-/// What a command did.
+/// The result of a command.
 #[derive(Debug)]
 pub struct Ran {
-    /// `None`: it was killed.
+    /// `None` if the command was killed.
     pub code: Option<i32>,
     pub out: String,
     pub err: String,
@@ -32,7 +32,7 @@ impl Ran {
         self
     }
 
-    /// It prints a line that holds this.
+    /// Checks that a line of the output contains this text.
     #[track_caller]
     pub fn says(self, text: &str) -> Ran {
         assert!(self.lines().any(|line| line.contains(text)), "{text:?} is missing: {self:#?}");
@@ -45,7 +45,7 @@ impl Ran {
         self
     }
 
-    /// Exit status 1, and an error whose one line holds all these words.
+    /// Checks for exit status 1 and a single error line that contains all these words.
     #[track_caller]
     pub fn fails(self, words: &[&str]) -> Ran {
         let ran = self.expect(1);
@@ -57,8 +57,8 @@ impl Ran {
         ran
     }
 
-    /// The command succeeded, or failed only because of debris that cannot be cleared yet: for some
-    /// seconds after a crash, a 404 does not prove that a blob is gone.
+    /// Checks that the command succeeded, or failed only because of debris: for some seconds after
+    /// a crash, a 404 does not prove that a blob is gone, and the debris stays.
     #[track_caller]
     pub fn expect_success_except_debris(self) {
         if self.code != Some(0) {
@@ -71,7 +71,7 @@ impl Ran {
         self.out.lines().chain(self.err.lines())
     }
 
-    /// The number that stands before this text in what it prints.
+    /// The number in front of this text in the output.
     #[track_caller]
     pub fn number(&self, before: &str) -> u64 {
         let end = self.out.find(before).unwrap_or_else(|| panic!("no {before:?}: {self:#?}"));
@@ -81,10 +81,10 @@ impl Ran {
     }
 }
 
-/// Every file on the disks, and what is in it.
+/// Every blob on the disks, with a description of its length, md5 and mtime.
 pub type Disks = BTreeMap<PathBuf, String>;
 
-/// A command that runs.
+/// A command that is running.
 pub struct Running {
     child: Child,
     out: PathBuf,
@@ -122,7 +122,7 @@ impl Running {
         self.ran()
     }
 
-    /// kill -9.
+    /// Kills the command with SIGKILL.
     #[track_caller]
     pub fn kill(mut self) -> Ran {
         signal(self.pid(), Signal::KILL);
@@ -153,7 +153,7 @@ impl Cluster {
         self.folder.join("db")
     }
 
-    /// `mkv` with the store's flags; those in `args` count where both have one.
+    /// `mkv` with the store's flags. Flags in `args` override them.
     pub fn mkv_command(&self, args: &[&str]) -> Command {
         let mut command = bound_to_us("KILL");
         command
@@ -180,13 +180,13 @@ impl Cluster {
         self.mkv(&["dump"]).expect(0).out
     }
 
-    /// Every blob is where the index says, with the bytes that it says, and nothing else is.
+    /// Checks with `verify -deep` that the store is whole.
     #[track_caller]
     pub fn verified(&self) {
         self.mkv(&["verify", "-deep"]).expect(0).says("the store is whole");
     }
 
-    /// Puts these keys with the values of `value_of`.
+    /// Puts these keys, each with its `value_of`.
     #[track_caller]
     pub fn fill(&self, keys: &[Vec<u8>]) {
         self.each(keys, |conn, key| {
@@ -194,7 +194,7 @@ impl Cluster {
         });
     }
 
-    /// The values that `fill` has put lie where readers are sent to.
+    /// Checks that each key redirects to a file that holds its `value_of`.
     #[track_caller]
     pub fn reads_back(&self, keys: &[Vec<u8>]) {
         self.each(keys, |conn, key| {
@@ -220,7 +220,7 @@ impl Cluster {
         });
     }
 
-    /// What lies on all disks.
+    /// The contents of all disks.
     pub fn disks(&self) -> Disks {
         let files = self.volumes.iter().flat_map(|volume| volume.files().into_values());
         files
@@ -232,7 +232,7 @@ impl Cluster {
             .collect()
     }
 
-    /// Nothing was written to a disk since, and nothing removed.
+    /// Checks that nothing on the disks has changed.
     #[track_caller]
     pub fn disks_are(&self, before: &Disks) {
         let after = self.disks();
@@ -245,7 +245,7 @@ impl Cluster {
         assert!(differ.is_empty(), "before and after: {differ:#?}");
     }
 
-    /// The index on disk, file by file.
+    /// The index's files and their bytes.
     pub fn index_files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         tree(&self.db().join("index"))
     }
@@ -258,7 +258,7 @@ impl Cluster {
         assert!(differ.is_empty(), "no more byte for byte: {differ:?}");
     }
 
-    /// The debris of a master that is stopped: key, version, the text of the entry.
+    /// The debris of a stopped master: key, version and the text of each entry.
     pub fn debris(&self) -> Vec<(String, u64, String)> {
         let families = ["default", "debris"];
         let index = self.db().join("index");
@@ -275,7 +275,7 @@ impl Cluster {
         .collect()
     }
 
-    /// Stores a blob without the master's knowledge, as if it was written at this time.
+    /// Stores a blob directly on a volume, with this mtime. The master does not learn of it.
     #[track_caller]
     pub fn plant(&self, replica: &str, path: &str, value: impl AsRef<[u8]>, time: u64) {
         let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
@@ -283,7 +283,7 @@ impl Cluster {
         let encoded = target(format!("{below}{path}"));
         let headers = [("Date", date.as_str())];
         let put = http_client::ask(host, "PUT", &encoded, &headers, Some(value.as_ref()));
-        // nginx says 204 where it takes the place of another.
+        // nginx answers 204 when it overwrites a file.
         assert!(matches!(put.status, 201 | 204), "{put:?}");
     }
 
@@ -293,7 +293,7 @@ impl Cluster {
         self.volumes[self.number(replica)].folder.join(below)
     }
 
-    /// What a disk looks like when it is not mounted, until `mount` is called.
+    /// Makes a disk look unmounted, until `mount` is called.
     pub fn unmount(&self, disk: &Path) {
         fs::create_dir(disk.join(".away")).expect("it can be made");
         for name in names(disk) {
@@ -309,7 +309,7 @@ impl Cluster {
         fs::remove_dir(disk.join(".away")).expect("it is empty");
     }
 
-    /// An empty disk in the place of this one.
+    /// Removes everything from a disk, as if an empty one had replaced it.
     pub fn empty(&self, disk: &Path) {
         for name in names(disk) {
             fs::remove_dir_all(disk.join(name)).expect("it can be removed");
@@ -336,18 +336,18 @@ pub fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files
 }
 
-/// A folder as a copy, as `cp -a` makes it.
+/// Copies a folder with `cp -a`.
 pub fn copy_folder(from: &Path, to: &Path) {
     let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
     assert!(copied.expect("cp starts").success(), "{} is not copied", from.display());
 }
 
-/// When a file was written, in seconds since 1970.
+/// A file's mtime, in seconds since 1970.
 pub fn mtime(file: &Path) -> i64 {
     fs::metadata(file).expect("the file is there").mtime()
 }
 
-/// Turns one bit of a file, as a bad disk does: neither its length nor its mtime tells.
+/// Flips one bit of a file, as a failing disk does: length and mtime stay the same.
 pub fn flip_a_bit(file: &Path) {
     let time = fs::metadata(file).and_then(|data| data.modified()).expect("it has an mtime");
     let mut bytes = fs::read(file).expect("a blob can be read");
@@ -357,30 +357,30 @@ pub fn flip_a_bit(file: &Path) {
     fs::File::options().write(true).open(file).unwrap().set_modified(time).unwrap();
 }
 
-/// The value that a test gives a key: of a length of its own, and no other key's.
+/// A test value for a key. Its length varies from key to key, and no two keys share a value.
 pub fn value_of(key: &[u8]) -> Vec<u8> {
     let seed = reference::md5(key);
     let length = 1 + usize::from_str_radix(&seed[..3], 16).expect("hex digits") / 2;
     [key, seed.repeat(length / 32 + 1).as_bytes()].concat()[..key.len() + length].to_vec()
 }
 
-/// `count` keys, numbered, below `prefix`.
+/// `count` numbered keys below `prefix`.
 pub fn numbered(prefix: &str, count: usize) -> Vec<Vec<u8>> {
     (0..count).map(|n| format!("{prefix}{n:04}").into_bytes()).collect()
 }
 
-/// Seconds since 1970.
+/// The current time, in seconds since 1970.
 pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("it is past 1970").as_secs()
 }
 
-/// The record that a dump has for a key.
+/// The key's record in a dump.
 pub fn record<'a>(dump: &'a str, key: &str) -> Option<&'a str> {
     let key = target(key);
     dump.lines().find_map(|line| line.strip_prefix(&key)?.strip_prefix('\t'))
 }
 
-/// The replicas that a dump has for a key.
+/// The key's replicas in a dump.
 #[track_caller]
 pub fn replicas(dump: &str, key: &str) -> Vec<String> {
     let record = record(dump, key).unwrap_or_else(|| panic!("{key} is missing:\n{dump}"));
@@ -388,7 +388,7 @@ pub fn replicas(dump: &str, key: &str) -> Vec<String> {
     record[start..].split(',').map(String::from).collect()
 }
 
-/// The most memory that a command had, in MiB.
+/// Runs a command and returns its peak memory in MiB.
 pub fn peak(c: &Cluster, args: &[&str]) -> (u64, Ran) {
     let mut command = c.begin(args);
     let (status, mut most) = (format!("/proc/{}/status", command.pid()), 0);

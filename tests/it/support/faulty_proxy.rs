@@ -1,7 +1,7 @@
-//! A proxy before a real volume, which misbehaves as a test tells it to.
+//! A proxy in front of a real volume that injects faults.
 //!
-//! It makes what else is chance happen when a test wants it: a request that is on its way, a blob
-//! that was published and whose answer was lost, a volume that dies in the middle of a body.
+//! It makes rare timing repeatable: a request still in flight, a blob published but its answer
+//! lost, a volume that dies in the middle of a body.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -14,25 +14,26 @@ use crate::support::http_client::{Conn, PATIENCE};
 /// What happens to the requests of a method.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
-    /// Held when its head is here: nothing of it reaches the volume.
+    /// Hold the request after its head. Nothing reaches the volume.
     HoldRequest,
-    /// Held when all of it is here: nothing of it reaches the volume.
+    /// Hold the request after its body. Nothing reaches the volume.
     HoldWhole,
-    /// Held when the volume has answered: the master does not know.
+    /// Hold the volume's answer. The volume has done the work, and the master does not know.
     HoldAnswer,
-    /// All of it is taken, the connection ends without an answer, and the request is held.
+    /// Read the whole request, close the connection without an answer, and hold the request. Once
+    /// released, it reaches the volume late.
     Late,
-    /// After so many bytes of the body both connections end.
+    /// Close both connections after this many bytes of the body.
     Cut(u64),
-    /// Answered with this status when its head is here; nothing more is read, ever.
+    /// Answer with this status after the head, and read no further.
     Answer(u16),
-    /// As `Answer`, once so many bytes of the body were read.
+    /// Answer with this status after this many bytes of the body, and read no further.
     AnswerAfter(u64, u16),
-    /// Held for so long when its head is here.
+    /// Delay the request for this long after its head.
     Delay(Duration),
 }
 
-/// What comes of the requests that are held.
+/// What happens to held requests.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Verdict {
     Pass,
@@ -42,15 +43,15 @@ enum Verdict {
 #[derive(Default)]
 struct State {
     faults: HashMap<String, Fault>,
-    /// How many requests of a method are held now.
+    /// The number of requests of each method that are held now.
     held: HashMap<String, usize>,
-    /// What was decided about the held ones of a method, one decision after the other.
+    /// The decisions about held requests of each method, oldest first.
     verdicts: HashMap<String, Vec<Verdict>>,
-    /// Every request that came: method and path.
+    /// The method and path of every request received.
     seen: Vec<(String, String)>,
-    /// The methods of the requests that the volume has answered.
+    /// The method of every request that the volume has answered.
     answered: Vec<String>,
-    /// Connections that nobody reads any more.
+    /// Open connections that the proxy no longer reads.
     parked: Vec<TcpStream>,
 }
 
@@ -66,7 +67,7 @@ pub struct Faulty {
 }
 
 impl Faulty {
-    /// A proxy at `address` for the volume at `volume`.
+    /// Starts a proxy at `address` for the volume at `volume`.
     pub fn start(address: &str, volume: &str) -> Faulty {
         let listener = TcpListener::bind(address).expect("the proxy's address is free");
         let shared = Arc::new(Shared::default());
@@ -76,7 +77,7 @@ impl Faulty {
                 let (state, volume) = (state.clone(), volume.clone());
                 std::thread::spawn(move || {
                     let _ = serve(&state, &client, &volume);
-                    // A parked connection is a clone: it must stay open.
+                    // A parked connection shares this socket and must stay open.
                     if !state.is_parked(&client) {
                         let _ = client.shutdown(Shutdown::Both);
                     }
@@ -86,27 +87,27 @@ impl Faulty {
         Faulty { shared, address: address.to_string() }
     }
 
-    /// From now on requests of this method meet this fault.
+    /// Applies this fault to new requests of the method.
     pub fn set(&self, method: &str, fault: Fault) {
         self.shared.lock().faults.insert(method.to_string(), fault);
     }
 
-    /// From now on requests of this method pass; those that are held go on.
+    /// Lets held and new requests of the method pass.
     pub fn release(&self, method: &str) {
         self.decide(method, Verdict::Pass, true);
     }
 
-    /// Those that are held go on; the fault stays for those to come.
+    /// Lets held requests pass, and keeps the fault for new ones.
     pub fn release_held(&self, method: &str) {
         self.decide(method, Verdict::Pass, false);
     }
 
-    /// From now on requests of this method pass; those that are held stay so.
+    /// Lets new requests of the method pass, and keeps holding the held ones.
     pub fn release_later(&self, method: &str) {
         self.shared.lock().faults.remove(method);
     }
 
-    /// Those that are held are lost with their connections; the fault stays for those to come.
+    /// Drops held requests with their connections, and keeps the fault for new ones.
     pub fn lose_held(&self, method: &str) {
         self.decide(method, Verdict::Drop, false);
     }
@@ -121,7 +122,7 @@ impl Faulty {
         self.shared.changed.notify_all();
     }
 
-    /// Releases everything: the proxy only passes on.
+    /// Removes all faults and lets all held requests pass.
     pub fn behave(&self) {
         let mut state = self.shared.lock();
         let held: Vec<String> = state.held.keys().cloned().collect();
@@ -133,7 +134,7 @@ impl Faulty {
         self.shared.changed.notify_all();
     }
 
-    /// Waits until so many requests of the method are held.
+    /// Waits until this many requests of the method are held.
     #[track_caller]
     pub fn wait_held(&self, method: &str, count: usize) {
         self.wait(&format!("{count} {method} held"), |state| {
@@ -141,12 +142,12 @@ impl Faulty {
         });
     }
 
-    /// How many requests of the method are held now.
+    /// The number of requests of the method that are held now.
     pub fn held(&self, method: &str) -> usize {
         self.shared.lock().held.get(method).copied().unwrap_or(0)
     }
 
-    /// Waits until so many requests of the method have come since the proxy's start.
+    /// Waits until the proxy has received this many requests of the method since its start.
     #[track_caller]
     pub fn wait_seen(&self, method: &str, count: usize) {
         self.wait(&format!("{count} {method} come"), |state| {
@@ -161,7 +162,7 @@ impl Faulty {
         while !holds(&state) {
             let left = PATIENCE.saturating_sub(begun.elapsed());
             if left.is_zero() {
-                // Out of the lock before the panic: the proxy's threads need it.
+                // Unlock before the panic: the proxy's threads need the lock.
                 let text = format!("{:?}, {:?}", state.held, state.seen);
                 drop(state);
                 panic!("{}: not {what} after {PATIENCE:?}: {text}", self.address);
@@ -170,12 +171,13 @@ impl Faulty {
         }
     }
 
-    /// How many requests of a method the volume has answered, whoever got to know of it.
+    /// The number of requests of the method that the volume has answered, whether or not the answer
+    /// was passed on.
     pub fn answered(&self, method: &str) -> usize {
         self.shared.lock().answered.iter().filter(|m| *m == method).count()
     }
 
-    /// The paths of the requests of a method that have come, in their order.
+    /// The paths of the method's requests, in order of arrival.
     pub fn seen(&self, method: &str) -> Vec<String> {
         let state = self.shared.lock();
         state.seen.iter().filter(|(m, _)| m == method).map(|(_, path)| path.clone()).collect()
@@ -187,7 +189,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Notes a request; the fault that it meets.
+    /// Records a request and returns the fault that applies to it.
     fn arrive(&self, head: &Head) -> Option<Fault> {
         let mut state = self.lock();
         state.seen.push((head.method.clone(), head.path.clone()));
@@ -195,7 +197,7 @@ impl Shared {
         state.faults.get(&head.method).copied()
     }
 
-    /// Holds a request until a decision about its method is made.
+    /// Holds a request until the test decides about its method.
     fn hold(&self, method: &str) -> Verdict {
         let mut state = self.lock();
         let count = |state: &State| state.verdicts.get(method).map_or(0, Vec::len);
@@ -221,7 +223,7 @@ impl Shared {
     }
 }
 
-/// The head of a request or of an answer.
+/// The head of a request or an answer.
 struct Head {
     raw: Vec<u8>,
     method: String,
@@ -233,11 +235,11 @@ struct Head {
 enum Length {
     Bytes(u64),
     Chunked,
-    /// As long as the connection.
+    /// Until the connection closes.
     Open,
 }
 
-/// Reads a head; `None`: the connection has ended.
+/// Reads a head. Returns `None` at the end of the connection.
 fn read_head(from: &mut impl BufRead, no_length: Length) -> io::Result<Option<Head>> {
     let mut raw = Vec::new();
     let mut body = no_length;
@@ -264,7 +266,7 @@ fn read_head(from: &mut impl BufRead, no_length: Length) -> io::Result<Option<He
     }
 }
 
-/// Passes a body on as it comes; an error where it ends too early.
+/// Copies a body as it arrives. Fails if it ends early.
 fn pass_body(from: &mut impl BufRead, to: &mut dyn Write, length: Length) -> io::Result<()> {
     match length {
         Length::Bytes(n) => pass(from, to, n),
@@ -307,7 +309,7 @@ fn pass_all(from: &mut impl BufRead, to: &mut dyn Write) -> io::Result<()> {
     }
 }
 
-/// Serves one connection of the master, or of a client that follows a redirect.
+/// Serves one connection, from the master or from a client that follows a redirect.
 fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<()> {
     client.set_nodelay(true)?;
     let mut requests = BufReader::with_capacity(64 << 10, client.try_clone()?);
@@ -344,7 +346,7 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
         let mut to = TcpStream::connect(volume)?;
         to.set_nodelay(true)?;
         to.write_all(&head.raw)?;
-        // A volume may answer before it has the whole body.
+        // A volume may answer before it has read the whole body.
         let (shared, method) = (shared.clone(), head.method.clone());
         let (answers, mut out) = (to.try_clone()?, client.try_clone()?);
         let answering = std::thread::spawn(move || {
@@ -360,8 +362,8 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
                 .and_then(|()| Err(io::Error::other("cut on purpose"))),
             (None, None) => pass_body(&mut requests, &mut to, head.body),
         };
-        // Where the volume takes no more, its answer says why; where the body has no end, there is
-        // nothing to wait for.
+        // If the volume stopped reading, its answer says why. If the body was cut short, no answer
+        // will come.
         if let Err(error) = &passed
             && error.kind() != io::ErrorKind::BrokenPipe
             && error.kind() != io::ErrorKind::ConnectionReset
@@ -374,7 +376,7 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
     Ok(())
 }
 
-/// Answers and reads no more.
+/// Answers without reading the rest of the request.
 fn refuse(shared: &Shared, mut client: &TcpStream, status: u16) -> io::Result<()> {
     shared.park(client);
     client.write_all(
@@ -395,7 +397,7 @@ fn pass_answer(
         let Some(mut head) = read_head(&mut from, Length::Open)? else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
-        // An answer's second word is its status.
+        // The second word of a status line is the status.
         let status = head.path.clone();
         if method == "HEAD" || status.starts_with('1') || status == "204" {
             head.body = Length::Bytes(0);
@@ -418,7 +420,7 @@ impl Drop for Faulty {
     }
 }
 
-/// A volume that answers every request with what it got.
+/// A volume that answers every request with a description of it.
 fn echo(address: &str) {
     let listener = TcpListener::bind(address).unwrap();
     std::thread::spawn(move || {

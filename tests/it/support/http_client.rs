@@ -1,4 +1,4 @@
-//! A raw HTTP/1.1 client, which can also do what no client should.
+//! A raw HTTP/1.1 client that can also violate the protocol.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 
-/// For how long an answer is waited for.
+/// How long to wait for an answer.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 const KEY_SET: &AsciiSet =
     &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 
-/// A key as a request's target.
+/// A key as a request target.
 pub fn target(key: impl AsRef<[u8]>) -> String {
     percent_encode(key.as_ref(), KEY_SET).to_string()
 }
@@ -25,7 +25,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The one header of this name, whatever its case.
+    /// The value of a header. Panics if it occurs twice.
     pub fn header(&self, name: &str) -> Option<&str> {
         let mut found = self.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
         let value = found.next().map(|(_, value)| value.as_str());
@@ -37,14 +37,14 @@ impl Answer {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// Panics where the status is another one.
+    /// Panics if the status is different.
     #[track_caller]
     pub fn expect(self, status: u16) -> Answer {
         assert_eq!(self.status, status, "{:?}: {}", self.headers, self.text());
         self
     }
 
-    /// The answer is an error of this status whose text is one line that holds `word`.
+    /// Checks for an error with this status and a one-line text that contains `word`.
     #[track_caller]
     pub fn refused(self, status: u16, word: &str) -> Answer {
         let answer = self.expect(status);
@@ -93,7 +93,7 @@ impl Conn {
         self.send(head(method, target, headers))
     }
 
-    /// Sends a request and waits for its answer. A body without a length gets one.
+    /// Sends a request and waits for its answer. Adds the Content-Length of a body.
     #[track_caller]
     pub fn ask(
         &mut self,
@@ -108,12 +108,12 @@ impl Conn {
             headers.push(("Content-Length", &length));
         }
         self.head(method, target, &headers);
-        // What refuses a body may close before it has all of it: its answer is what counts.
+        // The server may refuse the body and close before it has read all of it.
         let _ = self.try_send(body.unwrap_or_default());
         self.answer_to(method)
     }
 
-    /// The next final answer to a request that was no HEAD.
+    /// The next final answer, to any method but HEAD.
     #[track_caller]
     pub fn answer(&mut self) -> Answer {
         self.answer_to("GET")
@@ -131,7 +131,7 @@ impl Conn {
         }
     }
 
-    /// The next answer, also an interim one; `None`: the connection ended before its first byte.
+    /// The next answer, which may be an interim one, or `None` if the connection closed first.
     pub fn any_answer(&mut self, method: &str) -> Result<Option<Answer>, String> {
         let end = loop {
             if let Some(end) = find(&self.unread, b"\r\n\r\n") {
@@ -218,7 +218,7 @@ impl Conn {
         Ok(n)
     }
 
-    /// Waits until the server has closed the connection; what it still sent is returned.
+    /// Waits until the server closes the connection, and returns what it sent before.
     #[track_caller]
     pub fn end(&mut self) -> Vec<u8> {
         loop {
@@ -233,7 +233,7 @@ impl Conn {
         }
     }
 
-    /// Whether there is something to read, or the connection has ended, within this time.
+    /// Whether data arrives, or the connection closes, within this time.
     pub fn readable(&mut self, within: Duration) -> bool {
         self.socket.set_read_timeout(Some(within.max(Duration::from_millis(1)))).unwrap();
         let seen = self.socket.peek(&mut [0]);
@@ -241,13 +241,13 @@ impl Conn {
         !matches!(seen, Err(e) if e.kind() == io::ErrorKind::WouldBlock)
     }
 
-    /// Says that nothing more will be sent; answers can still be read.
+    /// Shuts down the sending side. Answers can still be read.
     pub fn end_sending(&mut self) -> &mut Conn {
         self.socket.shutdown(Shutdown::Write).expect("the connection is open");
         self
     }
 
-    /// Goes away as a killed process with unread data does: with a reset.
+    /// Closes with a TCP reset, as a killed process with unread data does.
     pub fn reset(self) {
         let _ = socket2::SockRef::from(&self.socket).set_linger(Some(Duration::ZERO));
     }
@@ -263,7 +263,7 @@ pub fn head(method: &str, target: &str, headers: &[(&str, &str)]) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// A body as chunks of these lengths, again and again, without the closing one.
+/// Encodes a body as chunks of these lengths, repeated as needed, without the last chunk.
 pub fn chunks(body: &[u8], lengths: &[usize]) -> Vec<u8> {
     let mut coded = Vec::with_capacity(body.len() + body.len() / 8);
     let mut rest = body;
@@ -280,7 +280,7 @@ pub fn chunks(body: &[u8], lengths: &[usize]) -> Vec<u8> {
 
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
-/// One request on a connection of its own.
+/// Sends one request on a connection of its own.
 #[track_caller]
 pub fn ask(
     address: &str,
@@ -292,7 +292,7 @@ pub fn ask(
     Conn::open(address).ask(method, target, headers, body)
 }
 
-/// What a volume answers for the place that a redirect names.
+/// Reads the URL of a redirect.
 #[track_caller]
 pub fn follow(redirect: &Answer) -> Answer {
     let location = redirect.header("Location").expect("a redirect has a Location");
@@ -301,7 +301,7 @@ pub fn follow(redirect: &Answer) -> Answer {
     ask(host, "GET", path, &[], None)
 }
 
-/// Asks again and again until it holds; panics with `what` when it does not in time.
+/// Polls until the condition holds. Panics with `what` after `PATIENCE`.
 #[track_caller]
 pub fn until(what: &str, holds: impl FnMut() -> bool) {
     within(PATIENCE, what, holds);

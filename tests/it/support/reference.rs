@@ -1,4 +1,4 @@
-//! The frozen rules of a store's files, written down once more: what the tests hold the server to.
+//! A second implementation of blob paths and placement, to check the server against.
 
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
@@ -6,7 +6,7 @@ use md5::{Digest, Md5};
 
 const PART: usize = 238;
 
-/// The path of a blob below its volume or subvolume; version 0: the plain name.
+/// The path of a blob below its volume or subvolume. Version 0 is the plain name.
 pub fn path(key: &[u8], version: u64) -> String {
     let base64 = STANDARD.encode(key);
     let usable = base64.split('/').all(|part| (1..=PART).contains(&part.len()));
@@ -31,7 +31,7 @@ pub fn version_of(path: &str) -> u64 {
         .map_or(0, |(_, version)| u64::from_str_radix(version, 16).expect("16 hex digits"))
 }
 
-/// The volumes that should hold a key, best first, each with its subvolume.
+/// The volumes that should hold a key, highest score first, each with its subvolume.
 pub fn place(key: &[u8], volumes: &[String], replicas: usize, subvolumes: u32) -> Vec<String> {
     let score = |volume: &String| md5(&[key, volume.as_bytes()].concat());
     let mut best: Vec<(String, &String)> = volumes.iter().map(|v| (score(v), v)).collect();
@@ -48,12 +48,12 @@ pub fn place(key: &[u8], volumes: &[String], replicas: usize, subvolumes: u32) -
         .collect()
 }
 
-/// In lower-case hex.
+/// The md5 in lower-case hex.
 pub fn md5(bytes: &[u8]) -> String {
     Md5::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// In base64, as RFC 1864 has it.
+/// The md5 in base64, as in RFC 1864.
 pub fn md5_base64(bytes: &[u8]) -> String {
     STANDARD.encode(Md5::digest(bytes))
 }
