@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# The original's own procedure, with nothing but ./mkv, ./volume.sh, curl and diff: fill, rebuild into another index,
-# five volumes to three and back, rebuild again. After each step the index and the values are what they were.
+# The acceptance test of the original minikeyvalue, with ./mkv, ./volume.sh, curl and diff only: fill the store, rebuild
+# into another index, rebalance from five volumes to three and back, rebuild again. Each step must preserve the index
+# and the values.
 set -euo pipefail
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/..
-umask 022 # nginx's worker may be another user
+umask 022 # nginx's workers may run as another user
 dir=$(mktemp -d "${TMPDIR:-/tmp}/mkv-procedure.XXXXXX")
 chmod 755 "$dir"
-# An address of the loopback's that is nobody else's: all its ports are free.
+# A random loopback address, so that all its ports are free.
 host=127.$((RANDOM % 200 + 20)).$((RANDOM % 256)).$((RANDOM % 254 + 1))
 five=$host:3001,$host:3002,$host:3003,$host:3004,$host:3005
 three=${five%,*,*}
 url=http://$host:3000
 pids=() step=
 
-stop() { # the master before its volumes
+stop() { # in reverse order: the master before its volumes
   local i pid
   for ((i = ${#pids[@]} - 1; i >= 0; i--)); do
     pid=${pids[i]}
@@ -22,7 +23,7 @@ stop() { # the master before its volumes
   done
   pids=()
 }
-# shellcheck disable=SC2317 # the trap calls it
+# shellcheck disable=SC2317 # called by the trap
 leave() {
   local status=$?
   if [ "$status" != 0 ]; then
@@ -36,7 +37,7 @@ leave() {
 trap leave EXIT
 trap 'exit 1' INT TERM HUP
 
-await() { # COMMAND…: until it succeeds, for 20 s
+await() { # COMMAND…: retries the command for up to 20 s
   local n
   for ((n = 0; n < 400; n++)); do
     if "$@" >/dev/null 2>&1; then return; fi
@@ -69,8 +70,8 @@ stop_master() {
 cleaned() { [ "$(get "$url/?writing")" = '{"next":"","keys":[]}' ]; }
 dump() { "${mkv[@]}" -db "$1" dump >"$2"; }
 
-# The requests for all keys, for one curl.
-requests() { # curl's settings for each, where @N stands for the key's number
+# Prints a curl config with one request for each key.
+requests() { # SETTINGS for each request, with @N for the number of the key
   local n=0 key
   while read -r key; do
     n=$((n + 1))
@@ -78,7 +79,7 @@ requests() { # curl's settings for each, where @N stands for the key's number
     printf 'url = "%s%s"\n%s\n' "$url" "$key" "${1//@N/$n}"
   done <"$dir/keys"
 }
-all() { # STATUS SETTINGS: every answer has this status
+all() { # STATUS SETTINGS: sends a request for each key and checks that every answer has this status
   requests "$2"$'\nwrite-out = "%{http_code}\\n"\npath-as-is\nsilent\nshow-error\nnoproxy = "*"\nmax-time = 20' >"$dir/curl"
   curl -q -K "$dir/curl" >"$dir/answers"
   if grep -vnx "$1" "$dir/answers"; then return 1; fi
@@ -93,12 +94,12 @@ values_are_right() {
 
 step='build'
 "${mkv[@]}" -version >"$dir/build.log"
-step='keys, plain and strange'
+step='create plain and unusual keys'
 for ((n = 0; n < 300; n++)); do printf '/plain/%03d\n' "$n"; done >"$dir/keys"
 {
   for ((n = 0; n < 20; n++)); do printf '/%%C3%%A9t%%C3%%A9/%%E6%%97%%A5%%E6%%9C%%AC%d\n' "$n"; done # UTF-8
-  for ((n = 0; n < 20; n++)); do printf '/%%ff%%FE%%00%d%%3F%%3f\n' "$n"; done # no UTF-8; base64 with slashes
-  printf '/%0*d\n' 100 0 170 0 178 0 179 0 1000 0 1023 0 # long ones
+  for ((n = 0; n < 20; n++)); do printf '/%%ff%%FE%%00%d%%3F%%3f\n' "$n"; done # not UTF-8; base64 with slashes
+  printf '/%0*d\n' 100 0 170 0 178 0 179 0 1000 0 1023 0 # long keys
   printf '%s\n' / // //double//slash// /.. /../../etc /a/./b /%20 /with%20space /%25 /%2525 /a%3Fb=c /a+b '/a%22%5Cb' \
     /foo/%C3%A9t%C3%A9 /~ /~x /sv00 /.nginx /DELETED /HASH /a,b /x%0Ay '/%F0%9F%A6%80'
 } >>"$dir/keys"
@@ -112,7 +113,7 @@ done <"$dir/keys"
 step='fill five volumes'
 start_volumes
 start_master "$five"
-value="data-binary = \"@$dir/values/@N\"" # upload-file would add the file's name to a URL that ends in a slash
+value="data-binary = \"@$dir/values/@N\"" # upload-file would append the file name to a URL that ends in a slash
 all 201 "$value"$'\nrequest = "PUT"'
 all 403 "$value"$'\nrequest = "PUT"\noutput = "/dev/null"'
 all 201 "$value"$'\nrequest = "REPLACE"'
@@ -136,7 +137,7 @@ start_master "$three"
 values_are_right
 stop_master
 
-step='and back'
+step='rebalance three volumes to five'
 "${mkv[@]}" -db "$dir/index" -volumes "$five" -settle 0s rebalance >"$dir/rebalance.log"
 dump "$dir/index" "$dir/after"
 diff "$dir/before" "$dir/after"
@@ -160,4 +161,4 @@ for key in /plain/007 /plain/100 /foo/%C3%A9t%C3%A9; do get -X RELINK "$url$key"
 values_are_right
 stop_master
 "${mkv[@]}" -db "$dir/index" -volumes "$five" -deep verify >"$dir/verify.log"
-printf 'procedure.sh: %d keys, everything as it was\n' "$(wc -l <"$dir/keys")"
+printf 'procedure.sh: passed with %d keys\n' "$(wc -l <"$dir/keys")"

@@ -1,12 +1,16 @@
-// Makes the folders beside it: indexes as a Go minikeyvalue leaves them, written by goleveldb itself,
-// and for each a text of what goleveldb reads in it, one line a key: percent-encoded key, tab, record.
+// Creates the fixtures in this folder: indexes as a Go minikeyvalue leaves them, written by goleveldb,
+// and for each a text of the records that goleveldb reads in it. A line holds the percent-encoded key,
+// a tab and the record.
 //
 //	apt-get install golang-go golang-github-syndtr-goleveldb-dev
 //	GO111MODULE=off GOPATH=/usr/share/gocode GOFLAGS= go run make.go .
 //
-// killed: tables on several levels, two logs, never closed   odd: a log, records that do not decode
-// empty: opened and closed, nothing written. When compaction runs is chance, and with it the names of the
-// files in killed, some of which the tests know.
+//	killed  tables on several levels, two logs, never closed
+//	odd     a log, records that do not decode
+//	empty   opened and closed, nothing written
+//
+// goleveldb compacts in the background, so the file names in killed vary from run to run. The tests use
+// some of these names.
 //
 // `go run make.go random SEED DIR` writes DIR/db and DIR/db.txt with a random history.
 package main
@@ -25,7 +29,7 @@ import (
 	"github.com/syndtr/goleveldb/leveldb/util"
 )
 
-// The Go master opens its index without options; smaller files hold the same format in fewer bytes.
+// The Go master uses the default options. Smaller files have the same format and keep the fixtures small.
 var small = &opt.Options{WriteBuffer: 8 << 10, CompactionTableSize: 4 << 10, CompactionTotalSize: 12 << 10}
 
 func check(err error) {
@@ -100,7 +104,7 @@ func copyFolder(from, to string) {
 	}
 }
 
-// Writes what goleveldb reads in a copy of the folder, which stays as it is.
+// Writes the records of a folder to a text file. Reads a copy, because opening an index changes it.
 func describe(dir string) {
 	copied := dir + ".copy"
 	copyFolder(dir, copied)
@@ -138,7 +142,7 @@ func killed(dir string) {
 		put(db, key(n), record(n+5))
 	}
 	check(db.CompactRange(util.Range{}))
-	// Tables that cover one another.
+	// Tables with overlapping key ranges.
 	for n := 0; n < 90; n++ {
 		put(db, key(n*5), record(n))
 		check(db.Delete(key(n*5+2), nil))
@@ -149,7 +153,7 @@ func killed(dir string) {
 	for n := 300; n < 420; n++ {
 		put(db, key(n), record(n+7))
 	}
-	// With this batch the log grows over two of its blocks of 32 KiB.
+	// This batch spans more than two log blocks of 32 KiB.
 	batch := new(leveldb.Batch)
 	for n := 500; n < 740; n++ {
 		batch.Put(key(n), []byte(record(n)))
@@ -165,8 +169,8 @@ func killed(dir string) {
 	os.Exit(0)
 }
 
-// A master that is killed while it flushes its memory leaves two logs: here the second one is that of a
-// master that went on from a copy of the folder.
+// A master killed while it flushes its memtable leaves two logs. The second log here comes from a master
+// that continued in a copy of the folder.
 func secondLog(dir string) {
 	copied := dir + ".copy"
 	copyFolder(dir, copied)
@@ -271,7 +275,7 @@ func main() {
 	}
 }
 
-// Writes in another process, which may end without closing.
+// Writes in another process, which may exit without closing the index.
 func write(what, dir string) {
 	check(os.RemoveAll(dir))
 	check(os.MkdirAll(filepath.Dir(dir), 0755))

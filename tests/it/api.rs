@@ -9,15 +9,15 @@ use crate::support::http_client::{Conn, follow, head, target};
 use crate::support::reference::{md5, md5_base64};
 
 #[test]
-fn a_value_is_put_read_and_deleted() {
+fn put_get_head_and_delete_work() {
     let c = Cluster::new();
-    c.get("/wehave").refused(404, "no such key");
-    c.ask("DELETE", "/wehave").refused(404, "no such key");
+    c.get("/wehave").expect_error(404, "no such key");
+    c.ask("DELETE", "/wehave").expect_error(404, "no such key");
     let answer = c.put("/wehave", "a value").expect(201);
     assert_eq!(answer.header("Content-Length"), Some("0"));
     let get = c.get("/wehave").expect(302);
     assert_eq!(get.header("Content-Md5"), Some(md5(b"a value").as_str()));
-    assert_eq!(get.header("Key-Volumes"), Some(c.placed("/wehave").join(",").as_str()));
+    assert_eq!(get.header("Key-Volumes"), Some(c.placement("/wehave").join(",").as_str()));
     assert_eq!(get.header("Key-Balance"), Some("balanced"));
     assert_eq!(get.header("Content-Length"), Some("0"));
     assert_eq!(follow(&get).text(), "a value");
@@ -26,19 +26,19 @@ fn a_value_is_put_read_and_deleted() {
         assert_eq!(head.header(name), get.header(name), "{name}");
     }
     assert_eq!(follow(&head).text(), "a value");
-    assert_eq!(c.holds("/wehave", "a value").version, 0);
+    assert_eq!(c.assert_value("/wehave", "a value").version, 0);
     assert_eq!(c.blobs().len(), 3);
     let answer = c.ask("DELETE", "/wehave").expect(204);
     assert_eq!((answer.body.len(), answer.header("Content-Length")), (0, None));
     assert!(c.blobs().is_empty());
     let answer = c.ask("HEAD", "/wehave").expect(404);
     assert!(answer.body.is_empty());
-    c.ask("DELETE", "/wehave").refused(404, "no such key");
-    c.lacks("/wehave");
+    c.ask("DELETE", "/wehave").expect_error(404, "no such key");
+    c.assert_absent("/wehave");
 }
 
 #[test]
-fn every_replica_is_redirected_to() {
+fn get_redirects_to_every_replica() {
     let c = Cluster::new();
     c.put("/k", "v").expect(201);
     let mut seen = std::collections::BTreeSet::new();
@@ -46,10 +46,10 @@ fn every_replica_is_redirected_to() {
         seen.insert(c.get("/k").header("Location").unwrap().to_string());
     }
     let all: Vec<String> = c
-        .found("/k")
+        .key_info("/k")
         .replicas
         .iter()
-        .map(|r| format!("http://{r}{}", c.found("/k").path))
+        .map(|r| format!("http://{r}{}", c.key_info("/k").path))
         .collect();
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), {
         let mut all = all;
@@ -59,73 +59,76 @@ fn every_replica_is_redirected_to() {
 }
 
 #[test]
-fn a_key_is_unbalanced_once_placement_wants_it_elsewhere() {
+fn a_key_becomes_unbalanced_when_placement_changes() {
     let mut c = Setup::new().volumes(4).replicas(2).start();
     let all = c.names.clone();
     c.names = all[..3].to_vec();
     c.restart_master();
     for n in 0..30 {
         c.put(format!("/{n}"), [n]).expect(201);
-        assert!(c.found(format!("/{n}")).balanced);
+        assert!(c.key_info(format!("/{n}")).balanced);
     }
     // The order of -volumes does not matter.
     c.names.reverse();
     c.restart_master();
-    assert!((0..30).all(|n| c.found(format!("/{n}")).balanced));
+    assert!((0..30).all(|n| c.key_info(format!("/{n}")).balanced));
     c.names = all;
     c.restart_master();
-    let balanced = (0..30).filter(|n| c.found(format!("/{n}")).balanced).count();
+    let balanced = (0..30).filter(|n| c.key_info(format!("/{n}")).balanced).count();
     assert!((1..30).contains(&balanced), "{balanced} of 30 are balanced");
     c.setup = c.setup.clone().replicas(3);
     c.restart_master();
-    assert!((0..30).all(|n| !c.found(format!("/{n}")).balanced));
+    assert!((0..30).all(|n| !c.key_info(format!("/{n}")).balanced));
     for n in 0..30 {
-        c.holds(format!("/{n}"), [n]);
+        c.assert_value(format!("/{n}"), [n]);
     }
 }
 
 #[test]
-fn a_key_whose_blobs_are_gone_or_of_another_length_is_gone() {
+fn a_key_without_a_replica_of_the_right_length_is_410() {
     let c = Cluster::new();
     c.put("/k", "value").expect(201);
     let files = c.files("/k");
-    let sole = |n: usize| {
+    let assert_only_replica = |n: usize| {
         for _ in 0..20 {
             let answer = c.get("/k").expect(302);
             let location = answer.header("Location").unwrap();
-            assert!(location.contains(&c.found("/k").replicas[n]), "{location} is not replica {n}");
+            assert!(
+                location.contains(&c.key_info("/k").replicas[n]),
+                "{location} is not replica {n}"
+            );
             assert_eq!(follow(&answer).text(), "value");
         }
     };
     fs::remove_file(&files[0]).unwrap();
     fs::write(&files[1], "val").unwrap();
-    sole(2);
+    assert_only_replica(2);
     fs::write(&files[2], "values").unwrap();
-    c.get("/k").refused(410, "replica");
+    c.get("/k").expect_error(410, "replica");
     c.ask("HEAD", "/k").expect(410);
     fs::write(&files[0], "value").unwrap();
-    sole(0);
+    assert_only_replica(0);
     files.iter().for_each(|file| drop(fs::remove_file(file)));
-    c.get("/k").refused(410, "replica");
+    c.get("/k").expect_error(410, "replica");
     // A folder in place of a blob does not count.
     fs::create_dir(&files[1]).unwrap();
-    c.get("/k").refused(410, "replica");
+    c.get("/k").expect_error(410, "replica");
     fs::remove_dir(&files[1]).unwrap();
-    c.put("/k", "other").refused(403, "exists");
+    c.put("/k", "other").expect_error(403, "exists");
     assert_eq!(c.live(), [b"/k"]);
     c.ask("UNLINK", "/k").expect(204);
-    c.ask("RELINK", "/k").refused(410, "replica");
+    c.ask("RELINK", "/k").expect_error(410, "replica");
     fs::write(&files[1], "VALU").unwrap();
-    c.ask("RELINK", "/k").refused(410, "replica");
+    c.ask("RELINK", "/k").expect_error(410, "replica");
     fs::write(&files[1], "value").unwrap();
     c.ask("RELINK", "/k").expect(204);
-    sole(1);
+    assert_only_replica(1);
     c.ask("DELETE", "/k").expect(204);
-    c.lacks("/k");
+    c.assert_absent("/k");
 }
 
 #[test]
-fn a_silent_volume_makes_a_read_uncertain_only_where_no_other_has_the_blob() {
+fn a_read_fails_with_503_only_when_no_reachable_volume_has_the_blob() {
     let mut c = Cluster::new();
     c.put("/k", "value").expect(201);
     c.put("/unlinked", "value").expect(201);
@@ -139,15 +142,15 @@ fn a_silent_volume_makes_a_read_uncertain_only_where_no_other_has_the_blob() {
     // The stopped volume may still hold the value, so the answer is not 410.
     files[1..].iter().for_each(|file| fs::remove_file(file).unwrap());
     let name = c.names[first].clone();
-    let answer = c.get("/k").refused(503, &name);
+    let answer = c.get("/k").expect_error(503, &name);
     assert!(answer.header("Retry-After").unwrap().parse::<u32>().unwrap() > 0);
     c.ask("HEAD", "/k").expect(503);
     files[1..].iter().for_each(|file| fs::write(file, "value").unwrap());
     c.volumes.iter_mut().for_each(|volume| volume.stop());
-    let answer = c.get("/k").refused(503, "volume");
+    let answer = c.get("/k").expect_error(503, "volume");
     assert!(answer.header("Retry-After").is_some());
-    c.ask("RELINK", "/unlinked").refused(503, "volume");
-    let answer = c.put("/new", "value").refused(503, &c.host);
+    c.ask("RELINK", "/unlinked").expect_error(503, "volume");
+    let answer = c.put("/new", "value").expect_error(503, &c.host);
     assert!(answer.header("Retry-After").is_some());
     // Requests that need only the index still succeed.
     c.get("/other").expect(404);
@@ -157,54 +160,54 @@ fn a_silent_volume_makes_a_read_uncertain_only_where_no_other_has_the_blob() {
     c.start_volumes();
     c.ask("RELINK", "/k").expect(204);
     c.ask("RELINK", "/unlinked").expect(204);
-    c.holds("/k", "value");
-    c.lacks("/new");
+    c.assert_value("/k", "value");
+    c.assert_absent("/new");
 }
 
 #[test]
-fn a_delete_that_cannot_reach_a_volume_is_done_later() {
+fn the_cleaner_finishes_a_delete_when_the_volume_returns() {
     let mut c = Cluster::new();
     c.put("/k", "value").expect(201);
     let down = c.holder("/k", 1);
     c.volumes[down].stop();
     let name = c.names[down].clone();
-    let answer = c.ask("DELETE", "/k").refused(503, &name);
+    let answer = c.ask("DELETE", "/k").expect_error(503, &name);
     assert!(answer.header("Retry-After").is_some());
     c.get("/k").expect(404);
     assert!(c.live().is_empty());
-    assert_eq!(c.writing(), [b"/k"]);
+    assert_eq!(c.keys_with_debris(), [b"/k"]);
     assert_eq!(c.blobs().len(), 1);
     c.volumes[down].start();
-    c.lacks("/k");
+    c.assert_absent("/k");
     assert!(c.blobs().is_empty());
 }
 
 #[test]
-fn voltimeout_bounds_how_long_a_reader_waits() {
+fn voltimeout_limits_how_long_a_read_waits() {
     let mut c = Setup::new().flags(&["-voltimeout", "300ms"]).start();
     c.put("/k", "value").expect(201);
     c.volumes.iter().for_each(|volume| volume.freeze());
     for round in 0..2 {
-        let begun = Instant::now();
-        c.get("/k").refused(503, "volume");
-        let took = begun.elapsed();
+        let started = Instant::now();
+        c.get("/k").expect_error(503, "volume");
+        let took = started.elapsed();
         assert!((Duration::from_millis(290)..Duration::from_secs(4)).contains(&took), "{took:?}");
         if round == 0 {
             c.restart_with(&["-voltimeout=500ms"]);
         }
     }
     c.volumes.iter().for_each(|volume| volume.thaw());
-    c.holds("/k", "value");
+    c.assert_value("/k", "value");
 }
 
 #[test]
-fn a_slow_volume_is_waited_for_until_voltimeout_and_then_another_is_asked() {
+fn a_read_waits_for_a_slow_volume_until_voltimeout_and_then_asks_another() {
     let c = Setup::new().proxied().flags(&["-voltimeout", "1500ms"]).start();
     c.put("/k", "value").expect(201);
     c.proxies.iter().for_each(|proxy| proxy.set("HEAD", Fault::Delay(Duration::from_millis(200))));
-    let begun = Instant::now();
+    let started = Instant::now();
     c.get("/k").expect(302);
-    assert!(begun.elapsed() >= Duration::from_millis(200));
+    assert!(started.elapsed() >= Duration::from_millis(200));
     let slow = c.holder("/k", 0);
     c.proxies.iter().for_each(|proxy| proxy.release("HEAD"));
     c.proxies[slow].set("HEAD", Fault::HoldRequest);
@@ -215,31 +218,31 @@ fn a_slow_volume_is_waited_for_until_voltimeout_and_then_another_is_asked() {
 }
 
 #[test]
-fn a_put_needs_a_value_a_right_digest_and_a_key_of_at_most_1024_bytes() {
+fn put_requires_a_value_a_correct_digest_and_a_key_of_at_most_1024_bytes() {
     let c = Cluster::new();
-    let none = c.ask("PUT", "/k");
-    none.refused(411, "Content-Length");
-    c.put("/k", "").refused(411, "one byte");
-    c.replace("/k", "").refused(411, "one byte");
+    let no_body = c.ask("PUT", "/k");
+    no_body.expect_error(411, "Content-Length");
+    c.put("/k", "").expect_error(411, "one byte");
+    c.replace("/k", "").expect_error(411, "one byte");
     let mut conn = c.conn();
     conn.head("PUT", "/k", &[("Transfer-Encoding", "chunked")]).send("0\r\n\r\n");
-    conn.answer().refused(411, "one byte");
+    conn.answer().expect_error(411, "one byte");
     let digest = |value: &str, digest: &str| c.send("PUT", "/k", &[("Content-MD5", digest)], value);
-    digest("value", &md5_base64(b"other")).refused(400, "Content-MD5");
-    digest("value", &md5(b"other")).refused(400, "Content-MD5");
+    digest("value", &md5_base64(b"other")).expect_error(400, "Content-MD5");
+    digest("value", &md5(b"other")).expect_error(400, "Content-MD5");
     let large = "value".repeat(200_000);
-    digest(&large, &md5_base64(b"other")).refused(400, "Content-MD5");
+    digest(&large, &md5_base64(b"other")).expect_error(400, "Content-MD5");
     for no_digest in ["AAAA", "value", "12345678", "", &md5(b"value")[1..]] {
-        digest("value", no_digest).refused(400, "Content-MD5");
+        digest("value", no_digest).expect_error(400, "Content-MD5");
     }
     let long = format!("/{}", "k".repeat(1024));
     for method in ["PUT", "REPLACE", "GET", "DELETE", "UNLINK", "RELINK"] {
         let body = ["PUT", "REPLACE"].contains(&method).then_some(b"value".as_slice());
         crate::support::http_client::ask(&c.address(), method, &long, &[], body)
-            .refused(414, "1024");
+            .expect_error(414, "1024");
     }
     assert!(c.live().is_empty());
-    c.cleaned();
+    c.wait_until_cleaned();
     assert!(c.blobs().is_empty());
     // The limit counts the bytes of the key, not of its encoded target.
     let most = format!("/{}", "%FF".repeat(1023));
@@ -248,11 +251,11 @@ fn a_put_needs_a_value_a_right_digest_and_a_key_of_at_most_1024_bytes() {
     c.send("REPLACE", "/k", &[("content-md5", &md5(b"hex"))], "hex").expect(201);
     c.send("REPLACE", "/k", &[("CONTENT-MD5", &md5(b"HEX").to_uppercase())], "HEX").expect(201);
     c.send("REPLACE", "/k", &[("Content-MD5", &md5_base64(large.as_bytes()))], &large).expect(201);
-    c.holds("/k", large);
+    c.assert_value("/k", large);
 }
 
 #[test]
-fn a_key_that_is_being_written_is_locked() {
+fn a_write_locks_its_key() {
     let c = Setup::new().volumes(1).proxied().start();
     c.put("/live", "old").expect(201);
     c.put("/unlinked", "old").expect(201);
@@ -263,48 +266,48 @@ fn a_key_that_is_being_written_is_locked() {
         let mut writer = c.conn();
         writer.head("REPLACE", key, &[("Content-Length", "3")]).send("new");
         proxy.wait_held("PUT", 1);
-        c.put(key, "x").refused(409, "writing");
-        c.replace(key, "x").refused(409, "writing");
+        c.put(key, "x").expect_error(409, "writing");
+        c.replace(key, "x").expect_error(409, "writing");
         for method in ["DELETE", "UNLINK", "RELINK"] {
-            c.ask(method, key).refused(409, "writing");
+            c.ask(method, key).expect_error(409, "writing");
         }
         // Readers and lists see the state before the write.
         match key {
-            "/live" => drop(c.holds(key, "old")),
-            _ => drop(c.get(key).refused(404, "no such key")),
+            "/live" => drop(c.assert_value(key, "old")),
+            _ => drop(c.get(key).expect_error(404, "no such key")),
         }
-        assert!(c.writing().contains(&key.into()));
+        assert!(c.keys_with_debris().contains(&key.into()));
         proxy.release("PUT");
         writer.answer().expect(201);
-        c.holds(key, "new");
-        c.cleaned();
+        c.assert_value(key, "new");
+        c.wait_until_cleaned();
     }
 }
 
 #[test]
-fn replace_writes_whether_or_not_the_key_exists() {
+fn replace_writes_new_and_existing_keys() {
     let c = Cluster::new();
     c.replace("/k", "first").expect(201);
-    assert_eq!(c.holds("/k", "first").version, 0);
-    c.put("/k", "other").refused(403, "exists");
+    assert_eq!(c.assert_value("/k", "first").version, 0);
+    c.put("/k", "other").expect_error(403, "exists");
     let mut last = 0;
     for round in 0..5 {
         let value = format!("value {round}");
         c.replace("/k", &value).expect(201);
-        let version = c.holds("/k", &value).version;
+        let version = c.assert_value("/k", &value).version;
         assert!(version > last, "{version} after {last}");
         last = version;
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     assert_eq!(c.blobs().len(), 3);
     c.ask("UNLINK", "/k").expect(204);
     c.replace("/k", "again").expect(201);
-    assert!(c.holds("/k", "again").version > last);
+    assert!(c.assert_value("/k", "again").version > last);
     assert!(c.unlinked().is_empty());
 }
 
 #[test]
-fn one_client_that_writes_a_key_again_and_again_is_never_told_that_it_is_locked() {
+fn a_single_client_never_finds_its_own_key_locked() {
     let c = Cluster::new();
     let mut conn = c.conn();
     for round in 0..100 {
@@ -319,76 +322,76 @@ fn one_client_that_writes_a_key_again_and_again_is_never_told_that_it_is_locked(
         conn.ask("DELETE", "/k", &[], None).expect(204);
         conn.ask("PUT", "/k", &[], Some(b"v")).expect(201);
     }
-    c.holds("/k", "v");
+    c.assert_value("/k", "v");
 }
 
 #[test]
-fn a_protected_key_has_to_be_unlinked_first() {
+fn protect_requires_unlink_before_delete_and_replace() {
     let c = Setup::new().flags(&["-protect"]).start();
-    c.ask("DELETE", "/k").refused(404, "no such key");
+    c.ask("DELETE", "/k").expect_error(404, "no such key");
     c.replace("/k", "value").expect(201);
-    c.ask("DELETE", "/k").refused(403, "UNLINK");
-    c.replace("/k", "other").refused(403, "UNLINK");
-    c.put("/k", "other").refused(403, "exists");
-    c.holds("/k", "value");
+    c.ask("DELETE", "/k").expect_error(403, "UNLINK");
+    c.replace("/k", "other").expect_error(403, "UNLINK");
+    c.put("/k", "other").expect_error(403, "exists");
+    c.assert_value("/k", "value");
     c.ask("UNLINK", "/k").expect(204);
     c.replace("/k", "other").expect(201);
-    c.holds("/k", "other");
+    c.assert_value("/k", "other");
     c.ask("UNLINK", "/k").expect(204);
     c.put("/k", "third").expect(201);
-    c.holds("/k", "third");
+    c.assert_value("/k", "third");
     c.ask("UNLINK", "/k").expect(204);
     c.ask("RELINK", "/k").expect(204);
-    c.ask("DELETE", "/k").refused(403, "UNLINK");
+    c.ask("DELETE", "/k").expect_error(403, "UNLINK");
     c.ask("UNLINK", "/k").expect(204);
-    c.cleaned();
+    c.wait_until_cleaned();
     c.ask("DELETE", "/k").expect(204);
-    c.lacks("/k");
+    c.assert_absent("/k");
 }
 
 #[test]
-fn an_unlinked_key_can_be_relinked_deleted_or_put_anew() {
+fn an_unlinked_key_can_be_relinked_deleted_or_put_again() {
     let c = Cluster::new();
     for method in ["UNLINK", "RELINK", "DELETE"] {
-        c.ask(method, "/k").refused(404, "no ");
+        c.ask(method, "/k").expect_error(404, "no ");
     }
     c.put("/k", "value").expect(201);
-    c.ask("RELINK", "/k").refused(404, "no ");
+    c.ask("RELINK", "/k").expect_error(404, "no ");
     c.ask("UNLINK", "/k").expect(204);
-    c.ask("UNLINK", "/k").refused(404, "no such key");
-    c.get("/k").refused(404, "no such key");
+    c.ask("UNLINK", "/k").expect_error(404, "no such key");
+    c.get("/k").expect_error(404, "no such key");
     assert!(c.live().is_empty());
     assert_eq!(c.unlinked(), [b"/k"]);
     assert_eq!(c.blobs().len(), 3);
     c.ask("RELINK", "/k").expect(204);
     assert!(c.unlinked().is_empty());
-    c.holds("/k", "value");
+    c.assert_value("/k", "value");
     c.ask("UNLINK", "/k").expect(204);
     c.put("/k", "anew").expect(201);
-    c.holds("/k", "anew");
+    c.assert_value("/k", "anew");
     assert!(c.unlinked().is_empty());
     c.ask("RELINK", "/k").expect(404);
-    c.cleaned();
+    c.wait_until_cleaned();
     assert_eq!(c.blobs().len(), 3);
     c.ask("UNLINK", "/k").expect(204);
     c.ask("DELETE", "/k").expect(204);
     assert!(c.blobs().is_empty());
     assert!(c.unlinked().is_empty());
-    c.ask("RELINK", "/k").refused(404, "no ");
-    c.lacks("/k");
+    c.ask("RELINK", "/k").expect_error(404, "no ");
+    c.assert_absent("/k");
 }
 
 #[test]
-fn unknown_methods_are_405_and_unknown_queries_403() {
+fn unknown_methods_get_405_and_unknown_queries_403() {
     let c = Setup::new().volumes(1).start();
     c.put("/k", "value").expect(201);
     for method in ["POST", "PATCH", "OPTIONS", "TRACE", "MKCOL", "get", "Put", "LINK"] {
-        let answer = c.ask(method, "/k").refused(405, "method");
+        let answer = c.ask(method, "/k").expect_error(405, "method");
         assert!(answer.header("Allow").unwrap().contains("REPLACE"));
     }
     for query in ["versioning", "list-type=2", "LIST", "lists", "foo=bar", "uploads", "health", "="]
     {
-        c.ask_target("GET", &format!("/k?{query}")).refused(403, "query");
+        c.ask_target("GET", &format!("/k?{query}")).expect_error(403, "query");
     }
     for method in ["HEAD", "PUT", "REPLACE", "DELETE", "UNLINK", "RELINK"] {
         for query in ["list", "unlinked", "x"] {
@@ -401,17 +404,17 @@ fn unknown_methods_are_405_and_unknown_queries_403() {
         .expect(403);
     assert_eq!(c.live(), [b"/k"]);
     for target in ["/%", "/%4", "/%zz", "/k%", "*", "k"] {
-        c.ask_target("GET", target).refused(400, "");
+        c.ask_target("GET", target).expect_error(400, "");
     }
     c.ask_target("GET", "/k?").expect(302);
-    c.holds("/k", "value");
+    c.assert_value("/k", "value");
 }
 
 #[test]
-fn a_key_that_is_not_here_is_sought_at_the_fallback() {
+fn missing_keys_redirect_to_the_fallback_server() {
     let c = Setup::new().volumes(1).flags(&["-fallback", "elsewhere.test:3000"]).start();
     c.put("/here", "value").expect(201);
-    c.holds("/here", "value");
+    c.assert_value("/here", "value");
     let strange = "/%e6%97%A5//a+b%20c%3f";
     for method in ["GET", "HEAD"] {
         let answer = c.ask_target(method, strange).expect(302);
@@ -437,18 +440,19 @@ fn a_key_that_is_not_here_is_sought_at_the_fallback() {
 }
 
 #[test]
-fn without_md5sum_no_digest_is_kept_and_a_given_one_still_counts() {
+fn without_md5sum_the_master_stores_no_digest_but_checks_a_given_one() {
     let mut c = Setup::new().flags(&["-md5sum=false"]).start();
     c.put("/k", "value").expect(201);
-    assert_eq!(c.holds("/k", "value").md5, None);
-    c.send("PUT", "/l", &[("Content-MD5", &md5_base64(b"other"))], "value").refused(400, "MD5");
-    c.lacks("/l");
+    assert_eq!(c.assert_value("/k", "value").md5, None);
+    c.send("PUT", "/l", &[("Content-MD5", &md5_base64(b"other"))], "value")
+        .expect_error(400, "MD5");
+    c.assert_absent("/l");
     c.send("PUT", "/l", &[("Content-MD5", &md5_base64(b"value"))], "value").expect(201);
-    c.holds("/l", "value");
+    c.assert_value("/l", "value");
     c.restart_with(&["-md5sum=true"]);
-    assert_eq!(c.holds("/k", "value").md5, None);
+    assert_eq!(c.assert_value("/k", "value").md5, None);
     c.replace("/k", "other").expect(201);
-    assert!(c.holds("/k", "other").md5.is_some());
+    assert!(c.assert_value("/k", "other").md5.is_some());
 }
 
 #[test]
@@ -458,7 +462,7 @@ fn a_target_may_be_absolute() {
         crate::support::http_client::ask(&c.address(), "PUT", target, &[], Some(b"value"))
     };
     put("http://any.host:1234/a/b%3F").expect(201);
-    c.holds("/a/b?", "value");
+    c.assert_value("/a/b?", "value");
     c.ask_target("GET", &format!("http://{}/a/b%3f", c.address())).expect(302);
     let list = c.ask_target("GET", "http://any.host/?list").expect(200);
     assert_eq!(list.text(), r#"{"next":"","keys":["/a/b?"]}"#);
@@ -467,27 +471,27 @@ fn a_target_may_be_absolute() {
 }
 
 #[test]
-fn http_1_0_is_answered_and_the_connection_closed() {
+fn the_server_answers_http_1_0_and_closes() {
     let c = Setup::new().volumes(1).start();
-    let old = |method: &str, target: &str, body: &str| {
+    let request_1_0 = |method: &str, target: &str, body: &str| {
         let mut conn = c.conn();
         let length = body.len();
         conn.send(format!("{method} {target} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}"));
         let answer = conn.answer();
         assert_eq!(answer.header("Connection"), Some("close"));
-        assert!(conn.end().is_empty());
+        assert!(conn.read_until_closed().is_empty());
         answer
     };
-    old("PUT", "/k", "value").expect(201);
-    let answer = old("GET", "/k", "").expect(302);
+    request_1_0("PUT", "/k", "value").expect(201);
+    let answer = request_1_0("GET", "/k", "").expect(302);
     assert_eq!(follow(&answer).text(), "value");
-    assert_eq!(old("GET", "/?list", "").expect(200).text(), r#"{"next":"","keys":["/k"]}"#);
-    old("DELETE", "/k", "").expect(204);
-    old("GET", "/k", "").expect(404);
+    assert_eq!(request_1_0("GET", "/?list", "").expect(200).text(), r#"{"next":"","keys":["/k"]}"#);
+    request_1_0("DELETE", "/k", "").expect(204);
+    request_1_0("GET", "/k", "").expect(404);
 }
 
 #[test]
-fn a_connection_is_kept_for_the_next_request_unless_the_client_says_close() {
+fn connections_stay_open_unless_the_client_asks_to_close() {
     let c = Setup::new().volumes(1).start();
     let mut conn = c.conn();
     for round in 0..20 {
@@ -507,18 +511,18 @@ fn a_connection_is_kept_for_the_next_request_unless_the_client_says_close() {
         let mut conn = c.conn();
         let answer = conn.ask("GET", target, &[("Connection", "close")], None);
         assert_eq!(answer.header("Connection"), Some("close"));
-        assert!(conn.end().is_empty());
+        assert!(conn.read_until_closed().is_empty());
     }
 }
 
 #[test]
-fn blobs_lie_where_the_golden_rules_put_them() {
+fn blob_paths_and_placement_match_the_reference() {
     for subvolumes in [1, 2, 300, 65536] {
         let c = Setup::new().replicas(2).subvolumes(subvolumes).start();
         for key in ["/a", "/foo/été", "/what?", "//", "/日本語/キー"] {
             c.put(key, key).expect(201);
-            let found = c.holds(key, key);
-            assert_eq!((found.replicas.clone(), found.version), (c.placed(key), 0));
+            let found = c.assert_value(key, key);
+            assert_eq!((found.replicas.clone(), found.version), (c.placement(key), 0));
             let folders = found.replicas.iter().filter(|replica| replica.contains("/sv")).count();
             assert_eq!(folders, if subvolumes == 1 { 0 } else { 2 });
         }
@@ -527,11 +531,11 @@ fn blobs_lie_where_the_golden_rules_put_them() {
 }
 
 #[test]
-fn an_error_on_a_connection_with_a_read_body_leaves_it_usable() {
+fn a_connection_survives_an_error_when_the_body_was_read() {
     let c = Setup::new().volumes(1).start();
     let mut conn: Conn = c.conn();
     conn.send(head("DELETE", &target("/none"), &[])).answer().expect(404);
     conn.ask("PUT", "/k", &[("Content-MD5", &md5(b"x"))], Some(b"y")).expect(400);
     conn.ask("PUT", "/k", &[], Some(b"y")).expect(201);
-    c.holds("/k", "y");
+    c.assert_value("/k", "y");
 }

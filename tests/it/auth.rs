@@ -13,16 +13,18 @@ use base64::engine::general_purpose::STANDARD;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use rustix::process::Signal;
 
-use crate::support::cluster::{bound_to_us, first_line, own_address, signal, wait};
-use crate::support::http_client::{self, Answer, Conn, find, head, target, until, within};
+use crate::support::cluster::{child_command, first_line, reserve_address, signal, wait};
+use crate::support::http_client::{
+    self, Answer, Conn, find, head, target, wait_at_most, wait_until,
+};
 use crate::support::reference;
 
 const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-const ME: &str = "me:secret";
+const USER: &str = "me:secret";
 
 /// Users and passwords that need careful encoding.
-const STRANGE: [&str; 12] = [
+const UNUSUAL_USERS: [&str; 12] = [
     "colon:a:b::c:",
     "at:p@ss@word",
     "slash:/a//b/",
@@ -54,11 +56,12 @@ struct Store {
 impl Store {
     /// Starts three volumes with these users (`user:password`), and no master.
     fn volumes(users: &[&str]) -> Store {
-        let (reserved, host) = own_address();
+        let (reserved, host) = reserve_address();
         let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
         let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder).expect("the temporary folder can be made");
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        fs::create_dir_all(&folder).expect("the temporary folder can be created");
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))
+            .expect("the folder's mode can be set");
         let names = (1..=3).map(|n| format!("{host}:{}", 3000 + n)).collect();
         let mut store = Store {
             names,
@@ -71,7 +74,7 @@ impl Store {
             folder,
             host,
         };
-        store.allow(users);
+        store.set_users(users);
         (0..3).for_each(|n| store.start_volume(n, true));
         store
     }
@@ -85,12 +88,12 @@ impl Store {
     }
 
     /// Replaces the users. Half of the passwords use bcrypt, half apr1.
-    fn allow(&self, users: &[&str]) {
+    fn set_users(&self, users: &[&str]) {
         let mut text = String::new();
         for (n, user) in users.iter().enumerate() {
             let (name, password) = user.split_once(':').expect("user:password");
-            let how: &[&str] = if n % 2 == 0 { &["-nbB", "-C", "4"] } else { &["-nbm"] };
-            let line = Command::new("htpasswd").args(how).args(["--", name, password]).output();
+            let hash: &[&str] = if n % 2 == 0 { &["-nbB", "-C", "4"] } else { &["-nbm"] };
+            let line = Command::new("htpasswd").args(hash).args(["--", name, password]).output();
             let line = line.expect("htpasswd starts");
             assert!(line.status.success(), "{line:?}");
             text.push_str(String::from_utf8_lossy(&line.stdout).trim());
@@ -98,25 +101,25 @@ impl Store {
         }
         // Replace the file atomically: nginx reads it for each request.
         let file = self.folder.join(".htpasswd");
-        fs::write(file.with_extension("new"), text).expect("it can be written");
-        fs::rename(file.with_extension("new"), file).expect("it can be renamed");
+        fs::write(file.with_extension("new"), text).expect("the file can be written");
+        fs::rename(file.with_extension("new"), file).expect("the file can be renamed");
     }
 
-    fn start_volume(&mut self, n: usize, locked: bool) {
+    fn start_volume(&mut self, n: usize, authorized: bool) {
         let log = fs::File::options()
             .append(true)
             .create(true)
             .open(self.folder.join("volumes.log"))
             .expect("the log can be written");
         let (host, port) = self.names[n].split_once(':').expect("host:port");
-        let mut command = bound_to_us("TERM");
+        let mut command = child_command("TERM");
         command
             .arg("./volume.sh")
             .arg(self.folder.join(format!("v{n}")))
             .env("BIND", host)
             .env("PORT", port)
             .env_remove("AUTH");
-        if locked {
+        if authorized {
             command.env("AUTH", self.folder.join(".htpasswd"));
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
@@ -134,7 +137,7 @@ impl Store {
     }
 
     fn mkv(&self, args: &[&str]) -> Command {
-        let mut command = bound_to_us("KILL");
+        let mut command = child_command("KILL");
         command
             .arg(env!("CARGO_BIN_EXE_mkv"))
             .arg("-db")
@@ -187,21 +190,21 @@ impl Store {
 
     /// Sends a request with or without `user:password`.
     #[track_caller]
-    fn ask(&self, who: Option<&str>, method: &str, target: &str, body: Option<&[u8]>) -> Answer {
-        let header = who.map(basic);
+    fn ask(&self, user: Option<&str>, method: &str, target: &str, body: Option<&[u8]>) -> Answer {
+        let header = user.map(basic);
         let headers: Vec<_> = header.iter().map(|value| ("Authorization", &**value)).collect();
         http_client::ask(&self.address(), method, target, &headers, body)
     }
 
     #[track_caller]
-    fn put(&self, who: &str, key: &str, value: &str) -> Answer {
-        self.ask(Some(who), "PUT", &target(key), Some(value.as_bytes()))
+    fn put(&self, user: &str, key: &str, value: &str) -> Answer {
+        self.ask(Some(user), "PUT", &target(key), Some(value.as_bytes()))
     }
 
     /// The paths of all blobs.
     fn blobs(&self) -> Vec<String> {
         let mut blobs = Vec::new();
-        (0..3).for_each(|n| walk(&self.folder.join(format!("v{n}")), &mut blobs));
+        (0..3).for_each(|n| collect_files(&self.folder.join(format!("v{n}")), &mut blobs));
         blobs.sort();
         blobs
     }
@@ -224,13 +227,13 @@ impl Store {
     }
 }
 
-fn walk(folder: &Path, blobs: &mut Vec<String>) {
+fn collect_files(folder: &Path, blobs: &mut Vec<String>) {
     for entry in fs::read_dir(folder).expect("a folder can be read").flatten() {
         if entry.file_name().to_string_lossy().starts_with('.') {
             continue;
         }
-        match entry.file_type().expect("its type is known").is_dir() {
-            true => walk(&entry.path(), blobs),
+        match entry.file_type().expect("the file type is known").is_dir() {
+            true => collect_files(&entry.path(), blobs),
             false => blobs.push(entry.path().display().to_string()),
         }
     }
@@ -260,7 +263,7 @@ fn basic(userpass: &str) -> String {
 }
 
 /// `user:password@`, as in a redirect's URL.
-fn in_url(userpass: &str) -> String {
+fn url_credentials(userpass: &str) -> String {
     let (user, password) = userpass.split_once(':').expect("user:password");
     let encode = |text: &str| percent_encode(text.as_bytes(), UNRESERVED).to_string();
     format!("{}:{}@", encode(user), encode(password))
@@ -270,18 +273,18 @@ fn in_url(userpass: &str) -> String {
 #[track_caller]
 fn follow(redirect: &Answer) -> Answer {
     let location = redirect.header("Location").expect("a redirect has a Location");
-    let rest = location.strip_prefix("http://").expect("it is a URL");
-    let (who, rest) = rest.split_once('@').expect("it carries credentials");
-    let (host, path) = rest.split_at(rest.find('/').expect("it has a path"));
-    let who: Vec<u8> = percent_decode_str(who).collect();
-    let header = format!("Basic {}", STANDARD.encode(who));
+    let rest = location.strip_prefix("http://").expect("the Location is a URL");
+    let (user, rest) = rest.split_once('@').expect("the URL has credentials");
+    let (host, path) = rest.split_at(rest.find('/').expect("the URL has a path"));
+    let user: Vec<u8> = percent_decode_str(user).collect();
+    let header = format!("Basic {}", STANDARD.encode(user));
     http_client::ask(host, "GET", path, &[("Authorization", &header)], None)
 }
 
 #[track_caller]
-fn is_401(answer: &Answer) {
+fn assert_401(answer: &Answer) {
     assert_eq!(answer.status, 401, "{answer:?}");
-    let scheme = answer.header("WWW-Authenticate").expect("it says how to come in");
+    let scheme = answer.header("WWW-Authenticate").expect("a 401 has WWW-Authenticate");
     assert!(scheme.starts_with("Basic realm="), "{scheme}");
     for name in ["Location", "Key-Volumes", "Key-Balance", "Content-Md5", "Allow"] {
         assert_eq!(answer.header(name), None);
@@ -289,17 +292,17 @@ fn is_401(answer: &Answer) {
 }
 
 /// Everything in an answer but its Date.
-fn told(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>) {
+fn without_date(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>) {
     let headers = answer.headers.into_iter().filter(|(name, _)| !name.eq_ignore_ascii_case("date"));
     (answer.status, headers.collect(), answer.body)
 }
 
 /// The curl flags that follow a redirect with credentials. Before 8.2.0, curl drops -u on a
 /// redirect to another port and also ignores the credentials in the Location (curl/curl#11410).
-fn follows() -> Vec<&'static str> {
-    let said = Command::new("curl").args(["-q", "--version"]).output().expect("curl starts").stdout;
-    let said = String::from_utf8_lossy(&said).into_owned();
-    let version: Vec<u32> = said
+fn curl_redirect_flags() -> Vec<&'static str> {
+    let text = Command::new("curl").args(["-q", "--version"]).output().expect("curl starts").stdout;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let version: Vec<u32> = text
         .split_whitespace()
         .nth(1)
         .map_or(Vec::new(), |version| version.split('.').flat_map(str::parse).collect());
@@ -323,25 +326,25 @@ const METHODS: [&str; 12] = [
 ];
 
 #[test]
-fn without_the_right_credentials_everything_is_401_and_nothing_is_told() {
-    let s = Store::start(&[ME, "you:other"], &["-userpass", ME]);
-    s.put(ME, "/live", "value").expect(201);
-    s.put(ME, "/unlinked", "value").expect(201);
-    s.ask(Some(ME), "UNLINK", "/unlinked", None).expect(204);
+fn every_request_without_valid_credentials_gets_the_same_401() {
+    let s = Store::start(&[USER, "you:other"], &["-userpass", USER]);
+    s.put(USER, "/live", "value").expect(201);
+    s.put(USER, "/unlinked", "value").expect(201);
+    s.ask(Some(USER), "UNLINK", "/unlinked", None).expect(204);
     let before = s.blobs();
     let wrong =
         ["me:Secret", "me:", "me:secret ", "me:secre", "Me:secret", "you:secret", ":", "nobody:x"];
-    for who in std::iter::once(None).chain(wrong.map(Some)) {
+    for user in std::iter::once(None).chain(wrong.map(Some)) {
         let mut answers = Vec::new();
         let methods =
-            if who.is_none() || who == Some("me:") { &METHODS[..] } else { &METHODS[..3] };
+            if user.is_none() || user == Some("me:") { &METHODS[..] } else { &METHODS[..3] };
         for method in methods {
             let body = ["PUT", "REPLACE"].contains(method).then_some(b"new".as_slice());
             for key in ["/live", "/unlinked", "/absent", "/", "/%zz"] {
-                let answer = s.ask(who, method, key, body);
-                is_401(&answer);
+                let answer = s.ask(user, method, key, body);
+                assert_401(&answer);
                 if *method != "HEAD" {
-                    answers.push(told(answer));
+                    answers.push(without_date(answer));
                 }
             }
         }
@@ -354,40 +357,40 @@ fn without_the_right_credentials_everything_is_401_and_nothing_is_told() {
             "/live?x",
             "/?list&limit=x",
         ] {
-            let answer = s.ask(who, "GET", query, None);
-            is_401(&answer);
-            answers.push(told(answer));
+            let answer = s.ask(user, "GET", query, None);
+            assert_401(&answer);
+            answers.push(without_date(answer));
         }
         answers.dedup();
-        assert_eq!(answers.len(), 1, "{who:?}: {answers:?}");
+        assert_eq!(answers.len(), 1, "{user:?}: {answers:?}");
     }
     // An upload is refused before its body is sent, and the client reads the refusal.
-    for (who, headers) in [(None, vec![]), (Some("me:wrong"), vec![("Expect", "100-continue")])] {
-        let header = who.map(basic);
+    for (user, headers) in [(None, vec![]), (Some("me:wrong"), vec![("Expect", "100-continue")])] {
+        let header = user.map(basic);
         let mut headers: Vec<(&str, &str)> = headers;
         headers.extend(header.iter().map(|value| ("Authorization", value.as_str())));
         headers.push(("Content-Length", "100000000"));
         let mut conn = Conn::open(&s.address());
         conn.send(head("PUT", "/new", &headers));
-        let first = conn.any_answer("PUT").unwrap().unwrap();
-        is_401(&first);
+        let first = conn.next_answer("PUT").unwrap().unwrap();
+        assert_401(&first);
     }
     assert_eq!(s.blobs(), before);
-    for who in [ME, "you:other"] {
-        let list = s.ask(Some(who), "GET", "/?list", None).expect(200);
+    for user in [USER, "you:other"] {
+        let list = s.ask(Some(user), "GET", "/?list", None).expect(200);
         assert_eq!(list.text(), r#"{"next":"","keys":["/live"]}"#);
-        assert_eq!(follow(&s.ask(Some(who), "GET", "/live", None).expect(302)).text(), "value");
-        s.ask(Some(who), "GET", "/?metrics", None).expect(200);
-        s.ask(Some(who), "FROBNICATE", "/live", None).expect(405);
-        s.ask(Some(who), "GET", "/absent", None).expect(404);
+        assert_eq!(follow(&s.ask(Some(user), "GET", "/live", None).expect(302)).text(), "value");
+        s.ask(Some(user), "GET", "/?metrics", None).expect(200);
+        s.ask(Some(user), "FROBNICATE", "/live", None).expect(405);
+        s.ask(Some(user), "GET", "/absent", None).expect(404);
     }
 }
 
 #[test]
-fn a_malformed_header_is_401_and_no_crash() {
-    let s = Store::start(&[ME, "empty:"], &[]);
-    s.put(ME, "/live", "value").expect(201);
-    let token = STANDARD.encode(ME);
+fn a_malformed_authorization_header_gets_401() {
+    let s = Store::start(&[USER, "empty:"], &[]);
+    s.put(USER, "/live", "value").expect(201);
+    let token = STANDARD.encode(USER);
     let long = format!("Basic {}", "QUFB".repeat(1500));
     let headers = [
         "",
@@ -420,7 +423,7 @@ fn a_malformed_header_is_401_and_no_crash() {
             let sent = [("Authorization", header)];
             let answer = http_client::ask(&s.address(), method, target, &sent, body);
             assert_eq!(answer.status, 401, "{header:?}: {answer:?}");
-            is_401(&answer);
+            assert_401(&answer);
         }
     }
     // Unusual but valid headers.
@@ -433,124 +436,130 @@ fn a_malformed_header_is_401_and_no_crash() {
 }
 
 #[test]
-fn strange_users_and_passwords_work_end_to_end() {
-    let s = Store::start(&STRANGE, &[]);
-    for (n, who) in STRANGE.iter().enumerate() {
-        let (key, value) = (format!("/{n}/été"), format!("the value of {who}"));
-        s.put(who, &key, &value).expect(201);
-        let answer = s.ask(Some(who), "GET", &target(&key), None).expect(302);
+fn unusual_users_and_passwords_work_end_to_end() {
+    let s = Store::start(&UNUSUAL_USERS, &[]);
+    for (n, user) in UNUSUAL_USERS.iter().enumerate() {
+        let (key, value) = (format!("/{n}/été"), format!("the value of {user}"));
+        s.put(user, &key, &value).expect(201);
+        let answer = s.ask(Some(user), "GET", &target(&key), None).expect(302);
         let volumes = answer.header("Key-Volumes").unwrap();
         let places = volumes.split(',').map(|replica| {
-            format!("http://{}{replica}{}", in_url(who), reference::path(key.as_bytes(), 0))
+            format!(
+                "http://{}{replica}{}",
+                url_credentials(user),
+                reference::path(key.as_bytes(), 0)
+            )
         });
         let location = answer.header("Location").unwrap();
-        assert!(places.into_iter().any(|place| place == location), "{who}: {location}");
+        assert!(places.into_iter().any(|place| place == location), "{user}: {location}");
         assert_eq!(answer.header("Cache-Control"), Some("no-store"));
         assert_eq!(follow(&answer).expect(200).text(), value);
-        for follow in follows() {
-            let read = s.curl(&[follow, "-u", who, &s.url(&key)]);
-            assert!(read.status.success() && read.stdout == value.as_bytes(), "{who}: {read:?}");
+        for flag in curl_redirect_flags() {
+            let read = s.curl(&[flag, "-u", user, &s.url(&key)]);
+            assert!(read.status.success() && read.stdout == value.as_bytes(), "{user}: {read:?}");
         }
         for method in ["UNLINK", "RELINK", "REBALANCE", "DELETE"] {
-            s.ask(Some(who), method, &target(&key), None).expect(204);
+            s.ask(Some(user), method, &target(&key), None).expect(204);
         }
-        s.ask(Some(&format!("{who}x")), "GET", &target(&key), None).expect(401);
+        s.ask(Some(&format!("{user}x")), "GET", &target(&key), None).expect(401);
     }
     assert!(s.blobs().is_empty());
 }
 
 #[test]
-fn the_servers_own_password_may_be_strange_too() {
-    for who in [STRANGE[0], STRANGE[3], STRANGE[5], STRANGE[9]] {
-        let mut s = Store::start(&[who], &["-userpass", who]);
-        s.put(who, "/a", "old").expect(201);
-        s.ask(Some(who), "REPLACE", "/a", Some(b"new")).expect(201);
-        until("the cleaner has deleted the old value", || s.blobs().len() == 2);
+fn the_servers_own_password_may_be_unusual() {
+    for user in [UNUSUAL_USERS[0], UNUSUAL_USERS[3], UNUSUAL_USERS[5], UNUSUAL_USERS[9]] {
+        let mut s = Store::start(&[user], &["-userpass", user]);
+        s.put(user, "/a", "old").expect(201);
+        s.ask(Some(user), "REPLACE", "/a", Some(b"new")).expect(201);
+        wait_until("the cleaner has deleted the old value", || s.blobs().len() == 2);
         s.stop_master();
-        let ran = s.run(&["rebuild", "-rehash", "-userpass", who]);
-        assert!(ran.status.success(), "{ran:?}");
+        let result = s.run(&["rebuild", "-rehash", "-userpass", user]);
+        assert!(result.status.success(), "{result:?}");
     }
 }
 
 #[test]
-fn curl_puts_reads_lists_and_deletes() {
-    let s = Store::start(&[ME], &["-userpass", ME]);
+fn curl_works_with_basic_authorization() {
+    let s = Store::start(&[USER], &["-userpass", USER]);
     let file = s.folder.join("value");
     let value = "v".repeat(300_000);
     fs::write(&file, &value).unwrap();
     let file = file.to_str().unwrap();
-    for follow in follows() {
+    for flag in curl_redirect_flags() {
         let ok = |args: &[&str]| {
-            let ran = s.curl(&[&[follow], args].concat());
-            assert!(ran.status.success(), "{args:?}: {ran:?}");
-            String::from_utf8_lossy(&ran.stdout).into_owned()
+            let result = s.curl(&[&[flag], args].concat());
+            assert!(result.status.success(), "{args:?}: {result:?}");
+            String::from_utf8_lossy(&result.stdout).into_owned()
         };
-        ok(&["-u", ME, "-T", file, &s.url("/file")]);
-        assert_eq!(ok(&["-u", ME, &s.url("/file")]), value);
-        ok(&["-u", ME, "-X", "PUT", "-d", "bigswag", &s.url("/wehave")]);
-        assert_eq!(ok(&["-u", ME, &s.url("/wehave")]), "bigswag");
-        assert!(ok(&["-u", ME, &format!("{}?list", s.url("/"))]).contains("/wehave"));
+        ok(&["-u", USER, "-T", file, &s.url("/file")]);
+        assert_eq!(ok(&["-u", USER, &s.url("/file")]), value);
+        ok(&["-u", USER, "-X", "PUT", "-d", "bigswag", &s.url("/wehave")]);
+        assert_eq!(ok(&["-u", USER, &s.url("/wehave")]), "bigswag");
+        assert!(ok(&["-u", USER, &format!("{}?list", s.url("/"))]).contains("/wehave"));
         for args in [vec![], vec!["-u", "me:wrong"]] {
-            let ran = s.curl(&[&[follow], &args[..], &[&s.url("/wehave")]].concat());
-            assert!(!ran.status.success() && String::from_utf8_lossy(&ran.stderr).contains("401"));
+            let result = s.curl(&[&[flag], &args[..], &[&s.url("/wehave")]].concat());
+            assert!(
+                !result.status.success() && String::from_utf8_lossy(&result.stderr).contains("401")
+            );
         }
-        ok(&["-u", ME, "-X", "DELETE", &s.url("/wehave")]);
-        ok(&["-u", ME, "-X", "DELETE", &s.url("/file")]);
+        ok(&["-u", USER, "-X", "DELETE", &s.url("/wehave")]);
+        ok(&["-u", USER, "-X", "DELETE", &s.url("/file")]);
         assert!(s.blobs().is_empty());
     }
 }
 
 #[test]
-fn where_a_volume_is_down_the_others_decide_and_where_all_are_nobody_comes_in() {
+fn the_reachable_volumes_decide_and_without_any_all_requests_fail() {
     let users: Vec<String> = (0..12).map(|n| format!("user{n}:pass{n}")).collect();
     let users: Vec<&str> = users.iter().map(String::as_str).collect();
     let mut s = Store::start(&users, &[]);
     s.put(users[0], "/live", "value").expect(201);
     // Users that the master has not cached yet.
     s.stop_volume(1);
-    for who in &users[1..6] {
-        s.ask(Some(who), "GET", "/?list", None).expect(200);
-        is_401(&s.ask(Some(&format!("{who}x")), "GET", "/?list", None));
+    for user in &users[1..6] {
+        s.ask(Some(user), "GET", "/?list", None).expect(200);
+        assert_401(&s.ask(Some(&format!("{user}x")), "GET", "/?list", None));
     }
     s.stop_volume(0);
-    for who in &users[6..9] {
-        s.ask(Some(who), "GET", "/absent", None).expect(404);
-        is_401(&s.ask(Some(&format!("{who}x")), "GET", "/absent", None));
+    for user in &users[6..9] {
+        s.ask(Some(user), "GET", "/absent", None).expect(404);
+        assert_401(&s.ask(Some(&format!("{user}x")), "GET", "/absent", None));
     }
     s.stop_volume(2);
     for (method, target) in [("GET", "/live"), ("GET", "/absent"), ("GET", "/?list"), ("PUT", "/x")]
     {
         let body = (method == "PUT").then_some(b"new".as_slice());
-        for who in [users[10], users[11], "user10:wrong", "nobody:x"] {
-            let answer = s.ask(Some(who), method, target, body).expect(503);
+        for user in [users[10], users[11], "user10:wrong", "nobody:x"] {
+            let answer = s.ask(Some(user), method, target, body).expect(503);
             assert!(answer.header("Retry-After").is_some());
         }
-        is_401(&s.ask(None, method, target, body));
+        assert_401(&s.ask(None, method, target, body));
     }
     (0..3).for_each(|n| s.start_volume(n, true));
-    within(Duration::from_secs(10), "the volumes decide again", || {
+    wait_at_most(Duration::from_secs(10), "the volumes decide again", || {
         s.ask(Some(users[10]), "GET", "/?list", None).status == 200
     });
-    is_401(&s.ask(Some("user10:wrong"), "GET", "/?list", None));
+    assert_401(&s.ask(Some("user10:wrong"), "GET", "/?list", None));
 }
 
 #[test]
-fn a_changed_password_counts_at_once_for_values_and_a_no_is_forgotten_within_a_second() {
+fn a_revoked_password_fails_at_once_and_a_new_one_works_within_two_seconds() {
     let s = Store::start(&["me:old", "you:other"], &[]);
     s.put("me:old", "/live", "value").expect(201);
-    is_401(&s.ask(Some("me:new"), "GET", "/?list", None));
+    assert_401(&s.ask(Some("me:new"), "GET", "/?list", None));
     let asked = Instant::now();
-    s.allow(&["me:new", "you:other"]);
+    s.set_users(&["me:new", "you:other"]);
     // Even while the old password is cached, no value is read or written with it.
     let before = s.blobs();
-    is_401(&s.ask(Some("me:old"), "GET", "/live", None));
+    assert_401(&s.ask(Some("me:old"), "GET", "/live", None));
     let put = s.put("me:old", "/other", "value");
     assert!(put.status >= 400, "{put:?}");
     assert_eq!(s.blobs(), before);
-    within(Duration::from_secs(2), "the new password is right", || {
+    wait_at_most(Duration::from_secs(2), "the new password is right", || {
         s.ask(Some("me:new"), "GET", "/?list", None).status == 200
     });
-    println!("{:?} after it was wrong", asked.elapsed());
+    println!("the new password works after {:?}", asked.elapsed());
     assert_eq!(follow(&s.ask(Some("me:new"), "GET", "/live", None).expect(302)).text(), "value");
     s.ask(Some("you:other"), "DELETE", "/live", None).expect(204);
 }
@@ -575,7 +584,7 @@ int clock_gettime(clockid_t id, struct timespec *at) {
 "#;
 
 #[test]
-fn a_yes_is_remembered_for_thirty_seconds_and_then_asked_for_again() {
+fn accepted_credentials_are_cached_for_30_seconds() {
     let mut s = Store::volumes(&["me:old"]);
     let (source, library) = (s.folder.join("clock.c"), s.folder.join("clock.so"));
     fs::write(&source, CLOCK).unwrap();
@@ -583,10 +592,10 @@ fn a_yes_is_remembered_for_thirty_seconds_and_then_asked_for_again() {
     assert!(cc.as_ref().is_ok_and(|cc| cc.status.success()), "{cc:?}");
     s.preload = Some(library);
     s.start_master(&["-basicauth"]);
-    let list = |who: &str| s.ask(Some(who), "GET", "/?list", None).status;
+    let list = |user: &str| s.ask(Some(user), "GET", "/?list", None).status;
     let later = |seconds: &str| fs::write(s.folder.join("later"), seconds).unwrap();
     assert_eq!(list("me:old"), 200);
-    s.allow(&["me:new"]);
+    s.set_users(&["me:new"]);
     later("25");
     assert_eq!(list("me:old"), 200);
     // The cache entry dates from the first check: using it does not extend it.
@@ -597,29 +606,29 @@ fn a_yes_is_remembered_for_thirty_seconds_and_then_asked_for_again() {
 }
 
 #[test]
-fn a_volume_that_lets_everybody_in_keeps_the_master_from_starting() {
-    let mut s = Store::volumes(&[ME]);
+fn the_master_does_not_start_with_a_volume_that_accepts_anonymous_requests() {
+    let mut s = Store::volumes(&[USER]);
     s.stop_volume(1);
     s.start_volume(1, false);
-    for flags in [vec!["-basicauth"], vec!["-basicauth", "-userpass", ME]] {
-        let ran = s.run(&[&flags[..], &["-host", &s.host, "-port", "0", "server"]].concat());
-        let said = String::from_utf8_lossy(&ran.stderr);
-        assert_eq!(ran.status.code(), Some(1), "{ran:?}");
+    for flags in [vec!["-basicauth"], vec!["-basicauth", "-userpass", USER]] {
+        let result = s.run(&[&flags[..], &["-host", &s.host, "-port", "0", "server"]].concat());
+        let text = String::from_utf8_lossy(&result.stderr);
+        assert_eq!(result.status.code(), Some(1), "{result:?}");
         assert!(
-            said.contains(&s.names[1]) && said.contains("AUTH") && ran.stdout.is_empty(),
-            "{said}"
+            text.contains(&s.names[1]) && text.contains("AUTH") && result.stdout.is_empty(),
+            "{text}"
         );
     }
     s.stop_volume(1);
     // A volume that is down does not prevent the start.
     s.start_master(&["-basicauth"]);
-    s.ask(Some(ME), "GET", "/?list", None).expect(200);
-    is_401(&s.ask(Some("me:wrong"), "GET", "/?list", None));
+    s.ask(Some(USER), "GET", "/?list", None).expect(200);
+    assert_401(&s.ask(Some("me:wrong"), "GET", "/?list", None));
 }
 
 #[test]
-fn a_volume_that_comes_up_without_a_lock_opens_no_door() {
-    let mut s = Store::volumes(&[ME]);
+fn a_volume_without_authorization_cannot_accept_credentials() {
+    let mut s = Store::volumes(&[USER]);
     s.stop_volume(1);
     s.start_master(&["-basicauth"]);
     s.start_volume(1, false);
@@ -632,81 +641,86 @@ fn a_volume_that_comes_up_without_a_lock_opens_no_door() {
     }
     s.stop_volume(1);
     (0..3).for_each(|n| s.start_volume(n, true));
-    within(Duration::from_secs(10), "the volumes decide again", || {
-        s.ask(Some(ME), "GET", "/?list", None).status == 200
+    wait_at_most(Duration::from_secs(10), "the volumes decide again", || {
+        s.ask(Some(USER), "GET", "/?list", None).status == 200
     });
-    is_401(&s.ask(Some("me:guess6"), "GET", "/?list", None));
+    assert_401(&s.ask(Some("me:guess6"), "GET", "/?list", None));
 }
 
 #[test]
-fn rebuild_rebalance_and_verify_show_the_volumes_their_userpass() {
-    let mut s = Store::start(&[ME], &[]);
+fn rebuild_rebalance_and_verify_send_userpass_to_the_volumes() {
+    let mut s = Store::start(&[USER], &[]);
     for n in 0..10 {
-        s.put(ME, &format!("/{n}"), "value").expect(201);
+        s.put(USER, &format!("/{n}"), "value").expect(201);
     }
     s.stop_master();
     let dump = s.run(&["dump"]).stdout;
     for command in ["rebuild", "rebalance", "verify"] {
         for flags in [vec![], vec!["-userpass", "me:wrong"]] {
-            let ran = s.run(&[&flags[..], &[command, "-settle", "0s"]].concat());
-            let said = String::from_utf8_lossy(&ran.stderr);
-            assert!(ran.status.code() == Some(1) && said.contains("401"), "{command}: {ran:?}");
-            assert!(said.contains(&format!("{}:300", s.host)) && !said.contains("wrong"), "{said}");
+            let result = s.run(&[&flags[..], &[command, "-settle", "0s"]].concat());
+            let text = String::from_utf8_lossy(&result.stderr);
+            assert!(
+                result.status.code() == Some(1) && text.contains("401"),
+                "{command}: {result:?}"
+            );
+            assert!(text.contains(&format!("{}:300", s.host)) && !text.contains("wrong"), "{text}");
             assert_eq!(s.run(&["dump"]).stdout, dump);
         }
-        let ran = s.run(&["-userpass", ME, command, "-settle", "0s"]);
-        assert!(ran.status.success(), "{command}: {ran:?}");
+        let result = s.run(&["-userpass", USER, command, "-settle", "0s"]);
+        assert!(result.status.success(), "{command}: {result:?}");
     }
-    let ran = s.run(&["-userpass", ME, "verify", "-deep", "-repair"]);
-    assert!(ran.status.success() && String::from_utf8_lossy(&ran.stdout).contains("whole"));
-    let ran = s.run(&["-userpass", ME, "rebuild", "-rehash", "-replicas", "3"]);
-    assert!(ran.status.success(), "{ran:?}");
-    let ran = s.run(&["-userpass", ME, "rebalance", "-replicas", "3", "-settle", "0s"]);
-    assert!(ran.status.success() && s.blobs().len() == 30, "{ran:?}");
+    let result = s.run(&["-userpass", USER, "verify", "-deep", "-repair"]);
+    assert!(result.status.success() && String::from_utf8_lossy(&result.stdout).contains("whole"));
+    let result = s.run(&["-userpass", USER, "rebuild", "-rehash", "-replicas", "3"]);
+    assert!(result.status.success(), "{result:?}");
+    let result = s.run(&["-userpass", USER, "rebalance", "-replicas", "3", "-settle", "0s"]);
+    assert!(result.status.success() && s.blobs().len() == 30, "{result:?}");
     // A -userpass without a colon is an error on the command line.
-    let ran = s.run(&["-userpass", "secret", "verify"]);
-    let said = String::from_utf8_lossy(&ran.stderr);
-    assert!(ran.status.code() == Some(2) && said.contains("-userpass") && !said.contains("secret"));
+    let result = s.run(&["-userpass", "secret", "verify"]);
+    let text = String::from_utf8_lossy(&result.stderr);
+    assert!(
+        result.status.code() == Some(2) && text.contains("-userpass") && !text.contains("secret")
+    );
 }
 
 #[test]
-fn the_cleaner_deletes_with_the_servers_own_userpass_and_waits_without_one() {
-    let mut s = Store::start(&[ME], &[]);
-    s.put(ME, "/a", "old").expect(201);
-    s.ask(Some(ME), "REPLACE", "/a", Some(b"new")).expect(201);
-    let writing = |s: &Store| s.ask(Some(ME), "GET", "/?writing", None).expect(200).text();
+fn the_cleaner_needs_userpass_to_delete() {
+    let mut s = Store::start(&[USER], &[]);
+    s.put(USER, "/a", "old").expect(201);
+    s.ask(Some(USER), "REPLACE", "/a", Some(b"new")).expect(201);
+    let writing = |s: &Store| s.ask(Some(USER), "GET", "/?writing", None).expect(200).text();
     // A client's own DELETE needs no cleaner.
-    s.put(ME, "/b", "value").expect(201);
-    s.ask(Some(ME), "DELETE", "/b", None).expect(204);
+    s.put(USER, "/b", "value").expect(201);
+    s.ask(Some(USER), "DELETE", "/b", None).expect(204);
     thread::sleep(Duration::from_millis(300));
     assert_eq!(writing(&s), r#"{"next":"","keys":["/a"]}"#);
     assert_eq!(s.blobs().len(), 4);
     let log = s.log();
-    let said: Vec<&str> = log.lines().filter(|line| line.contains("-userpass")).collect();
-    assert_eq!(said.len(), 1, "{log}");
+    let text: Vec<&str> = log.lines().filter(|line| line.contains("-userpass")).collect();
+    assert_eq!(text.len(), 1, "{log}");
     s.stop_master();
-    s.start_master(&["-basicauth", "-userpass", ME]);
-    until("the cleaner has done its work", || s.blobs().len() == 2);
-    until("and noted it", || writing(&s) == r#"{"next":"","keys":[]}"#);
-    assert_eq!(follow(&s.ask(Some(ME), "GET", "/a", None).expect(302)).text(), "new");
+    s.start_master(&["-basicauth", "-userpass", USER]);
+    wait_until("the cleaner has deleted the old blobs", || s.blobs().len() == 2);
+    wait_until("the debris is gone", || writing(&s) == r#"{"next":"","keys":[]}"#);
+    assert_eq!(follow(&s.ask(Some(USER), "GET", "/a", None).expect(302)).text(), "new");
 }
 
 #[test]
-fn a_cleaner_with_a_wrong_userpass_deletes_nothing_and_forgets_nothing() {
-    let mut s = Store::start(&[ME], &["-userpass", "me:wrong"]);
-    s.put(ME, "/a", "old").expect(201);
-    s.ask(Some(ME), "REPLACE", "/a", Some(b"new")).expect(201);
+fn a_cleaner_with_a_wrong_userpass_keeps_its_debris() {
+    let mut s = Store::start(&[USER], &["-userpass", "me:wrong"]);
+    s.put(USER, "/a", "old").expect(201);
+    s.ask(Some(USER), "REPLACE", "/a", Some(b"new")).expect(201);
     thread::sleep(Duration::from_millis(300));
     assert_eq!(s.blobs().len(), 4);
     s.stop_master();
-    s.start_master(&["-basicauth", "-userpass", ME]);
-    until("the cleaner has done its work", || s.blobs().len() == 2);
+    s.start_master(&["-basicauth", "-userpass", USER]);
+    wait_until("the cleaner has deleted the old blobs", || s.blobs().len() == 2);
 }
 
 #[test]
-fn a_server_that_asks_for_no_credentials_does_not_give_away_its_own() {
-    let mut s = Store::volumes(&[ME]);
-    s.start_master(&["-userpass", ME]);
+fn a_server_without_basicauth_does_not_reveal_its_userpass() {
+    let mut s = Store::volumes(&[USER]);
+    s.start_master(&["-userpass", USER]);
     s.ask(None, "PUT", "/a", Some(b"value")).expect(201);
     let answer = s.ask(None, "GET", "/a", None).expect(302);
     let location = answer.header("Location").unwrap().to_string();
@@ -714,23 +728,23 @@ fn a_server_that_asks_for_no_credentials_does_not_give_away_its_own() {
     assert_eq!(answer.header("Cache-Control"), None);
     assert!(!format!("{answer:?}").contains("secret"));
     s.ask(None, "REPLACE", "/a", Some(b"new")).expect(201);
-    until("the cleaner has done its work", || s.blobs().len() == 2);
+    wait_until("the cleaner has deleted the old blobs", || s.blobs().len() == 2);
     s.ask(None, "DELETE", "/a", None).expect(204);
     assert!(s.blobs().is_empty());
 }
 
 #[test]
-fn neither_the_log_nor_a_command_tells_a_password() {
+fn logs_and_commands_never_print_passwords() {
     let users = ["me:S3cr3t-Of-The-Server", "caller:An0ther/One"];
     let mut s = Store::start(&users, &["-userpass", users[0]]);
-    for who in users {
-        s.put(who, "/a", "value").expect(201);
-        s.ask(Some(who), "REPLACE", "/a", Some(b"new")).expect(201);
-        s.ask(Some(who), "GET", "/a", None).expect(302);
-        s.ask(Some(who), "HEAD", "/a", None).expect(302);
-        s.ask(Some(&format!("{who}-Wr0ng")), "GET", "/a", None).expect(401);
-        s.ask(Some(who), "GET", "/?metrics", None).expect(200);
-        s.ask(Some(who), "DELETE", "/a", None).expect(204);
+    for user in users {
+        s.put(user, "/a", "value").expect(201);
+        s.ask(Some(user), "REPLACE", "/a", Some(b"new")).expect(201);
+        s.ask(Some(user), "GET", "/a", None).expect(302);
+        s.ask(Some(user), "HEAD", "/a", None).expect(302);
+        s.ask(Some(&format!("{user}-Wr0ng")), "GET", "/a", None).expect(401);
+        s.ask(Some(user), "GET", "/?metrics", None).expect(200);
+        s.ask(Some(user), "DELETE", "/a", None).expect(204);
     }
     s.put(users[1], "/a", "value").expect(201);
     // Provoke all kinds of errors.
@@ -741,26 +755,26 @@ fn neither_the_log_nor_a_command_tells_a_password() {
         s.ask(Some(&format!("{}-Wr0ng", users[1])), method, "/a", body);
     }
     s.stop_master();
-    let mut said = String::new();
+    let mut text = String::new();
     for command in ["rebuild", "rebalance", "verify"] {
-        for who in [users[0], "me:S3cr3t-Wr0ng"] {
-            let ran = s.run(&["-v", "-userpass", who, command, "-settle", "0s"]);
-            said.push_str(&String::from_utf8_lossy(&[ran.stdout, ran.stderr].concat()));
+        for user in [users[0], "me:S3cr3t-Wr0ng"] {
+            let result = s.run(&["-v", "-userpass", user, command, "-settle", "0s"]);
+            text.push_str(&String::from_utf8_lossy(&[result.stdout, result.stderr].concat()));
         }
     }
     (0..3).for_each(|n| s.start_volume(n, true));
-    for who in [users[0], "me:S3cr3t-Wr0ng"] {
+    for user in [users[0], "me:S3cr3t-Wr0ng"] {
         for command in ["verify", "rebuild", "rebalance"] {
-            let ran = s.run(&["-v", "-userpass", who, command, "-settle", "0s"]);
-            said.push_str(&String::from_utf8_lossy(&[ran.stdout, ran.stderr].concat()));
+            let result = s.run(&["-v", "-userpass", user, command, "-settle", "0s"]);
+            text.push_str(&String::from_utf8_lossy(&[result.stdout, result.stderr].concat()));
         }
     }
-    said.push_str(&s.log());
-    said.push_str(&fs::read_to_string(s.folder.join("volumes.log")).unwrap_or_default());
-    assert!(said.contains("PUT /a 201") && said.contains("verify"), "{said}");
-    let tokens = users.map(|who| STANDARD.encode(who)[..12].to_string());
+    text.push_str(&s.log());
+    text.push_str(&fs::read_to_string(s.folder.join("volumes.log")).unwrap_or_default());
+    assert!(text.contains("PUT /a 201") && text.contains("verify"), "{text}");
+    let tokens = users.map(|user| STANDARD.encode(user)[..12].to_string());
     for word in ["S3cr3t", "An0ther", "Wr0ng", "Authorization", "Basic ", &tokens[0], &tokens[1]] {
-        let at = find(said.as_bytes(), word.as_bytes());
-        assert_eq!(at, None, "{word} is said: {}", &said[at.unwrap_or(0)..][..100]);
+        let at = find(text.as_bytes(), word.as_bytes());
+        assert_eq!(at, None, "{word} is printed: {}", &text[at.unwrap_or(0)..][..100]);
     }
 }

@@ -5,13 +5,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::cluster::{Cluster, Setup};
-use crate::support::commands::numbered;
+use crate::support::commands::numbered_keys;
 use crate::support::faulty_proxy::Fault;
-use crate::support::http_client::{Conn, LAST_CHUNK, PATIENCE, chunks, follow, target, until};
+use crate::support::http_client::{Conn, LAST_CHUNK, TIMEOUT, chunks, follow, target, wait_until};
 use crate::support::random::{random_bytes, seeded_rng};
 
 #[test]
-fn the_replicas_of_a_put_are_written_at_the_same_time() {
+fn put_writes_its_replicas_in_parallel() {
     let c = Setup::new().proxied().start();
     for (n, length) in [(0, 10), (1, 10), (2, 10), (0, 200_000), (1, 3_000_000), (2, 3_000_000)] {
         let key = format!("/{n}/{length}");
@@ -32,15 +32,15 @@ fn the_replicas_of_a_put_are_written_at_the_same_time() {
                 proxy.wait_seen("PUT", before + 1);
             }
             held.release("PUT");
-            sending.join().expect("it does not panic")
+            sending.join().expect("the thread does not panic")
         });
         sending.expect(201);
-        c.holds(&key, &value);
+        c.assert_value(&key, &value);
     }
 }
 
 #[test]
-fn the_blobs_of_a_delete_are_deleted_at_the_same_time() {
+fn delete_removes_its_blobs_in_parallel() {
     let c = Setup::new().proxied().start();
     for n in 0..3 {
         let key = format!("/{n}");
@@ -50,8 +50,11 @@ fn the_blobs_of_a_delete_are_deleted_at_the_same_time() {
         let mut conn = c.conn();
         conn.head("DELETE", &key, &[]);
         held.wait_held("DELETE", 1);
-        until("the other two are deleted", || c.blobs().len() == 1);
-        assert!(!conn.readable(Duration::from_millis(20)), "answered before the last is deleted");
+        wait_until("the other two are deleted", || c.blobs().len() == 1);
+        assert!(
+            !conn.readable(Duration::from_millis(20)),
+            "answered before the last blob is deleted"
+        );
         held.release("DELETE");
         conn.answer().expect(204);
         assert!(c.blobs().is_empty());
@@ -59,9 +62,9 @@ fn the_blobs_of_a_delete_are_deleted_at_the_same_time() {
 }
 
 #[test]
-fn deletes_that_wait_for_a_hung_volume_delay_nobody() {
+fn deletes_that_wait_for_a_hung_volume_do_not_delay_others() {
     let c = Setup::new().proxied().start();
-    let keys = numbered("/k", 40);
+    let keys = numbered_keys("/k", 40);
     c.fill(&keys);
     c.proxies.iter().for_each(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     let mut waiting: Vec<Conn> = keys[..39].iter().map(|_| c.conn()).collect();
@@ -79,7 +82,7 @@ fn deletes_that_wait_for_a_hung_volume_delay_nobody() {
 }
 
 #[test]
-fn readers_lists_and_deletes_are_quick_beside_64_slow_uploads() {
+fn other_requests_are_fast_during_64_slow_uploads() {
     let c = Cluster::new();
     c.put("/there", "value").expect(201);
     for n in 0..30 {
@@ -99,14 +102,14 @@ fn readers_lists_and_deletes_are_quick_beside_64_slow_uploads() {
             conn
         })
         .collect();
-    until("all 64 are under way", || c.writing().len() == 64);
-    assert_eq!(c.blobs().len(), 31 * 3, "a part of a value is visible");
-    let drip = AtomicBool::new(true);
+    wait_until("all 64 uploads have begun", || c.keys_with_debris().len() == 64);
+    assert_eq!(c.blobs().len(), 31 * 3, "part of a value is visible");
+    let keep_sending = AtomicBool::new(true);
     let mut slowest = [Duration::ZERO; 5];
     let left = thread::scope(|scope| {
-        let dripping = scope.spawn(|| {
+        let sender = scope.spawn(|| {
             let mut sent = 300_000;
-            while drip.load(Ordering::Relaxed) && sent < 390_000 {
+            while keep_sending.load(Ordering::Relaxed) && sent < 390_000 {
                 for (n, conn) in uploads.iter_mut().enumerate() {
                     let bytes = &value[sent..sent + 10];
                     conn.send(if n % 2 == 0 { bytes.to_vec() } else { chunks(bytes, &[10]) });
@@ -117,9 +120,9 @@ fn readers_lists_and_deletes_are_quick_beside_64_slow_uploads() {
             sent
         });
         let mut timed = |kind: usize, act: &dyn Fn()| {
-            let begun = Instant::now();
+            let started = Instant::now();
             act();
-            slowest[kind] = slowest[kind].max(begun.elapsed());
+            slowest[kind] = slowest[kind].max(started.elapsed());
         };
         for n in 0..30 {
             timed(0, &|| drop(c.get("/there").expect(302)));
@@ -130,8 +133,8 @@ fn readers_lists_and_deletes_are_quick_beside_64_slow_uploads() {
             timed(4, &|| drop(c.put(format!("/new/{n}"), "value").expect(201)));
             timed(3, &|| drop(c.ask("DELETE", format!("/new/{n}")).expect(204)));
         }
-        drip.store(false, Ordering::Relaxed);
-        dripping.join().expect("it does not panic")
+        keep_sending.store(false, Ordering::Relaxed);
+        sender.join().expect("the thread does not panic")
     });
     println!("slowest GET, HEAD, list, DELETE, PUT: {slowest:?}");
     assert!(slowest.iter().all(|time| *time < Duration::from_secs(2)), "{slowest:?}");
@@ -142,36 +145,36 @@ fn readers_lists_and_deletes_are_quick_beside_64_slow_uploads() {
     }
     for (n, conn) in uploads.iter_mut().enumerate() {
         conn.answer().expect(201);
-        c.holds(format!("/slow/{n}"), &value);
+        c.assert_value(format!("/slow/{n}"), &value);
     }
 }
 
 #[test]
-fn of_two_writers_of_a_key_one_wins_and_the_other_is_told() {
+fn the_second_of_two_writers_gets_409() {
     let c = Setup::new().proxied().start();
     for (round, method) in ["PUT", "REPLACE"].into_iter().enumerate() {
         let key = format!("/{round}");
         let first = random_bytes(&mut seeded_rng(), 500_000);
         c.proxies[0].set("PUT", Fault::HoldRequest);
-        let mut one = c.conn();
-        one.head(method, &key, &[("Content-Length", "500000")]).send(&first[..1000]);
+        let mut first_writer = c.conn();
+        first_writer.head(method, &key, &[("Content-Length", "500000")]).send(&first[..1000]);
         // The lock is held once the debris is written.
-        until("the first has begun", || c.writing().len() == 1);
+        wait_until("the first write has begun", || c.keys_with_debris().len() == 1);
         for other in ["PUT", "REPLACE"] {
-            c.send(other, &key, &[], vec![b'2'; 500_000]).refused(409, "writing");
+            c.send(other, &key, &[], vec![b'2'; 500_000]).expect_error(409, "writing");
         }
-        one.send(&first[1000..]);
+        first_writer.send(&first[1000..]);
         c.proxies[0].release("PUT");
-        one.answer().expect(201);
-        c.holds(&key, &first);
-        assert_eq!(c.found(&key).version, 0);
+        first_writer.answer().expect(201);
+        c.assert_value(&key, &first);
+        assert_eq!(c.key_info(&key).version, 0);
         c.put(&key, "third").expect(403);
     }
     assert_eq!(c.blobs().len(), 6);
 }
 
 #[test]
-fn many_writers_and_readers_of_one_key_see_only_whole_values() {
+fn concurrent_writers_and_readers_see_only_whole_values() {
     let c = Cluster::new();
     let (address, stop) = (c.address(), AtomicBool::new(false));
     // All bytes of a value are the same and identify its writer.
@@ -179,10 +182,13 @@ fn many_writers_and_readers_of_one_key_see_only_whole_values() {
         let length = [3, 700, 5000, 300_000][(writer + round) % 4] + writer;
         vec![b'a' + (writer * 3 + round % 3) as u8; length]
     };
-    let whole = |read: &[u8]| {
+    let assert_whole = |read: &[u8]| {
         let writer = usize::from(read[0] - b'a') / 3;
-        assert!(read.iter().all(|byte| *byte == read[0]), "a mix of values");
-        assert!(writer < 8 && [3, 700, 5000, 300_000].contains(&(read.len() - writer)), "cut");
+        assert!(read.iter().all(|byte| *byte == read[0]), "a mix of two values");
+        assert!(
+            writer < 8 && [3, 700, 5000, 300_000].contains(&(read.len() - writer)),
+            "a truncated value"
+        );
     };
     let counts = thread::scope(|scope| {
         let writers: Vec<_> = (0..8)
@@ -191,7 +197,7 @@ fn many_writers_and_readers_of_one_key_see_only_whole_values() {
                 scope.spawn(move || {
                     let mut conn = Conn::open(address);
                     let (mut stored, mut locked) = (0, 0);
-                    let begun = Instant::now();
+                    let started = Instant::now();
                     for round in 0.. {
                         let method = if round % 5 == 0 { "PUT" } else { "REPLACE" };
                         match conn.ask(method, "/k", &[], Some(&value(writer, round))).status {
@@ -210,7 +216,7 @@ fn many_writers_and_readers_of_one_key_see_only_whole_values() {
                         if stored == 5 {
                             break;
                         }
-                        assert!(begun.elapsed() < PATIENCE, "{stored} stored, {locked} locked");
+                        assert!(started.elapsed() < TIMEOUT, "{stored} stored, {locked} locked");
                     }
                     (stored, locked)
                 })
@@ -228,7 +234,7 @@ fn many_writers_and_readers_of_one_key_see_only_whole_values() {
                                 // holds another value.
                                 let found = follow(&answer);
                                 if found.status == 200 {
-                                    whole(&found.body);
+                                    assert_whole(&found.body);
                                     read += 1;
                                 }
                             }
@@ -240,23 +246,25 @@ fn many_writers_and_readers_of_one_key_see_only_whole_values() {
                 })
             })
             .collect();
-        let counts: Vec<_> = writers.into_iter().map(|w| w.join().expect("no panic")).collect();
+        let counts: Vec<_> =
+            writers.into_iter().map(|w| w.join().expect("the thread does not panic")).collect();
         stop.store(true, Ordering::Relaxed);
-        let read: usize = readers.into_iter().map(|r| r.join().expect("no panic")).sum();
+        let read: usize =
+            readers.into_iter().map(|r| r.join().expect("the thread does not panic")).sum();
         println!("stored and locked: {counts:?}, read {read}");
         counts
     });
-    assert!(counts.iter().any(|(_, locked)| *locked > 0), "they never met");
-    c.cleaned();
+    assert!(counts.iter().any(|(_, locked)| *locked > 0), "no write found the key locked");
+    c.wait_until_cleaned();
     if c.get("/k").status == 302 {
         let last = follow(&c.get("/k")).body;
-        whole(&last);
-        c.holds("/k", last);
+        assert_whole(&last);
+        c.assert_value("/k", last);
     }
 }
 
 #[test]
-fn keys_are_written_at_the_same_time_without_waiting_for_each_other() {
+fn writes_to_different_keys_run_in_parallel() {
     let c = Setup::new().proxied().start();
     c.proxies[0].set("PUT", Fault::HoldRequest);
     let mut held: Vec<Conn> = (0..20)
@@ -267,10 +275,10 @@ fn keys_are_written_at_the_same_time_without_waiting_for_each_other() {
         })
         .collect();
     c.proxies[0].wait_held("PUT", 20);
-    assert_eq!(c.writing().len(), 20);
+    assert_eq!(c.keys_with_debris().len(), 20);
     c.proxies[0].release("PUT");
     for (n, conn) in held.iter_mut().enumerate() {
         conn.answer().expect(201);
-        c.holds(format!("/{n}"), "value");
+        c.assert_value(format!("/{n}"), "value");
     }
 }

@@ -11,12 +11,12 @@ use socket2::{Domain, Socket, Type};
 
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::faulty_proxy::Fault;
-use crate::support::http_client::{Conn, head, until, within};
+use crate::support::http_client::{Conn, head, wait_at_most, wait_until};
 use crate::support::random::{random_bytes, seeded_rng};
 
 /// Opens a connection that buffers little: the client's receive buffer is minimal, and a small
 /// segment size keeps the server's send buffer small.
-fn narrow(c: &Cluster, packet: u32) -> TcpStream {
+fn connect_with_small_buffers(c: &Cluster, packet: u32) -> TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(1).unwrap();
     socket.set_tcp_mss(packet).unwrap();
@@ -30,7 +30,7 @@ fn narrow(c: &Cluster, packet: u32) -> TcpStream {
 const BATCH: usize = 8;
 
 /// A client that sends requests and never reads the answers.
-struct Deaf {
+struct NonReader {
     socket: TcpStream,
     request: Vec<u8>,
     unsent: Vec<u8>,
@@ -38,10 +38,10 @@ struct Deaf {
     closed: bool,
 }
 
-impl Deaf {
-    fn new(c: &Cluster, packet: u32, method: &str, target: &str) -> Deaf {
-        let (socket, request) = (narrow(c, packet), head(method, target, &[]));
-        Deaf { socket, request, unsent: Vec::new(), sent: 0, closed: false }
+impl NonReader {
+    fn new(c: &Cluster, packet: u32, method: &str, target: &str) -> NonReader {
+        let (socket, request) = (connect_with_small_buffers(c, packet), head(method, target, &[]));
+        NonReader { socket, request, unsent: Vec::new(), sent: 0, closed: false }
     }
 
     fn send_batch(&mut self) {
@@ -62,70 +62,81 @@ impl Deaf {
 }
 
 /// Other clients meanwhile, on a kept connection and on new ones.
-struct Others {
-    kept: Conn,
+struct OtherClients {
+    keep_alive: Conn,
     slowest: Duration,
 }
 
-impl Others {
-    fn new(c: &Cluster) -> Others {
-        Others { kept: c.conn(), slowest: Duration::ZERO }
+impl OtherClients {
+    fn new(c: &Cluster) -> OtherClients {
+        OtherClients { keep_alive: c.conn(), slowest: Duration::ZERO }
     }
 
     #[track_caller]
-    fn are_served(&mut self, c: &Cluster) {
+    fn assert_served(&mut self, c: &Cluster) {
         for (method, key, status) in
             [("GET", "/there", 302), ("GET", "/none", 404), ("UNLINK", "/none", 404)]
         {
-            let begun = Instant::now();
-            self.kept.ask(method, key, &[], None).expect(status);
-            self.slowest = self.slowest.max(begun.elapsed());
-            let begun = Instant::now();
+            let started = Instant::now();
+            self.keep_alive.ask(method, key, &[], None).expect(status);
+            self.slowest = self.slowest.max(started.elapsed());
+            let started = Instant::now();
             c.ask(method, key).expect(status);
-            self.slowest = self.slowest.max(begun.elapsed());
+            self.slowest = self.slowest.max(started.elapsed());
         }
-        assert!(self.slowest < Duration::from_secs(3), "others waited for {:?}", self.slowest);
+        assert!(
+            self.slowest < Duration::from_secs(3),
+            "other clients waited for {:?}",
+            self.slowest
+        );
     }
 }
 
 /// The master answers such a client until all buffers are full, then stops reading its requests,
 /// and at last closes the connection.
 #[test]
-fn clients_that_never_read_delay_nobody_else() {
+fn clients_that_never_read_do_not_delay_others() {
     // Keys of the maximum length have the longest answers.
     let long = |first: &str| format!("/{first}{}", "k".repeat(1000));
     let c = Setup::new().volumes(1).start();
     c.put("/there", "value").expect(201);
     c.put(long("there"), "value").expect(201);
     let requests = [("GET", long("none")), ("GET", long("there")), ("UNLINK", long("none"))];
-    let mut others = Others::new(&c);
+    let mut others = OtherClients::new(&c);
     for packet in [88, 536, 32_000] {
         // How many requests of each kind the master accepts before it closes.
-        let most = requests.each_ref().map(|(method, key)| {
-            let mut deaf = Deaf::new(&c, packet, method, key);
-            while !deaf.closed {
-                deaf.send_batch();
-                others.are_served(&c);
-                assert!(deaf.sent < 50_000, "{method}: all answers find room");
+        let max_requests = requests.each_ref().map(|(method, key)| {
+            let mut client = NonReader::new(&c, packet, method, key);
+            while !client.closed {
+                client.send_batch();
+                others.assert_served(&c);
+                assert!(client.sent < 50_000, "{method}: the master never stops reading");
             }
-            deaf.sent
+            client.sent
         });
         // Clients that send slightly less: their connections stay open.
-        let mut deaf: Vec<_> = (0..60)
-            .map(|n| (most[n % 3], Deaf::new(&c, packet, requests[n % 3].0, &requests[n % 3].1)))
+        let mut clients: Vec<_> = (0..60)
+            .map(|n| {
+                (
+                    max_requests[n % 3],
+                    NonReader::new(&c, packet, requests[n % 3].0, &requests[n % 3].1),
+                )
+            })
             .collect();
-        for _ in 0..most.iter().max().unwrap() / BATCH {
-            for (most, deaf) in &mut deaf {
-                if deaf.sent + 4 * BATCH < *most && !deaf.closed {
-                    deaf.send_batch();
+        for _ in 0..max_requests.iter().max().unwrap() / BATCH {
+            for (max_requests, client) in &mut clients {
+                if client.sent + 4 * BATCH < *max_requests && !client.closed {
+                    client.send_batch();
                 }
             }
-            others.are_served(&c);
+            others.assert_served(&c);
         }
-        let closed = deaf.iter().filter(|(_, deaf)| deaf.closed).count();
-        println!("packets of {packet}: closed after {most:?}, {closed} of 60 closed early");
+        let closed = clients.iter().filter(|(_, client)| client.closed).count();
+        println!(
+            "segments of {packet} bytes: closed after {max_requests:?} requests, {closed} of 60 closed early"
+        );
     }
-    println!("others waited for {:?} at most", others.slowest);
+    println!("other clients waited for at most {:?}", others.slowest);
 }
 
 /// Opens this many connections, sends a request on each, and returns the longest wait.
@@ -133,22 +144,22 @@ fn clients_that_never_read_delay_nobody_else() {
 fn burst(c: &Cluster, count: usize) -> (Vec<Conn>, Duration) {
     let mut conns: Vec<(Instant, Conn)> = (0..count)
         .map(|_| {
-            let begun = Instant::now();
+            let started = Instant::now();
             let mut conn = c.conn();
             conn.head("GET", "/none", &[]);
-            (begun, conn)
+            (started, conn)
         })
         .collect();
-    let wait = |(begun, conn): &mut (Instant, Conn)| {
+    let wait = |(started, conn): &mut (Instant, Conn)| {
         conn.answer().expect(404);
-        begun.elapsed()
+        started.elapsed()
     };
     let worst = conns.iter_mut().map(wait).max().unwrap_or_default();
     (conns.into_iter().map(|(_, conn)| conn).collect(), worst)
 }
 
 #[test]
-fn no_connection_of_a_burst_waits_longer_than_250_ms() {
+fn every_connection_of_a_burst_is_answered_within_250_ms() {
     let mut c = Setup::new().volumes(1).start();
     for count in [16, 50, 100, 200] {
         // A busy machine may delay a few of them, but not on four servers in a row.
@@ -177,7 +188,7 @@ fn no_connection_of_a_burst_waits_longer_than_250_ms() {
 
 /// Sets a soft limit of the master process. prlimit must run as the master's user.
 #[track_caller]
-fn limit(c: &Cluster, user: Option<&str>, limit: &str) {
+fn set_limit(c: &Cluster, user: Option<&str>, limit: &str) {
     let pid = c.master_pid().to_string();
     let set = ["prlimit", "--pid", &pid, limit];
     let mut command = Command::new(if user.is_some() { "setpriv" } else { set[0] });
@@ -190,13 +201,13 @@ fn limit(c: &Cluster, user: Option<&str>, limit: &str) {
 }
 
 /// Raises this process's descriptor limit, for tests with thousands of connections.
-fn raise_our_limit() {
+fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
 }
 
 /// Opens connections one after the other and sends a request on each, as far as the server lets it.
-fn crowd(c: &Cluster, count: usize) -> Vec<Conn> {
+fn open_many(c: &Cluster, count: usize) -> Vec<Conn> {
     let open = |_| {
         let mut conn = c.conn();
         let _ = conn.try_send(&head("GET", "/none", &[]));
@@ -207,44 +218,44 @@ fn crowd(c: &Cluster, count: usize) -> Vec<Conn> {
 
 /// Measures how long it takes until five new connections in a row are answered.
 #[track_caller]
-fn until_answered(c: &Cluster) -> Duration {
-    let begun = Instant::now();
+fn time_until_answered(c: &Cluster) -> Duration {
+    let started = Instant::now();
     let answered = || {
         let Ok(mut conn) = Conn::try_open(&c.address()) else { return false };
         conn.try_send(&head("GET", "/none", &[])).is_ok()
             && conn.readable(Duration::from_millis(200))
-            && matches!(conn.any_answer("GET"), Ok(Some(answer)) if answer.status == 404)
+            && matches!(conn.next_answer("GET"), Ok(Some(answer)) if answer.status == 404)
     };
-    within(Duration::from_secs(2), "new connections are answered again", || {
+    wait_at_most(Duration::from_secs(2), "new connections are answered again", || {
         (0..5).all(|_| answered())
     });
-    begun.elapsed()
+    started.elapsed()
 }
 
 #[test]
-fn a_master_whose_descriptors_are_used_up_answers_once_some_are_free() {
+fn the_master_recovers_when_descriptors_are_free_again() {
     let c = Setup::new().volumes(1).start();
     c.put("/k", "value").expect(201);
-    limit(&c, None, "--nofile=200:");
+    set_limit(&c, None, "--nofile=200:");
     for round in 0..5 {
         // An existing connection is served throughout.
-        let mut kept = c.conn();
-        kept.ask("GET", "/none", &[], None).expect(404);
+        let mut keep_alive = c.conn();
+        keep_alive.ask("GET", "/none", &[], None).expect(404);
         // An odd count in every second round: one connection then gets the last descriptor but not
         // the two that it needs.
-        let crowd = crowd(&c, 400 + round % 2);
-        until("all descriptors are in use", || c.open_descriptors() >= 198);
+        let conns = open_many(&c, 400 + round % 2);
+        wait_until("all descriptors are in use", || c.open_descriptors() >= 198);
         for _ in 0..20 {
-            kept.ask("GET", "/none", &[], None).expect(404);
+            keep_alive.ask("GET", "/none", &[], None).expect(404);
         }
-        drop(crowd);
-        println!("round {round}: {:?}", until_answered(&c));
+        drop(conns);
+        println!("round {round}: {:?}", time_until_answered(&c));
     }
     c.put("/after", "value").expect(201);
 }
 
 #[test]
-fn a_master_without_threads_answers_once_there_are_some() {
+fn the_master_recovers_when_threads_are_available_again() {
     // The limit does not apply to root. Keep root's access to the tests' folders.
     let user = (100_000 + fastrand::u32(..1_000_000_000)).to_string();
     let user = rustix::process::geteuid().is_root().then_some(user.as_str());
@@ -257,27 +268,27 @@ fn a_master_without_threads_answers_once_there_are_some() {
     let c = setup.start();
     c.put("/k", "value").expect(201);
     for round in 0..4 {
-        let mut kept = c.conn();
-        kept.ask("GET", "/none", &[], None).expect(404);
-        limit(&c, user, "--nproc=1:");
-        let crowd = crowd(&c, 100);
-        until("no thread can be started", || {
+        let mut keep_alive = c.conn();
+        keep_alive.ask("GET", "/none", &[], None).expect(404);
+        set_limit(&c, user, "--nproc=1:");
+        let conns = open_many(&c, 100);
+        wait_until("no thread can be started", || {
             c.log().matches("failed to spawn thread").count() > round
         });
         for _ in 0..20 {
-            kept.ask("GET", "/none", &[], None).expect(404);
+            keep_alive.ask("GET", "/none", &[], None).expect(404);
         }
         // Lift the limit at different times after the failure, up to the longest retry interval.
         std::thread::sleep(Duration::from_secs([0, 1, 3, 7][round]));
-        limit(&c, user, "--nproc=1000:");
-        println!("round {round}: {:?}", until_answered(&c));
-        drop(crowd);
+        set_limit(&c, user, "--nproc=1000:");
+        println!("round {round}: {:?}", time_until_answered(&c));
+        drop(conns);
     }
     c.put("/after", "value").expect(201);
 }
 
 #[test]
-fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+fn the_master_raises_its_descriptor_limit_to_the_hard_limit() {
     let c = Setup::new().volumes(1).launcher(&["prlimit", "--nofile=64:1000", "--"]).start();
     let limits = fs::read_to_string(format!("/proc/{}/limits", c.master_pid())).unwrap();
     let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
@@ -286,42 +297,42 @@ fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
 }
 
 #[test]
-fn connections_above_maxconns_are_refused_and_the_others_go_on() {
+fn connections_above_maxconns_get_503_and_the_others_continue() {
     let c = Setup::new().volumes(1).flags(&["-maxconns", "100"]).start();
-    let (mut there, mut refused) = (Vec::new(), 0);
-    let enter = || {
+    let (mut served, mut refused) = (Vec::new(), 0);
+    let connect = || {
         let mut conn = c.conn();
         let _ = conn.try_send(&head("GET", "/none", &[]));
-        match conn.any_answer("GET") {
+        match conn.next_answer("GET") {
             Ok(Some(answer)) if answer.status == 404 => return Some(conn),
-            Ok(Some(answer)) => drop(answer.refused(503, "connections")),
+            Ok(Some(answer)) => drop(answer.expect_error(503, "connections")),
             Ok(None) => {}
             Err(why) => panic!("{why}"),
         }
-        conn.end();
+        conn.read_until_closed();
         None
     };
     while refused < 50 {
-        match enter() {
-            Some(conn) => there.push(conn),
+        match connect() {
+            Some(conn) => served.push(conn),
             None => refused += 1,
         }
     }
     // The master opens connections to itself now and then.
-    assert!((95..=100).contains(&there.len()), "{} are served", there.len());
+    assert!((95..=100).contains(&served.len()), "{} connections are served", served.len());
     for _ in 0..10 {
         // A connection without a request is closed too.
-        c.conn().end();
+        c.conn().read_until_closed();
     }
-    for conn in &mut there {
+    for conn in &mut served {
         conn.ask("GET", "/none", &[], None).expect(404);
     }
-    there.truncate(30);
-    until("there is room again", || enter().is_some());
+    served.truncate(30);
+    wait_until("a connection is accepted again", || connect().is_some());
 }
 
 #[test]
-fn connections_that_have_ended_are_not_too_many() {
+fn closed_connections_do_not_count_towards_maxconns() {
     let c = Setup::new().volumes(1).flags(&["-maxconns", "60"]).start();
     for _ in 0..1000 {
         c.get("/none").expect(404);
@@ -329,42 +340,44 @@ fn connections_that_have_ended_are_not_too_many() {
 }
 
 /// Processor time, in ticks of 10 ms.
-fn ticks(c: &Cluster) -> u64 {
+fn cpu_ticks(c: &Cluster) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{}/stat", c.master_pid())).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
 #[test]
-fn two_thousand_idle_connections_cost_little_and_delay_nobody() {
-    raise_our_limit();
+fn two_thousand_idle_connections_use_little_memory_and_delay_nobody() {
+    raise_descriptor_limit();
     let c = Setup::new().volumes(1).start();
-    let before = c.memory("VmRSS");
+    let before = c.memory_kib("VmRSS");
     let mut idle: Vec<Conn> = (0..2000).map(|_| c.conn()).collect();
     for conn in idle.iter_mut().step_by(2) {
         conn.ask("GET", "/none", &[], None).expect(404);
     }
-    until("all are accepted", || c.open_descriptors() > 4000);
-    let each = c.memory("VmRSS").saturating_sub(before) / 2000;
+    wait_until("all connections are accepted", || c.open_descriptors() > 4000);
+    let each = c.memory_kib("VmRSS").saturating_sub(before) / 2000;
     let mut slowest = Duration::ZERO;
     for _ in 0..50 {
-        let begun = Instant::now();
+        let started = Instant::now();
         c.get("/none").expect(404);
-        slowest = slowest.max(begun.elapsed());
+        slowest = slowest.max(started.elapsed());
     }
-    let begun = ticks(&c);
+    let started = cpu_ticks(&c);
     std::thread::sleep(Duration::from_secs(3));
-    let used = ticks(&c) - begun;
-    println!("{each} KiB each, new ones wait {slowest:?} at most, {used} ticks in 3 s");
-    assert!(slowest < Duration::from_secs(1), "a new connection waited {slowest:?}");
-    assert!(each < 64, "{each} KiB for each connection");
+    let used = cpu_ticks(&c) - started;
+    println!(
+        "{each} KiB per connection, new ones wait for at most {slowest:?}, {used} ticks in 3 s"
+    );
+    assert!(slowest < Duration::from_secs(1), "a new connection waited for {slowest:?}");
+    assert!(each < 64, "{each} KiB per connection");
     for conn in &mut idle {
         conn.ask("GET", "/none", &[], None).expect(404);
     }
 }
 
 #[test]
-fn what_makes_no_progress_for_a_minute_is_closed() {
+fn connections_without_progress_close_after_a_minute() {
     let c = Setup::new().volumes(1).start();
     let open = || {
         let conn = c.conn();
@@ -381,13 +394,13 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
     let mut dribble = open();
     dribble.head("PUT", "/dribble", &[("Content-Length", "600000")]).send("d");
     let mut busy = open();
-    until("all are under way", || c.writing().len() == 3);
-    let begun = Instant::now();
+    wait_until("all uploads have begun", || c.keys_with_debris().len() == 3);
+    let started = Instant::now();
     std::thread::scope(|scope| {
         for mut conn in [silent, idle, length, chunked] {
             scope.spawn(move || {
-                let last = conn.end();
-                let after = begun.elapsed();
+                let last = conn.read_until_closed();
+                let after = started.elapsed();
                 println!(
                     "{after:?}: {}",
                     String::from_utf8_lossy(&last).lines().next().unwrap_or("closed")
@@ -399,9 +412,12 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
         scope.spawn(move || {
             while !dribble.readable(Duration::from_secs(1)) {
                 dribble.send("d");
-                assert!(begun.elapsed() < Duration::from_secs(75), "it goes on");
+                assert!(
+                    started.elapsed() < Duration::from_secs(75),
+                    "the connection is still open"
+                );
             }
-            assert!(begun.elapsed() > Duration::from_secs(55));
+            assert!(started.elapsed() > Duration::from_secs(55));
         });
         // This client sends a request every ten seconds for more than a minute.
         for _ in 0..7 {
@@ -412,16 +428,16 @@ fn what_makes_no_progress_for_a_minute_is_closed() {
     // The listener has not run into its own timeout either.
     assert!(!c.log().contains("accepting connections failed"), "{}", c.log());
     for key in ["/length", "/chunked", "/dribble"] {
-        c.lacks(key);
+        c.assert_absent(key);
         c.put(key, "value").expect(201);
-        c.holds(key, "value");
+        c.assert_value(key, "value");
     }
 }
 
 /// If each request were answered in the call that answered the previous one, 60 of them would need
 /// 300 KiB of stack, on the thread that serves all volumes.
 #[test]
-fn requests_that_waited_for_their_turn_are_answered_one_call_each() {
+fn pipelined_requests_do_not_grow_the_stack() {
     let small = ["env", "RUST_MIN_STACK=200000"];
     let c = Setup::new().volumes(1).proxied().launcher(&small).start();
     c.put("/there", "value").expect(201);
@@ -433,7 +449,7 @@ fn requests_that_waited_for_their_turn_are_answered_one_call_each() {
 }
 
 #[test]
-fn a_head_takes_5_minutes_at_most() {
+fn a_head_that_takes_5_minutes_closes_its_connection() {
     let c = Setup::new().volumes(1).start();
     let (mut first, mut later, mut upload) = (c.conn(), c.conn(), c.conn());
     later.ask("GET", "/none", &[], None).expect(404);
@@ -442,9 +458,9 @@ fn a_head_takes_5_minutes_at_most() {
     // An upload may take longer than a head.
     let value = random_bytes(&mut seeded_rng(), 315 << 10);
     upload.head("PUT", "/slow", &[("Content-Length", &value.len().to_string())]);
-    let begun = Instant::now();
+    let started = Instant::now();
     for (part, second) in value.chunks(1 << 10).zip(1..) {
-        std::thread::sleep(Duration::from_secs(second).saturating_sub(begun.elapsed()));
+        std::thread::sleep(Duration::from_secs(second).saturating_sub(started.elapsed()));
         upload.send(part);
         heads.retain_mut(|head| {
             let closed = head.readable(Duration::ZERO) || head.try_send(b"d").is_err();
@@ -452,7 +468,7 @@ fn a_head_takes_5_minutes_at_most() {
             !closed
         });
     }
-    assert!(heads.is_empty(), "{} of two heads go on for more than 310 s", heads.len());
+    assert!(heads.is_empty(), "{} of two connections are still open after 310 s", heads.len());
     upload.answer().expect(201);
-    c.holds("/slow", value);
+    c.assert_value("/slow", value);
 }

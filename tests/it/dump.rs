@@ -6,22 +6,22 @@ use std::time::{Duration, Instant};
 use percent_encoding::percent_decode_str;
 use rocksdb::{DB, Options, WriteBatch};
 
-use crate::keys::strange_keys;
+use crate::keys::unusual_keys;
 use crate::support::cluster::Setup;
 use crate::support::commands::{record, value_of};
 use crate::support::reference;
 
 #[test]
-fn a_dump_is_sorted_and_one_line_a_key_beside_a_running_master_too() {
+fn dump_prints_sorted_lines_with_and_without_a_running_master() {
     let mut c = Setup::new().volumes(1).start();
-    let mut keys = strange_keys();
+    let mut keys = unusual_keys();
     c.fill(&keys);
     c.ask("UNLINK", "/a").expect(204);
     keys.sort();
     let dump = c.dump();
     let lines: Vec<(Vec<u8>, &str)> = dump
         .lines()
-        .map(|line| line.split_once('\t').expect("a tab"))
+        .map(|line| line.split_once('\t').expect("a line has a tab"))
         .map(|(key, record)| (percent_decode_str(key).collect(), record))
         .collect();
     assert_eq!(lines.iter().map(|(key, _)| key.clone()).collect::<Vec<_>>(), keys);
@@ -31,12 +31,12 @@ fn a_dump_is_sorted_and_one_line_a_key_beside_a_running_master_too() {
         let state = if key == b"/a" { "DELETED" } else { "" };
         let fields = format!("{state}HASH{}SIZE{:016x}TIME", reference::md5(&value), value.len());
         assert!(record.starts_with(&fields), "{}: {record}", key.escape_ascii());
-        assert!(record.ends_with(&c.placed(&key).join(",")), "{record}");
+        assert!(record.ends_with(&c.placement(&key).join(",")), "{record}");
     }
     c.stop_master();
     let before = c.index_files();
     assert!(c.dump() == dump);
-    c.index_is(&before);
+    c.assert_index_files(&before);
     // The next dump has the new key.
     c.start_master();
     c.put("/zzz", "value").expect(201);
@@ -50,7 +50,7 @@ fn a_dump_is_sorted_and_one_line_a_key_beside_a_running_master_too() {
 }
 
 #[test]
-fn a_dump_needs_no_volumes_and_no_index_is_an_error() {
+fn dump_needs_an_index_but_no_volumes() {
     let mut c = Setup::new().volumes(1).start();
     c.put("/a", "value").expect(201);
     c.volumes[0].stop();
@@ -64,7 +64,7 @@ fn a_dump_needs_no_volumes_and_no_index_is_an_error() {
 }
 
 #[test]
-fn a_record_that_does_not_decode_is_dumped_as_it_is_and_stops_what_would_act_on_it() {
+fn dump_prints_records_that_do_not_decode_and_other_commands_fail() {
     let mut c = Setup::new().volumes(1).start();
     c.put("/good", "value").expect(201);
     c.stop_master();
@@ -75,17 +75,17 @@ fn a_record_that_does_not_decode_is_dumped_as_it_is_and_stops_what_would_act_on_
     open().put("/broken", "HASHxyz").unwrap();
     assert_eq!(record(&c.dump(), "/broken"), Some("HASHxyz"));
     let dump = c.dump();
-    c.mkv(&["rebalance"]).fails(&["1 keys could not"]).says("/broken").says("1 keys: 0 moved");
+    c.mkv(&["rebalance"]).fails(&["1 keys could not"]).prints("/broken").prints("1 keys: 0 moved");
     for command in [&["verify"][..], &["verify", "-repair"], &["rebuild"]] {
         c.mkv(command).fails(&["/broken"]);
         assert_eq!(c.dump(), dump, "{command:?}");
     }
     open().delete("/broken").unwrap();
-    c.verified();
+    c.assert_verified();
 }
 
 #[test]
-fn a_million_keys_are_dumped_in_a_few_seconds() {
+fn dump_prints_a_million_keys_within_8_seconds() {
     let mut c = Setup::new().volumes(1).start();
     c.stop_master();
     let text = format!("HASH{}SIZE{:016x}TIME{:016x}{}", reference::md5(b"v"), 1, 1, c.names[0]);
@@ -96,10 +96,10 @@ fn a_million_keys_are_dumped_in_a_few_seconds() {
         (0..1_000_000).for_each(|n| batch.put(format!("/{n:06}"), &text));
         index.write(batch).unwrap();
     }
-    let begun = Instant::now();
+    let started = Instant::now();
     let dump = c.dump();
-    println!("{:?}", begun.elapsed());
-    assert!(begun.elapsed() < Duration::from_secs(8));
+    println!("{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(8));
     assert_eq!(dump.lines().count(), 1_000_000);
     assert!(dump.ends_with(&format!("/999999\t{text}\n")));
     fs::remove_dir_all(c.db()).unwrap();

@@ -7,21 +7,21 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 
-use crate::support::cluster::{Cluster, Setup, bound_to_us, same, signal, wait};
-use crate::support::http_client::{Conn, until};
+use crate::support::cluster::{Cluster, Setup, assert_same_bytes, child_command, signal, wait};
+use crate::support::http_client::{Conn, wait_until};
 
 /// The nginx of front.conf, with TLS, in front of a master.
-struct Front {
+struct FrontProxy {
     nginx: Child,
     address: String,
     certificate: String,
 }
 
-impl Front {
-    fn start(c: &Cluster) -> Front {
+impl FrontProxy {
+    fn start(c: &Cluster) -> FrontProxy {
         let folder = c.folder.join("front");
-        fs::create_dir(&folder).expect("its folder can be made");
-        let (certificate, key) = (path(&folder, "front.pem"), path(&folder, "front.key"));
+        fs::create_dir(&folder).expect("the proxy's folder can be created");
+        let (certificate, key) = (file_path(&folder, "front.pem"), file_path(&folder, "front.key"));
         let made = Command::new("openssl")
             .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"])
             .args(["-subj", "/CN=mkv", "-addext", &format!("subjectAltName=IP:{}", c.host)])
@@ -30,20 +30,20 @@ impl Front {
             .expect("openssl runs");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let address = format!("{}:3443", c.host);
-        let conf = path(&folder, "front.conf");
-        fs::write(&conf, configuration(c, &address, &certificate, &key))
-            .expect("it can be written");
+        let conf = file_path(&folder, "front.conf");
+        fs::write(&conf, front_configuration(c, &address, &certificate, &key))
+            .expect("the file can be written");
         let log = fs::File::create(folder.join("log")).expect("the log can be written");
-        let pid = path(&folder, "pid");
-        let nginx = bound_to_us("TERM")
-            .args(["nginx", "-p", &path(&folder, ""), "-c", &conf, "-e", "stderr", "-g"])
+        let pid = file_path(&folder, "pid");
+        let nginx = child_command("TERM")
+            .args(["nginx", "-p", &file_path(&folder, ""), "-c", &conf, "-e", "stderr", "-g"])
             .arg(format!("daemon off; pid {pid};"))
             .stdin(Stdio::null())
             .stderr(log)
             .spawn()
             .expect("nginx starts");
-        until("the front listens", || Conn::try_open(&address).is_ok());
-        Front { nginx, address, certificate }
+        wait_until("the front proxy listens", || Conn::try_open(&address).is_ok());
+        FrontProxy { nginx, address, certificate }
     }
 
     /// Runs curl through the proxy. Returns status and redirect data, and the body.
@@ -57,16 +57,16 @@ impl Front {
             .arg(url)
             .output()
             .expect("curl runs");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{args:?} {path}: {said}");
-        (said, output.stdout)
+        let status = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{args:?} {path}: {status}");
+        (status, output.stdout)
     }
 }
 
-impl Front {
+impl FrontProxy {
     /// Sends raw bytes inside TLS, and returns the first line of the answer.
-    fn raw(&self, request: &str) -> String {
-        let mut tls = bound_to_us("KILL")
+    fn send_raw(&self, request: &str) -> String {
+        let mut tls = child_command("KILL")
             .args(["openssl", "s_client", "-quiet", "-verify_return_error"])
             .args(["-CAfile", &self.certificate, "-connect", &self.address])
             .stdin(Stdio::piped())
@@ -74,8 +74,8 @@ impl Front {
             .stderr(Stdio::null())
             .spawn()
             .expect("openssl runs");
-        let mut input = tls.stdin.take().expect("its input is a pipe");
-        let out = std::io::BufReader::new(tls.stdout.take().expect("its output is a pipe"));
+        let mut input = tls.stdin.take().expect("stdin is a pipe");
+        let out = std::io::BufReader::new(tls.stdout.take().expect("stdout is a pipe"));
         input.write_all(request.as_bytes()).expect("openssl reads");
         let line = out.lines().next().and_then(Result::ok).unwrap_or_default();
         signal(tls.id(), Signal::KILL);
@@ -84,7 +84,7 @@ impl Front {
     }
 }
 
-impl Drop for Front {
+impl Drop for FrontProxy {
     fn drop(&mut self) {
         signal(self.nginx.id(), Signal::TERM);
         if !std::thread::panicking() {
@@ -93,13 +93,13 @@ impl Drop for Front {
     }
 }
 
-fn path(folder: &Path, name: &str) -> String {
-    folder.join(name).to_str().expect("the temporary folder's name is text").to_string()
+fn file_path(folder: &Path, name: &str) -> String {
+    folder.join(name).to_str().expect("the temporary folder's name is UTF-8").to_string()
 }
 
 /// front.conf with its lines marked HERE filled in, and with its own temporary folders.
-fn configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> String {
-    let text = fs::read_to_string("front.conf").expect("front.conf is there");
+fn front_configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> String {
+    let text = fs::read_to_string("front.conf").expect("front.conf exists");
     let mut set = 0;
     let mut lines: Vec<String> = Vec::new();
     for line in text.lines() {
@@ -127,53 +127,56 @@ fn configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> St
 }
 
 #[test]
-fn the_front_passes_what_is_right_and_refuses_the_rest() {
+fn the_front_proxy_passes_valid_requests_and_refuses_oversized_ones() {
     let c = Setup::new().start();
-    let front = Front::start(&c);
+    let front = FrontProxy::start(&c);
     let value: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
-    let file = path(&c.folder, "value");
-    fs::write(&file, &value).expect("it can be written");
+    let file = file_path(&c.folder, "value");
+    fs::write(&file, &value).expect("the file can be written");
 
     // Uploads with a length and in chunks, to a key that survives only if nginx does not normalize
     // the target.
-    let (said, _) = front.curl(&["-T", &file, "--path-as-is"], "//a/../%2Fkey%3F");
-    assert!(said.starts_with("201 "), "{said}");
-    c.holds("//a/..//key?", &value);
-    let (said, _) =
+    let (status, _) = front.curl(&["-T", &file, "--path-as-is"], "//a/../%2Fkey%3F");
+    assert!(status.starts_with("201 "), "{status}");
+    c.assert_value("//a/..//key?", &value);
+    let (status, _) =
         front.curl(&["-X", "REPLACE", "-H", "Transfer-Encoding: chunked", "-T", &file], "/chunked");
-    assert!(said.starts_with("201 "), "{said}");
-    c.holds("/chunked", &value);
+    assert!(status.starts_with("201 "), "{status}");
+    c.assert_value("/chunked", &value);
 
     // The redirect points to the volume itself.
-    let (said, body) = front.curl(&["-I"], "/chunked");
+    let (status, body) = front.curl(&["-I"], "/chunked");
     let location = c.get("/chunked").expect(302).header("Key-Volumes").map(String::from);
-    let at = location.expect("it has volumes");
-    assert!(said.starts_with("302 http://") && at.split(',').any(|r| said.contains(r)), "{said}");
+    let volumes = location.expect("the answer has Key-Volumes");
+    assert!(
+        status.starts_with("302 http://") && volumes.split(',').any(|r| status.contains(r)),
+        "{status}"
+    );
     let headers = String::from_utf8_lossy(&body).to_ascii_lowercase();
     assert!(headers.contains("content-md5: ") && headers.contains("key-volumes: "), "{headers}");
-    let (said, body) = front.curl(&["-L"], "/chunked");
-    assert!(said.starts_with("200 ") && said.ends_with(" 1"), "{said}");
-    same(&body, &value, "what a client reads through the front");
-    let (said, _) = front.curl(&["-X", "DELETE"], "/chunked");
-    assert!(said.starts_with("204 "), "{said}");
-    c.lacks("/chunked");
+    let (status, body) = front.curl(&["-L"], "/chunked");
+    assert!(status.starts_with("200 ") && status.ends_with(" 1"), "{status}");
+    assert_same_bytes(&body, &value, "the value that a client reads through the proxy");
+    let (status, _) = front.curl(&["-X", "DELETE"], "/chunked");
+    assert!(status.starts_with("204 "), "{status}");
+    c.assert_absent("/chunked");
 
     // Requests that the proxy refuses do not reach the master.
     let requests = || c.log().lines().filter(|line| line.contains("mkv::http]")).count();
     let before = requests();
     let large = format!("X-Large: {}", "a".repeat(9 << 10));
-    let (said, _) = front.curl(&["-H", &large], "/head");
-    assert!(said.starts_with("400 "), "{said}");
-    let (said, _) = front.curl(&[], &format!("/{}", "a".repeat(9 << 10)));
-    assert!(said.starts_with("414 "), "{said}");
+    let (status, _) = front.curl(&["-H", &large], "/head");
+    assert!(status.starts_with("400 "), "{status}");
+    let (status, _) = front.curl(&[], &format!("/{}", "a".repeat(9 << 10)));
+    assert!(status.starts_with("414 "), "{status}");
     assert_eq!(requests(), before, "{}", c.log());
 }
 
 /// tiny_http hides some malformed requests from the master. The front proxy refuses them.
 #[test]
-fn the_front_refuses_what_the_master_cannot_see() {
+fn the_front_proxy_refuses_malformed_requests() {
     let c = Setup::new().volumes(1).start();
-    let front = Front::start(&c);
+    let front = FrontProxy::start(&c);
     let body = "PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nbad";
     let length = body.len();
     for request in [
@@ -187,7 +190,7 @@ fn the_front_refuses_what_the_master_cannot_see() {
             "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n+{length:x}\r\n{body}\r\n0\r\n\r\n"
         ),
     ] {
-        let answer = front.raw(&request);
+        let answer = front.send_raw(&request);
         let status = answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3));
         let refused = status.is_some_and(|status| status.starts_with(['4', '5']));
         assert!(refused, "{}: {}", request.escape_debug(), answer.escape_debug());

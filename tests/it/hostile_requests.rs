@@ -20,15 +20,15 @@ const SMUGGLED: &str = "PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r
 /// What a client sends, and which statuses are allowed. No answer at all is always allowed.
 struct Attack {
     bytes: Vec<u8>,
-    answers: fn(u16) -> bool,
+    allowed: fn(u16) -> bool,
 }
 
-fn refused(status: u16) -> bool {
+fn is_client_error(status: u16) -> bool {
     (400..500).contains(&status)
 }
 
 /// For requests that are odd but unambiguous.
-fn served(status: u16) -> bool {
+fn is_not_server_error(status: u16) -> bool {
     (200..500).contains(&status)
 }
 
@@ -36,10 +36,10 @@ fn served(status: u16) -> bool {
 /// request.
 fn attack(head: impl AsRef<[u8]>) -> Attack {
     let bytes = [head.as_ref(), SMUGGLED.as_bytes()].concat();
-    Attack { bytes, answers: refused }
+    Attack { bytes, allowed: is_client_error }
 }
 
-fn lengths() -> Vec<Attack> {
+fn bad_lengths() -> Vec<Attack> {
     let mut attacks = Vec::new();
     for length in [
         "1000000000000",
@@ -69,7 +69,7 @@ fn lengths() -> Vec<Attack> {
     attacks
 }
 
-fn framings() -> Vec<Attack> {
+fn bad_framings() -> Vec<Attack> {
     let chunk = format!("{:x}\r\n{SMUGGLED}\r\n0\r\n\r\n", SMUGGLED.len());
     let long = SMUGGLED.len().to_string();
     let mut attacks = Vec::new();
@@ -117,7 +117,7 @@ fn framings() -> Vec<Attack> {
     attacks
 }
 
-fn chunkings() -> Vec<Attack> {
+fn bad_chunks() -> Vec<Attack> {
     let sizes = ["zz", "-3", "0x3", "", " ", "3 3", "3\0", "ffffffffffffffff", "10000000000"];
     let head = head("PUT", "/stored", &[("Transfer-Encoding", "chunked")]);
     let mut attacks: Vec<Attack> = sizes
@@ -132,7 +132,7 @@ fn chunkings() -> Vec<Attack> {
     attacks
 }
 
-fn lines() -> Vec<Attack> {
+fn bad_request_lines() -> Vec<Attack> {
     let mut attacks: Vec<Attack> = [
         b"\r\n\r\n".as_slice(),
         b"PUT\r\n\r\n",
@@ -163,7 +163,7 @@ fn lines() -> Vec<Attack> {
         format!("GET /stored HTTP/1.1\r\n{many}"),
         long,
     ] {
-        attacks.push(Attack { bytes: request.into(), answers: refused });
+        attacks.push(Attack { bytes: request.into(), allowed: is_client_error });
     }
     attacks
 }
@@ -182,14 +182,14 @@ fn odd_but_valid() -> Vec<Attack> {
         [&head("DELETE", "/stored", &[body]), b"GET /".as_slice()].concat(),
         [&chunked, LAST_CHUNK].concat(),
     ]
-    .map(|bytes| Attack { bytes, answers: served })
+    .map(|bytes| Attack { bytes, allowed: is_not_server_error })
     .into()
 }
 
 /// Sends an attack and checks the answers. With `open`, the client waits for the answer before it
 /// shuts down its sending side.
 #[track_caller]
-fn suffer(c: &Cluster, attack: &Attack, open: bool) {
+fn send_attack(c: &Cluster, attack: &Attack, open: bool) {
     let shown = attack.bytes[..attack.bytes.len().min(300)].escape_ascii().to_string();
     let mut conn = c.conn();
     // The master may close before it has read everything.
@@ -200,12 +200,12 @@ fn suffer(c: &Cluster, attack: &Attack, open: bool) {
     let _ = conn.socket.shutdown(Shutdown::Write);
     let mut answers = Vec::new();
     if let Err(e) = conn.socket.read_to_end(&mut answers) {
-        assert_eq!(e.kind(), ErrorKind::ConnectionReset, "{shown}: it is not closed: {e}");
+        assert_eq!(e.kind(), ErrorKind::ConnectionReset, "{shown}: the connection stays open: {e}");
     }
     let mut rest = answers.as_slice();
     while let Some(at) = find(rest, b"HTTP/1.1 ") {
         let status = String::from_utf8_lossy(&rest[at + 9..rest.len().min(at + 12)]).into_owned();
-        let fits = status.parse().is_ok_and(attack.answers);
+        let fits = status.parse().is_ok_and(attack.allowed);
         assert!(fits, "{shown}: {}", answers.escape_ascii());
         rest = &rest[at + 9..];
     }
@@ -219,7 +219,7 @@ struct Uploads {
 }
 
 impl Uploads {
-    fn begin(c: &Cluster) -> Uploads {
+    fn start(c: &Cluster) -> Uploads {
         let mut value = vec![0; VALUE];
         fastrand::Rng::with_seed(1).fill(&mut value);
         let length = VALUE.to_string();
@@ -231,7 +231,7 @@ impl Uploads {
         Uploads { conns: (0..UPLOADS).map(begin).collect(), value, sent: 0 }
     }
 
-    fn go_on(&mut self, bytes: usize) {
+    fn send_more(&mut self, bytes: usize) {
         let end = VALUE.min(self.sent + bytes);
         for conn in &mut self.conns {
             conn.send(&self.value[self.sent..end]);
@@ -239,31 +239,32 @@ impl Uploads {
         self.sent = end;
     }
 
-    fn end(mut self, c: &Cluster) {
-        self.go_on(VALUE);
+    fn finish(mut self, c: &Cluster) {
+        self.send_more(VALUE);
         for (n, conn) in self.conns.iter_mut().enumerate() {
             conn.answer().expect(201);
-            c.holds(format!("/upload/{n}"), &self.value);
+            c.assert_value(format!("/upload/{n}"), &self.value);
         }
     }
 }
 
 #[test]
-fn hostile_requests_harm_nobody() {
+fn hostile_requests_do_not_harm_other_clients() {
     let mut random = seeded_rng();
     let c = Setup::new().start();
     c.put("/there", "value").expect(201);
-    let mut uploads = Uploads::begin(&c);
-    let groups = [lengths(), framings(), chunkings(), lines(), odd_but_valid()];
+    let mut uploads = Uploads::start(&c);
+    let groups =
+        [bad_lengths(), bad_framings(), bad_chunks(), bad_request_lines(), odd_but_valid()];
     let attacks: Vec<Attack> = groups.into_iter().flatten().collect();
     for (n, attack) in attacks.iter().enumerate() {
         for open in [true, false] {
-            suffer(&c, attack, open);
+            send_attack(&c, attack, open);
         }
         let request = attack.bytes[..attack.bytes.len().min(300)].escape_ascii();
         assert_eq!(c.get("/smuggled").status, 404, "{request}");
         if n % 8 == 0 {
-            uploads.go_on(VALUE / 64);
+            uploads.send_more(VALUE / 64);
             assert_eq!(c.live(), [b"/there"]);
         }
     }
@@ -276,12 +277,12 @@ fn hostile_requests_harm_nobody() {
             let at = random.usize(..bytes.len().min(200));
             bytes[at] = random.u8(..);
         }
-        suffer(&c, &Attack { bytes, answers: |status| status != 500 }, false);
+        send_attack(&c, &Attack { bytes, allowed: |status| status != 500 }, false);
     }
-    c.holds("/there", "value");
-    uploads.end(&c);
-    println!("{} attacks, {} MiB", attacks.len() * 3, (c.memory("VmHWM") >> 10));
-    assert!((c.memory("VmHWM") >> 10) < MEMORY, "{} MiB", (c.memory("VmHWM") >> 10));
+    c.assert_value("/there", "value");
+    uploads.finish(&c);
+    println!("{} attacks, peak memory {} MiB", attacks.len() * 3, (c.memory_kib("VmHWM") >> 10));
+    assert!((c.memory_kib("VmHWM") >> 10) < MEMORY, "{} MiB", (c.memory_kib("VmHWM") >> 10));
     c.put("/next", "value").expect(201);
-    c.holds("/next", "value");
+    c.assert_value("/next", "value");
 }

@@ -11,7 +11,7 @@ fn threads(c: &Cluster) -> usize {
 }
 
 #[test]
-fn an_idle_master_stays_as_it_is() {
+fn an_idle_master_does_not_accumulate_threads_or_descriptors() {
     let c = Setup::new().volumes(1).start();
     c.put("/k", "value").expect(201);
     let before = (threads(&c), c.open_descriptors());
@@ -21,18 +21,21 @@ fn an_idle_master_stays_as_it_is() {
 }
 
 #[test]
-fn bursts_of_connections_that_are_kept_are_all_answered() {
+fn every_connection_of_a_burst_is_answered_repeatedly() {
     for count in [16, 50, 100] {
         let c = Setup::new().volumes(1).start();
-        let begun = Instant::now();
+        let started = Instant::now();
         let mut conns: Vec<Conn> = (0..count).map(|_| c.conn()).collect();
         for round in 0..3 {
             for conn in &mut conns {
                 conn.head("GET", "/none", &[]);
             }
             for (n, conn) in conns.iter_mut().enumerate() {
-                let left = Duration::from_secs(5).saturating_sub(begun.elapsed());
-                assert!(conn.readable(left), "{n} of {count} waits in round {round}");
+                let left = Duration::from_secs(5).saturating_sub(started.elapsed());
+                assert!(
+                    conn.readable(left),
+                    "connection {n} of {count} has no answer in round {round}"
+                );
                 conn.answer().expect(404);
             }
         }
@@ -41,33 +44,33 @@ fn bursts_of_connections_that_are_kept_are_all_answered() {
             conn.ask("PUT", "/k", &[], Some(b"v"));
             conn.ask("GET", "/k", &[], None).expect(302);
         }
-        println!("{count}: {:?}", begun.elapsed());
-        c.holds("/k", "v");
+        println!("{count}: {:?}", started.elapsed());
+        c.assert_value("/k", "v");
     }
 }
 
 /// Sends a malformed request and bytes that must not be taken for a second one. The server must
 /// refuse it or close, send no second answer and store nothing.
 #[track_caller]
-fn is_refused(c: &Cluster, request: &[u8]) {
+fn assert_refused(c: &Cluster, request: &[u8]) {
     let shown = request.escape_ascii().to_string();
     let mut conn = c.conn();
     conn.send(request);
     let _ = conn.try_send(b"PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nbad");
     let _ = conn.socket.shutdown(std::net::Shutdown::Write);
-    match conn.any_answer("PUT") {
+    match conn.next_answer("PUT") {
         Ok(Some(answer)) => assert!((400..500).contains(&answer.status), "{shown}: {answer:?}"),
         Ok(None) => {}
         Err(why) => panic!("{shown}: {why}"),
     }
-    let more = conn.end();
+    let more = conn.read_until_closed();
     assert!(more.is_empty(), "{shown}: a second answer: {}", more.escape_ascii());
-    assert!(c.live().is_empty(), "{shown} has stored {:?}", c.live());
+    assert!(c.live().is_empty(), "{shown} stored {:?}", c.live());
     c.get("/smuggled").expect(404);
 }
 
 #[test]
-fn a_length_that_is_none_or_too_large_is_refused() {
+fn invalid_and_oversized_content_lengths_are_refused() {
     let c = Setup::new().volumes(1).start();
     for length in [
         "1000000000000",
@@ -90,15 +93,15 @@ fn a_length_that_is_none_or_too_large_is_refused() {
     ] {
         for method in ["PUT", "REPLACE"] {
             // Some of these lengths are valid, but the body is cut short.
-            is_refused(&c, &head(method, "/k", &[("Content-Length", length)]));
+            assert_refused(&c, &head(method, "/k", &[("Content-Length", length)]));
         }
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     assert!(c.blobs().is_empty());
 }
 
 #[test]
-fn a_body_whose_end_is_said_twice_is_refused() {
+fn duplicate_or_conflicting_framing_headers_are_refused() {
     let c = Setup::new().volumes(1).start();
     for headers in [
         [("Content-Length", "3"), ("Content-Length", "3")],
@@ -114,14 +117,14 @@ fn a_body_whose_end_is_said_twice_is_refused() {
         [("Transfer-Encoding ", "chunked"), ("Content-Length", "300")],
         [("Content-Length ", "300"), ("X", "y")],
     ] {
-        is_refused(&c, &head("PUT", "/k", &headers));
+        assert_refused(&c, &head("PUT", "/k", &headers));
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     assert!(c.blobs().is_empty());
 }
 
 #[test]
-fn chunks_that_are_none_are_refused() {
+fn malformed_chunks_are_refused() {
     let c = Setup::new().volumes(1).start();
     for body in [
         "zz\r\nvalue\r\n0\r\n\r\n",
@@ -135,14 +138,14 @@ fn chunks_that_are_none_are_refused() {
         "5 5\r\nvalue\r\n0\r\n\r\n",
     ] {
         let head = head("PUT", "/k", &[("Transfer-Encoding", "chunked")]);
-        is_refused(&c, &[&head, body.as_bytes()].concat());
+        assert_refused(&c, &[&head, body.as_bytes()].concat());
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     assert!(c.blobs().is_empty());
 }
 
 #[test]
-fn a_request_that_is_no_http_is_refused() {
+fn requests_that_are_not_http_are_refused() {
     let c = Setup::new().volumes(1).start();
     for request in [
         b"\r\n\r\n".as_slice(),
@@ -154,14 +157,14 @@ fn a_request_that_is_no_http_is_refused() {
         b"PUT /\xff HTTP/1.1\r\nContent-Length: 300\r\n\r\n",
         b"PUT /k HTTP/1.1\r\nX: \xff\r\nContent-Length: 300\r\n\r\n",
     ] {
-        is_refused(&c, request);
+        assert_refused(&c, request);
     }
     c.put("/k", "value").expect(201);
-    c.holds("/k", "value");
+    c.assert_value("/k", "value");
 }
 
 #[test]
-fn a_body_where_none_belongs_is_not_taken_for_a_request() {
+fn an_unexpected_body_is_not_parsed_as_a_request() {
     let c = Setup::new().volumes(1).start();
     let smuggled = "PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nbad";
     let length = smuggled.len().to_string();
@@ -184,19 +187,19 @@ fn a_body_where_none_belongs_is_not_taken_for_a_request() {
                 conn.head(method, target, &[("Content-Length", &length)]).send(smuggled);
             }
             conn.answer_to(method);
-            conn.end_sending();
-            let more = conn.end();
+            conn.shutdown_write();
+            let more = conn.read_until_closed();
             assert!(more.is_empty(), "{method} {target}: {}", more.escape_ascii());
-            assert!(c.live().is_empty(), "{method} {target} has stored {:?}", c.live());
+            assert!(c.live().is_empty(), "{method} {target} stored {:?}", c.live());
         }
     }
 }
 
 #[test]
-fn a_refused_upload_is_answered_before_its_body_is_sent() {
+fn the_server_refuses_an_upload_before_its_body_arrives() {
     let c = Setup::new().volumes(1).start();
     c.put("/k", "value").expect(201);
-    let begun = Instant::now();
+    let started = Instant::now();
     let long = format!("/{}", "k".repeat(1024));
     for (target, status) in [("/k", 403), ("/k?x", 403), (long.as_str(), 414), ("/%zz", 400)] {
         for header in [("Content-Length", "10000000"), ("Transfer-Encoding", "chunked")] {
@@ -207,7 +210,7 @@ fn a_refused_upload_is_answered_before_its_body_is_sent() {
     }
     let mut conn = c.conn();
     conn.head("PUT", "/k", &[("Content-Length", "10000000"), ("Expect", "100-continue")]);
-    assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 403);
+    assert_eq!(conn.next_answer("PUT").unwrap().unwrap().status, 403);
     // A client that goes on sending is not cut off before it has read the answer.
     for _ in 0..5 {
         let mut conn = c.conn();
@@ -215,12 +218,12 @@ fn a_refused_upload_is_answered_before_its_body_is_sent() {
         let _ = conn.try_send(&vec![b'v'; 4_000_000]);
         conn.answer().expect(403);
     }
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
-    c.holds("/k", "value");
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    c.assert_value("/k", "value");
 }
 
 #[test]
-fn pipelined_requests_are_answered_in_their_order() {
+fn pipelined_requests_are_answered_in_order() {
     let c = Setup::new().volumes(1).start();
     c.put("/there", "value").expect(201);
     let mut conn = c.conn();
@@ -256,7 +259,7 @@ fn pipelined_requests_are_answered_in_their_order() {
 }
 
 #[test]
-fn a_client_that_sends_a_request_and_leaves_harms_nobody() {
+fn clients_that_leave_after_their_request_harm_nobody() {
     let c = Setup::new().volumes(1).start();
     c.put("/k", "value").expect(201);
     for n in 0..200 {
@@ -271,8 +274,8 @@ fn a_client_that_sends_a_request_and_leaves_harms_nobody() {
         conn.send(requests.swap_remove(n % 5));
         if n % 2 == 0 { drop(conn) } else { conn.reset() }
     }
-    c.holds("/k", "value");
-    crate::support::http_client::until("their connections are closed", || {
+    c.assert_value("/k", "value");
+    crate::support::http_client::wait_until("the connections are closed", || {
         c.open_descriptors() < 100
     });
 }

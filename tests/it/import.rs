@@ -12,18 +12,18 @@ use std::process::{Command, Output};
 use rustix::fs::{FlockOperation, flock};
 
 /// A test's folder: `old` is a copy of a fixture, `new` does not exist yet.
-struct Place(PathBuf);
+struct TestFolder(PathBuf);
 
-impl Place {
-    fn new(fixture: &str) -> Place {
+impl TestFolder {
+    fn new(fixture: &str) -> TestFolder {
         let name = format!("mkv-it-import-{}-{:x}", std::process::id(), fastrand::u32(..));
-        let place = Place(std::env::temp_dir().join(name));
-        fs::create_dir_all(place.old()).unwrap();
+        let folder = TestFolder(std::env::temp_dir().join(name));
+        fs::create_dir_all(folder.old()).unwrap();
         for file in fs::read_dir(fixtures().join(fixture)).unwrap() {
             let file = file.unwrap();
-            fs::copy(file.path(), place.old().join(file.file_name())).unwrap();
+            fs::copy(file.path(), folder.old().join(file.file_name())).unwrap();
         }
-        place
+        folder
     }
 
     fn old(&self) -> PathBuf {
@@ -44,7 +44,7 @@ impl Place {
 
     /// Checks that the import fails with one error line that contains `what` and -leveldb, and
     /// leaves no index.
-    fn refused(&self, what: &str) {
+    fn assert_fails(&self, what: &str) {
         let output = self.import();
         let text = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{text}");
@@ -56,7 +56,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for TestFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -102,39 +102,39 @@ fn fingerprint(folder: &Path) -> BTreeMap<PathBuf, Entry> {
 }
 
 #[test]
-fn imports_the_index_of_a_killed_go_master_and_leaves_it_as_it_was() {
-    let place = Place::new("killed");
-    let before = fingerprint(&place.old());
-    let output = place.import();
+fn import_reads_the_index_of_a_killed_go_master_without_changing_it() {
+    let folder = TestFolder::new("killed");
+    let before = fingerprint(&folder.old());
+    let output = folder.import();
     assert_eq!(text(&output.stderr), "");
     assert_eq!(
         text(&output.stdout),
         "imported 372 live and 149 unlinked keys, 148 half-written, 0 that do not decode\n"
     );
     assert_eq!(output.status.code(), Some(0));
-    assert_eq!(fingerprint(&place.old()), before);
-    let dump = text(&place.dump().stdout);
+    assert_eq!(fingerprint(&folder.old()), before);
+    let dump = text(&folder.dump().stdout);
     assert_eq!(dump, expected("killed", |record| !record.starts_with("INIT")));
 }
 
 #[test]
-fn imports_an_index_that_may_only_be_read() {
-    let place = Place::new("killed");
-    for file in fs::read_dir(place.old()).unwrap() {
+fn import_reads_a_read_only_index() {
+    let folder = TestFolder::new("killed");
+    for file in fs::read_dir(folder.old()).unwrap() {
         let path = file.unwrap().path();
         let mut permissions = fs::metadata(&path).unwrap().permissions();
         permissions.set_readonly(true);
         fs::set_permissions(&path, permissions).unwrap();
     }
-    let before = fingerprint(&place.old());
-    assert_eq!(place.import().status.code(), Some(0));
-    assert_eq!(fingerprint(&place.old()), before);
+    let before = fingerprint(&folder.old());
+    assert_eq!(folder.import().status.code(), Some(0));
+    assert_eq!(fingerprint(&folder.old()), before);
 }
 
 #[test]
-fn lists_records_that_do_not_decode_and_imports_the_others() {
-    let place = Place::new("odd");
-    let output = place.import();
+fn import_lists_records_that_do_not_decode_and_imports_the_others() {
+    let folder = TestFolder::new("odd");
+    let output = folder.import();
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(
         text(&output.stdout),
@@ -148,43 +148,43 @@ fn lists_records_that_do_not_decode_and_imports_the_others() {
         r#"key "/\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e/\xe3\x82\xad\xe3\x83\xbc/2", record "HASH2""#;
     assert!(errors.contains(binary), "{errors}");
     assert!(listed[100].contains("21 more"), "{errors}");
-    let dump = text(&place.dump().stdout);
+    let dump = text(&folder.dump().stdout);
     assert_eq!(dump, expected("odd", |record| record.contains("localhost")));
 }
 
 #[test]
-fn refuses_while_a_go_master_holds_the_old_index() {
-    let place = Place::new("killed");
-    let lock = File::open(place.old().join("LOCK")).unwrap();
+fn import_fails_while_a_go_master_runs() {
+    let folder = TestFolder::new("killed");
+    let lock = File::open(folder.old().join("LOCK")).unwrap();
     flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
-    place.refused("stop that one first");
+    folder.assert_fails("stop that one first");
     drop(lock);
-    assert_eq!(place.import().status.code(), Some(0));
+    assert_eq!(folder.import().status.code(), Some(0));
 }
 
 #[test]
-fn refuses_an_index_that_is_not_empty() {
-    let place = Place::new("killed");
-    assert_eq!(place.import().status.code(), Some(0));
-    let dump = place.dump().stdout;
-    let output = place.import();
+fn import_fails_when_the_new_index_is_not_empty() {
+    let folder = TestFolder::new("killed");
+    assert_eq!(folder.import().status.code(), Some(0));
+    let dump = folder.dump().stdout;
+    let output = folder.import();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("is not empty: give another -db"));
-    assert_eq!(place.dump().stdout, dump);
+    assert_eq!(folder.dump().stdout, dump);
 }
 
 #[test]
-fn an_index_that_is_empty_may_be_imported_into() {
-    let place = Place::new("killed");
-    let output = import(&fixtures().join("empty"), &place.new_db());
+fn import_accepts_an_empty_new_index() {
+    let folder = TestFolder::new("killed");
+    let output = import(&fixtures().join("empty"), &folder.new_db());
     let none = "imported 0 live and 0 unlinked keys, 0 half-written, 0 that do not decode\n";
     assert_eq!(text(&output.stdout), none);
-    assert_eq!(place.import().status.code(), Some(0));
-    assert!(!place.dump().stdout.is_empty());
+    assert_eq!(folder.import().status.code(), Some(0));
+    assert!(!folder.dump().stdout.is_empty());
 }
 
 #[test]
-fn a_damaged_index_leaves_none_behind() {
+fn import_of_a_damaged_index_leaves_no_new_index() {
     for (name, change) in [
         ("000038.ldb", (|data| data.truncate(3000)) as fn(&mut Vec<u8>)),
         ("000038.ldb", |data| data.clear()),
@@ -194,66 +194,66 @@ fn a_damaged_index_leaves_none_behind() {
         ("MANIFEST-000043", |data| data[100] ^= 1),
         ("CURRENT", |data| data.clear()),
     ] {
-        let place = Place::new("killed");
-        let path = place.old().join(name);
+        let folder = TestFolder::new("killed");
+        let path = folder.old().join(name);
         let mut data = fs::read(&path).unwrap();
         change(&mut data);
         fs::write(&path, data).unwrap();
-        place.refused(&format!("{name}: it is damaged"));
+        folder.assert_fails(&format!("{name}: it is damaged"));
     }
 }
 
 #[test]
-fn an_index_that_was_copied_in_part_leaves_none_behind() {
-    let place = Place::new("killed");
-    fs::remove_file(place.old().join("000038.ldb")).unwrap();
-    place.refused("000038.ldb");
-    let place = Place::new("killed");
-    fs::remove_file(place.old().join("000045.log")).unwrap();
-    fs::remove_file(place.old().join("000047.log")).unwrap();
-    place.refused("its log is missing");
+fn import_of_a_partial_copy_leaves_no_new_index() {
+    let folder = TestFolder::new("killed");
+    fs::remove_file(folder.old().join("000038.ldb")).unwrap();
+    folder.assert_fails("000038.ldb");
+    let folder = TestFolder::new("killed");
+    fs::remove_file(folder.old().join("000045.log")).unwrap();
+    fs::remove_file(folder.old().join("000047.log")).unwrap();
+    folder.assert_fails("its log is missing");
 }
 
 #[test]
-fn refuses_what_is_no_leveldb_before_it_makes_anything() {
-    let place = Place::new("empty");
-    fs::remove_file(place.old().join("CURRENT")).unwrap();
-    place.refused("there is no LevelDB here");
-    fs::remove_dir_all(place.old()).unwrap();
-    place.refused("there is no LevelDB here");
-    fs::write(place.old(), "a file").unwrap();
-    place.refused("there is no LevelDB here");
-    assert!(!place.new_db().exists());
+fn import_of_a_folder_that_is_not_leveldb_creates_nothing() {
+    let folder = TestFolder::new("empty");
+    fs::remove_file(folder.old().join("CURRENT")).unwrap();
+    folder.assert_fails("there is no LevelDB here");
+    fs::remove_dir_all(folder.old()).unwrap();
+    folder.assert_fails("there is no LevelDB here");
+    fs::write(folder.old(), "a file").unwrap();
+    folder.assert_fails("there is no LevelDB here");
+    assert!(!folder.new_db().exists());
 }
 
 #[test]
-fn the_new_index_may_not_lie_in_the_old_one_nor_the_old_one_where_the_new_one_goes() {
-    let place = Place::new("killed");
-    let before = fingerprint(&place.old());
-    for new in [place.old(), place.old().join("new"), place.old().join("a/../new")] {
-        let output = import(&place.old(), &new);
+fn import_fails_when_the_two_indexes_overlap() {
+    let folder = TestFolder::new("killed");
+    let before = fingerprint(&folder.old());
+    for new in [folder.old(), folder.old().join("new"), folder.old().join("a/../new")] {
+        let output = import(&folder.old(), &new);
         assert_eq!(output.status.code(), Some(1), "{}", new.display());
         assert!(text(&output.stderr).contains("-leveldb"));
-        assert_eq!(fingerprint(&place.old()), before);
+        assert_eq!(fingerprint(&folder.old()), before);
     }
     for name in ["index", "index.new"] {
-        let old = place.new_db().join(name);
-        fs::create_dir_all(place.new_db()).unwrap();
-        fs::rename(place.old(), &old).unwrap();
+        let old = folder.new_db().join(name);
+        fs::create_dir_all(folder.new_db()).unwrap();
+        fs::rename(folder.old(), &old).unwrap();
         let before = fingerprint(&old);
-        assert_eq!(import(&old, &place.new_db()).status.code(), Some(1), "{name}");
+        assert_eq!(import(&old, &folder.new_db()).status.code(), Some(1), "{name}");
         assert_eq!(fingerprint(&old), before);
-        fs::rename(&old, place.old()).unwrap();
+        fs::rename(&old, folder.old()).unwrap();
     }
 }
 
 #[test]
-fn an_import_that_was_stopped_is_begun_anew() {
-    let place = Place::new("killed");
-    assert_eq!(import(&fixtures().join("odd"), &place.new_db()).status.code(), Some(1));
-    fs::rename(place.new_db().join("index"), place.new_db().join("index.new")).unwrap();
-    assert_eq!(place.import().status.code(), Some(0));
-    assert!(!place.new_db().join("index.new").exists());
-    let dump = text(&place.dump().stdout);
+fn an_interrupted_import_starts_over() {
+    let folder = TestFolder::new("killed");
+    assert_eq!(import(&fixtures().join("odd"), &folder.new_db()).status.code(), Some(1));
+    fs::rename(folder.new_db().join("index"), folder.new_db().join("index.new")).unwrap();
+    assert_eq!(folder.import().status.code(), Some(0));
+    assert!(!folder.new_db().join("index.new").exists());
+    let dump = text(&folder.dump().stdout);
     assert_eq!(dump, expected("killed", |record| !record.starts_with("INIT")));
 }

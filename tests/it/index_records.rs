@@ -28,7 +28,7 @@ fn records(c: &Cluster) -> Vec<(String, String)> {
 
 fn debris(c: &Cluster) -> Vec<(Vec<u8>, String)> {
     let index = index(c);
-    let family = index.cf_handle("debris").expect("the family is there");
+    let family = index.cf_handle("debris").expect("the column family exists");
     index
         .iterator_cf(family, IteratorMode::Start)
         .map(|row| {
@@ -48,11 +48,11 @@ fn a_record_holds_hash_size_time_version_and_volumes() {
     c.ask("UNLINK", "/c").expect(204);
     c.put("/d", "deleted").expect(201);
     c.ask("DELETE", "/d").expect(204);
-    c.cleaned();
-    let (a, b) = (c.found("/a"), c.found("/b"));
+    c.wait_until_cleaned();
+    let (a, b) = (c.key_info("/a"), c.key_info("/b"));
     let mtime = |key| fs::metadata(&c.files(key)[0]).unwrap().mtime();
     let (time_a, time_b) = (mtime("/a"), mtime("/b"));
-    let (on_a, on_b) = (c.placed("/a").join(","), c.placed("/b").join(","));
+    let (on_a, on_b) = (c.placement("/a").join(","), c.placement("/b").join(","));
     c.stop_master();
     let rows = records(&c);
     let keys: Vec<&str> = rows.iter().map(|(key, _)| key.as_str()).collect();
@@ -77,7 +77,7 @@ fn without_md5sum_a_record_has_no_hash() {
 }
 
 #[test]
-fn debris_lies_under_key_and_version_and_names_the_volumes_of_the_write() {
+fn debris_is_stored_by_key_and_version_and_names_the_volumes() {
     let mut c = Setup::new().replicas(2).proxied().start();
     let key = "/k";
     c.proxies.iter().for_each(|proxy| proxy.set("PUT", Fault::HoldRequest));
@@ -87,24 +87,24 @@ fn debris_lies_under_key_and_version_and_names_the_volumes_of_the_write() {
         c.proxies[c.holder(key, replica)].wait_held("PUT", 1);
     }
     c.kill_master();
-    c.proxies.iter().for_each(|proxy| proxy.lose_held("PUT"));
+    c.proxies.iter().for_each(|proxy| proxy.drop_held("PUT"));
     let name = [key.as_bytes(), &[0; 8]].concat();
     let rows = debris(&c);
     assert_eq!(rows.len(), 1);
     assert_eq!(rows[0].0, name);
-    assert!(rows[0].1.ends_with(&c.placed(key).join(",")), "{rows:?}");
+    assert!(rows[0].1.ends_with(&c.placement(key).join(",")), "{rows:?}");
     assert!(records(&c).is_empty());
 }
 
 /// Stores a blob directly on a volume.
-fn plant(key: &str, replica: &str, value: &str) {
+fn store_blob(key: &str, replica: &str, value: &str) {
     let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
     let path = format!("{below}{}", reference::path(key.as_bytes(), 0));
     ask(host, "PUT", &path, &[], Some(value.as_bytes())).expect(201);
 }
 
 #[test]
-fn records_of_older_masters_are_read_in_place() {
+fn the_master_reads_the_records_of_older_masters() {
     let mut c = Setup::new().volumes(2).subvolumes(1).start();
     c.stop_master();
     let both = c.names.join(",");
@@ -121,16 +121,16 @@ fn records_of_older_masters_are_read_in_place() {
         ] {
             index.put(key, record).unwrap();
             for name in c.names.iter().filter(|name| key != "/one" || **name == c.names[1]) {
-                plant(key, name, "value");
+                store_blob(key, name, "value");
             }
         }
     }
     c.start_master();
     assert_eq!(c.live(), [b"/bare".as_slice(), b"/hashed", b"/one"]);
     assert_eq!(c.unlinked(), [b"/unlinked".as_slice(), b"/unlinked/hashed"]);
-    assert_eq!(c.holds("/bare", "value").md5, None);
-    assert_eq!(c.holds("/hashed", "value").md5, Some(hash.clone()));
-    assert!(!c.holds("/one", "value").balanced);
+    assert_eq!(c.assert_value("/bare", "value").md5, None);
+    assert_eq!(c.assert_value("/hashed", "value").md5, Some(hash.clone()));
+    assert!(!c.assert_value("/one", "value").balanced);
     // Without SIZE, any length is accepted.
     for file in c.files("/bare") {
         fs::write(file, "longer than it was").unwrap();
@@ -139,18 +139,18 @@ fn records_of_older_masters_are_read_in_place() {
     for key in ["/unlinked", "/unlinked/hashed"] {
         c.get(key).expect(404);
         c.ask("RELINK", key).expect(204);
-        c.holds(key, "value");
+        c.assert_value(key, "value");
     }
     // An unfinished write of a Go master is not a value, and a new write replaces it.
     c.get("/init").expect(404);
     c.ask("UNLINK", "/init").expect(404);
     c.put("/init", "whole").expect(201);
-    assert!(c.holds("/init", "whole").version > 0);
+    assert!(c.assert_value("/init", "whole").version > 0);
     c.replace("/bare", "new").expect(201);
-    assert_eq!(c.holds("/bare", "new").md5, Some(md5(b"new")));
+    assert_eq!(c.assert_value("/bare", "new").md5, Some(md5(b"new")));
     c.ask("DELETE", "/hashed").expect(204);
     c.ask("DELETE", "/one").expect(204);
-    c.cleaned();
+    c.wait_until_cleaned();
     assert_eq!(c.blobs().len(), 4 * 2);
 }
 
@@ -176,20 +176,20 @@ fn a_record_that_does_not_decode_is_an_error_that_names_its_key() {
     c.start_master();
     for n in 0..broken.len() {
         let (key, word) = (format!("/broken/{n:02}\u{ff}"), format!("/broken/{n:02}"));
-        c.get(&key).refused(500, &word);
+        c.get(&key).expect_error(500, &word);
         c.ask("HEAD", &key).expect(500);
         for method in ["PUT", "REPLACE"] {
-            c.send(method, &key, &[], "value").refused(500, &word);
+            c.send(method, &key, &[], "value").expect_error(500, &word);
         }
         for method in ["DELETE", "UNLINK", "RELINK"] {
-            c.ask(method, &key).refused(500, &word);
+            c.ask(method, &key).expect_error(500, &word);
         }
     }
-    c.ask_target("GET", "/?list").refused(500, "/broken/00");
-    c.ask_target("GET", "/?unlinked").refused(500, "/broken/00");
+    c.ask_target("GET", "/?list").expect_error(500, "/broken/00");
+    c.ask_target("GET", "/?unlinked").expect_error(500, "/broken/00");
     // Nothing was stored for these keys, and the rest of the store works.
     assert_eq!(c.keys("/g", "list"), [b"/good"]);
-    c.holds("/good", "value");
+    c.assert_value("/good", "value");
     c.put("/new", "value").expect(201);
     assert_eq!(c.blobs().len(), 4);
     c.stop_master();
@@ -222,7 +222,7 @@ fn a_list_of_over_a_million_keys_needs_a_limit() {
     assert_eq!(page["keys"].as_array().unwrap().len(), MILLION);
     assert_eq!((&page["next"], &page["keys"][MILLION - 1]), (&"".into(), &"/0999999".into()));
     c.put("/one/more", "v").expect(201);
-    c.ask_target("GET", "/?list").refused(413, "limit");
+    c.ask_target("GET", "/?list").expect_error(413, "limit");
     let answer = c.ask_target("GET", "/?list&limit=1000001").expect(200);
     assert!(answer.text().ends_with(r#","/one/more"]}"#));
     let answer = c.ask_target("GET", "/?list&limit=2&start=/0999998").expect(200);

@@ -7,12 +7,12 @@ use base64::engine::general_purpose::STANDARD;
 use percent_encoding::percent_decode_str;
 
 use crate::support::cluster::{Cluster, Setup};
-use crate::support::http_client::{follow, target, until};
+use crate::support::http_client::{follow, target, wait_until};
 use crate::support::random::seeded_rng;
 use crate::support::reference;
 
 /// Keys that need careful handling.
-pub fn strange_keys() -> Vec<Vec<u8>> {
+pub fn unusual_keys() -> Vec<Vec<u8>> {
     let mut keys: Vec<Vec<u8>> = [
         "/",
         "//",
@@ -90,9 +90,9 @@ pub fn strange_keys() -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn strange_keys_are_put_read_listed_replaced_unlinked_and_deleted() {
+fn unusual_keys_work_with_every_method() {
     let c = Setup::new().replicas(2).start();
-    let keys = strange_keys();
+    let keys = unusual_keys();
     let value = |key: &[u8], round: &str| [round.as_bytes(), key].concat();
     for key in &keys {
         c.put(key, value(key, "first")).expect(201);
@@ -100,7 +100,7 @@ fn strange_keys_are_put_read_listed_replaced_unlinked_and_deleted() {
     }
     assert_eq!(c.live(), keys);
     for key in &keys {
-        assert_eq!(c.holds(key, value(key, "first")).version, 0, "{}", key.escape_ascii());
+        assert_eq!(c.assert_value(key, value(key, "first")).version, 0, "{}", key.escape_ascii());
         assert_eq!(c.ask("HEAD", key).expect(302).header("Key-Balance"), Some("balanced"));
         assert!(c.keys(&target(key), "list").contains(key));
     }
@@ -108,9 +108,9 @@ fn strange_keys_are_put_read_listed_replaced_unlinked_and_deleted() {
     for key in &keys {
         c.replace(key, value(key, "second")).expect(201);
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     for key in &keys {
-        assert!(c.holds(key, value(key, "second")).version > 0);
+        assert!(c.assert_value(key, value(key, "second")).version > 0);
         c.ask("UNLINK", key).expect(204);
         c.get(key).expect(404);
     }
@@ -129,7 +129,7 @@ fn strange_keys_are_put_read_listed_replaced_unlinked_and_deleted() {
 }
 
 #[test]
-fn a_key_is_found_however_its_target_is_encoded() {
+fn every_encoding_of_a_target_names_the_same_key() {
     let c = Setup::new().volumes(1).start();
     c.put("/a~b/c d", "value").expect(201);
     for target in ["/a~b/c%20d", "/%61%7e%62/c%20d", "/%61%7E%62%2Fc%20%64", "/a~b%2fc%20d"] {
@@ -163,70 +163,70 @@ fn keys_with_nested_blobs() -> (Vec<u8>, Vec<u8>) {
             }
         }
     }
-    panic!("no such keys");
+    panic!("no such pair of keys");
 }
 
 #[test]
-fn a_key_whose_blob_would_lie_below_anothers_does_it_no_harm() {
+fn a_blob_path_below_another_blob_harms_neither_key() {
     let mut c = Setup::new().replicas(2).start();
     let (outer, inner) = keys_with_nested_blobs();
     println!("{} and {}", outer.escape_ascii(), inner.escape_ascii());
     // A name taken by a folder stays as debris for a while, so that the next write gets another
     // version.
-    c.debris_may_last(&outer);
+    c.allow_debris(&outer);
     for (first, second) in [(&outer, &inner), (&inner, &outer)] {
         c.put(first, "first").expect(201);
         // A path cannot be both a file and a folder. The second write may fail, but the first value
         // is safe.
         let answer = c.put(second, "second");
-        c.holds(first, "first");
+        c.assert_value(first, "first");
         if answer.status == 201 {
-            c.holds(second, "second");
+            c.assert_value(second, "second");
         } else {
-            answer.refused(500, &c.host);
+            answer.expect_error(500, &c.host);
             c.get(second).expect(404);
-            c.cleaned();
+            c.wait_until_cleaned();
             c.ask("DELETE", first).expect(204);
             c.put(second, "second").expect(201);
             c.put(first, "first");
         }
-        c.holds(second, "second");
+        c.assert_value(second, "second");
         for key in [first, second] {
             c.ask("DELETE", key);
         }
         assert!(c.live().is_empty());
-        until("all blobs are gone", || c.blobs().is_empty());
+        wait_until("all blobs are gone", || c.blobs().is_empty());
     }
 }
 
 /// A key's state in the model.
 #[derive(Clone)]
-struct Known {
+struct ModelEntry {
     value: Vec<u8>,
     live: bool,
 }
 
 #[test]
-fn random_work_on_random_keys_does_what_it_would_in_a_map() {
+fn random_requests_on_random_keys_match_a_map() {
     let mut random = seeded_rng();
     let mut c = Setup::new().replicas(2).start();
     let keys: Vec<Vec<u8>> = (0..50)
         .map(|n| {
             let length = random.usize(0..if n % 5 == 0 { 1024 } else { 12 });
-            let few = random.bool();
+            let few_bytes = random.bool();
             let byte = |r: &mut fastrand::Rng| {
-                if few { b"\xff\xfe/?\0%+a"[r.usize(..8)] } else { r.u8(..) }
+                if few_bytes { b"\xff\xfe/?\0%+a"[r.usize(..8)] } else { r.u8(..) }
             };
             let tail: Vec<u8> = (0..length).map(|_| byte(&mut random)).collect();
             [b"/".to_vec(), tail].concat()
         })
         .collect();
-    let mut model: BTreeMap<Vec<u8>, Known> = BTreeMap::new();
+    let mut model: BTreeMap<Vec<u8>, ModelEntry> = BTreeMap::new();
     for step in 0..800 {
         let key = &keys[random.usize(..keys.len())];
-        let known = model.get(key).cloned();
-        let live = known.as_ref().is_some_and(|known| known.live);
-        let unlinked = known.as_ref().is_some_and(|known| !known.live);
+        let entry = model.get(key).cloned();
+        let live = entry.as_ref().is_some_and(|entry| entry.live);
+        let unlinked = entry.as_ref().is_some_and(|entry| !entry.live);
         let value = format!("{step} of {}", key.escape_ascii()).into_bytes();
         let write = |method: &str| c.send(method, key, &[], &value).status;
         let alter = |method: &str| c.ask(method, key).status;
@@ -234,31 +234,31 @@ fn random_work_on_random_keys_does_what_it_would_in_a_map() {
             0 | 1 => {
                 assert_eq!(write("PUT"), if live { 403 } else { 201 });
                 if !live {
-                    model.insert(key.clone(), Known { value, live: true });
+                    model.insert(key.clone(), ModelEntry { value, live: true });
                 }
             }
             2 => {
                 assert_eq!(write("REPLACE"), 201);
-                model.insert(key.clone(), Known { value, live: true });
+                model.insert(key.clone(), ModelEntry { value, live: true });
             }
             3 => {
-                if known.is_none() {
+                if entry.is_none() {
                     // DELETE answers 204 while the key has debris.
-                    c.cleaned();
+                    c.wait_until_cleaned();
                 }
-                assert_eq!(alter("DELETE"), if known.is_some() { 204 } else { 404 });
+                assert_eq!(alter("DELETE"), if entry.is_some() { 204 } else { 404 });
                 model.remove(key);
             }
             4 => {
                 assert_eq!(alter("UNLINK"), if live { 204 } else { 404 });
-                model.entry(key.clone()).and_modify(|known| known.live = false);
+                model.entry(key.clone()).and_modify(|entry| entry.live = false);
             }
             5 => {
                 assert_eq!(alter("RELINK"), if unlinked { 204 } else { 404 });
-                model.entry(key.clone()).and_modify(|known| known.live = true);
+                model.entry(key.clone()).and_modify(|entry| entry.live = true);
             }
-            6 => match known.filter(|known| known.live) {
-                Some(known) => assert_eq!(follow(&c.get(key).expect(302)).body, known.value),
+            6 => match entry.filter(|entry| entry.live) {
+                Some(entry) => assert_eq!(follow(&c.get(key).expect(302)).body, entry.value),
                 None => drop(c.get(key).expect(404)),
             },
             _ => {
@@ -279,13 +279,13 @@ fn random_work_on_random_keys_does_what_it_would_in_a_map() {
     assert_eq!(c.live(), all(true));
     assert_eq!(c.unlinked(), all(false));
     for key in all(true) {
-        c.holds(&key, &model[&key].value);
+        c.assert_value(&key, &model[&key].value);
     }
 }
 
 fn compare_list(
     c: &Cluster,
-    model: &BTreeMap<Vec<u8>, Known>,
+    model: &BTreeMap<Vec<u8>, ModelEntry>,
     prefix: &[u8],
     start: &[u8],
     limit: usize,
@@ -301,7 +301,7 @@ fn compare_list(
         |key: &serde_json::Value| percent_decode_str(key.as_str().unwrap()).collect::<Vec<u8>>();
     let mut wanted = model
         .iter()
-        .filter(|(key, known)| known.live && key.starts_with(prefix) && key.as_slice() >= start)
+        .filter(|(key, entry)| entry.live && key.starts_with(prefix) && key.as_slice() >= start)
         .map(|(key, _)| key.clone());
     let keys: Vec<Vec<u8>> = page["keys"].as_array().unwrap().iter().map(decoded).collect();
     assert_eq!(keys, wanted.by_ref().take(limit).collect::<Vec<_>>(), "{query}");

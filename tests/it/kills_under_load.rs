@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::model::{Kept, after};
+use crate::model::{StoredValue, expected};
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::http_client::{Conn, follow, head, target};
 use crate::support::random::{random_bytes, seeded_rng};
@@ -17,9 +17,9 @@ const KEYS: usize = 8;
 struct Key {
     name: String,
     /// The state after the last acknowledged request.
-    kept: Option<Kept>,
+    stored: Option<StoredValue>,
     /// The other possible state, after a request without an answer.
-    perhaps: Option<Option<Kept>>,
+    maybe_stored: Option<Option<StoredValue>>,
     touched: bool,
 }
 
@@ -33,8 +33,12 @@ struct Writer {
 
 impl Writer {
     fn new(number: usize, random: fastrand::Rng) -> Writer {
-        let key =
-            |n| Key { name: format!("/{number}/{n}"), kept: None, perhaps: None, touched: false };
+        let key = |n| Key {
+            name: format!("/{number}/{n}"),
+            stored: None,
+            maybe_stored: None,
+            touched: false,
+        };
         Writer { random, keys: (0..KEYS).map(key).collect(), acknowledged: 0, unanswered: 0 }
     }
 
@@ -54,13 +58,13 @@ impl Writer {
                 }
                 _ => Vec::new(),
             };
-            let (status, next) = after(key.kept.as_ref(), method, &value);
+            let (status, next) = expected(key.stored.as_ref(), method, &value);
             key.touched = true;
             match ask(&mut conn, address, method, &key.name, &value) {
                 None => {
-                    assert!(killed.load(Ordering::SeqCst), "no answer from a master that lives");
+                    assert!(killed.load(Ordering::SeqCst), "no answer from a running master");
                     self.unanswered += 1;
-                    key.perhaps = Some(next);
+                    key.maybe_stored = Some(next);
                     return;
                 }
                 // A deleted key may still have debris. DELETE clears it and answers 204.
@@ -68,7 +72,7 @@ impl Writer {
                 Some(answer) => assert_eq!(answer, status, "{method} {}", key.name),
             }
             self.acknowledged += 1;
-            key.kept = next;
+            key.stored = next;
         }
     }
 
@@ -79,25 +83,25 @@ impl Writer {
             key.touched = false;
             let answer = c.get(&key.name);
             let is_unlinked = unlinked.contains(key.name.as_bytes());
-            let there = match answer.status {
+            let read = match answer.status {
                 302 if !is_unlinked => Some(follow(&answer).expect(200).body),
                 status => {
                     assert_eq!(status, 404, "{}, unlinked: {is_unlinked}", key.name);
                     None
                 }
             };
-            let is = |kept: &Option<Kept>| match (kept, &there) {
-                (Some(kept), Some(there)) => kept.live && kept.value == *there,
-                (Some(kept), None) => !kept.live && is_unlinked,
-                (None, there) => there.is_none() && !is_unlinked,
+            let is = |stored: &Option<StoredValue>| match (stored, &read) {
+                (Some(stored), Some(read)) => stored.live && stored.value == *read,
+                (Some(stored), None) => !stored.live && is_unlinked,
+                (None, read) => read.is_none() && !is_unlinked,
             };
-            if let Some(perhaps) = key.perhaps.take().filter(|_| !is(&key.kept)) {
-                key.kept = perhaps;
+            if let Some(maybe_stored) = key.maybe_stored.take().filter(|_| !is(&key.stored)) {
+                key.stored = maybe_stored;
             }
-            let length = there.as_ref().map(Vec::len);
-            assert!(is(&key.kept), "{}: {length:?} bytes, unlinked: {is_unlinked}", key.name);
-            if let Some(value) = there {
-                c.holds(&key.name, value);
+            let length = read.as_ref().map(Vec::len);
+            assert!(is(&key.stored), "{}: {length:?} bytes, unlinked: {is_unlinked}", key.name);
+            if let Some(value) = read {
+                c.assert_value(&key.name, value);
             }
         }
     }
@@ -116,13 +120,13 @@ fn ask(
     let head = head(method, &target(key), &[("Content-Length", &length)]);
     // The server may refuse the body and close before it has read all of it.
     let _ = open.try_send(&[&head, value].concat());
-    let status = open.any_answer(method).ok()??.status;
+    let status = open.next_answer(method).ok()??.status;
     *conn = Some(open).filter(|_| status < 400);
     Some(status)
 }
 
 /// Runs the writers for this long, then kills the master.
-fn killed_under_load(c: &mut Cluster, writers: &mut [Writer], time: Duration) {
+fn kill_under_load(c: &mut Cluster, writers: &mut [Writer], time: Duration) {
     let (address, killed) = (c.address(), AtomicBool::new(false));
     thread::scope(|scope| {
         for writer in writers {
@@ -144,44 +148,43 @@ fn check(c: &Cluster, writers: &mut [Writer]) {
 }
 
 #[test]
-fn whatever_16_writers_were_told_is_so_after_each_of_a_hundred_kills() {
+fn acknowledged_writes_of_16_clients_survive_100_kills() {
     let mut random = seeded_rng();
     // A long -voltimeout, so that a busy machine does not make a volume look down.
     let mut c = Setup::new().flags(&["-voltimeout", "20s"]).start();
-    let mut writers: Vec<Writer> =
-        (0..WRITERS).map(|number| Writer::new(number, random.fork())).collect();
+    let mut writers: Vec<Writer> = (0..WRITERS).map(|n| Writer::new(n, random.fork())).collect();
     for _ in 0..ROUNDS {
-        killed_under_load(&mut c, &mut writers, Duration::from_millis(random.u64(50..=300)));
+        kill_under_load(&mut c, &mut writers, Duration::from_millis(random.u64(50..=300)));
         c.start_master();
         thread::scope(|scope| {
             // While a master runs, debris is not a finding.
             let verify = scope.spawn(|| c.mkv(&["verify"]));
             check(&c, &mut writers);
-            verify.join().unwrap().expect(0).says("the store is whole");
+            verify.join().unwrap().expect(0).prints("the store is whole");
         });
     }
     let sum = |count: fn(&Writer) -> usize| writers.iter().map(count).sum::<usize>();
     let (acknowledged, unanswered) = (sum(|w| w.acknowledged), sum(|w| w.unanswered));
-    println!("{acknowledged} requests acknowledged, {unanswered} without an answer");
+    println!("{acknowledged} requests acknowledged, {unanswered} unanswered");
     assert!(acknowledged > ROUNDS * WRITERS && unanswered == ROUNDS * WRITERS);
 
     c.kill_master();
     c.mkv(&["verify", "-repair"]).expect_success_except_debris();
     c.start_master();
-    c.cleaned();
+    c.wait_until_cleaned();
     writers.iter_mut().flat_map(|writer| &mut writer.keys).for_each(|key| key.touched = true);
     check(&c, &mut writers);
     for key in writers.iter().flat_map(|writer| &writer.keys) {
-        if let Some(kept) = key.kept.as_ref().filter(|kept| !kept.live) {
+        if let Some(stored) = key.stored.as_ref().filter(|stored| !stored.live) {
             c.ask("RELINK", &key.name).expect(204);
-            c.holds(&key.name, &kept.value);
+            c.assert_value(&key.name, &stored.value);
             c.ask("UNLINK", &key.name).expect(204);
         }
     }
     c.stop_master();
-    c.verified();
+    c.assert_verified();
     let other = c.folder.join("another");
     c.mkv(&["rebuild", "-rehash", "-db", other.to_str().unwrap()]).expect(0);
     let rebuilt = c.mkv(&["dump", "-db", other.to_str().unwrap()]).expect(0).out;
-    assert!(rebuilt == c.dump().replace("\tDELETED", "\t"), "what a rebuild finds:\n{rebuilt}");
+    assert!(rebuilt == c.dump().replace("\tDELETED", "\t"), "the rebuilt index:\n{rebuilt}");
 }

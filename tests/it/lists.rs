@@ -6,7 +6,7 @@ use crate::support::cluster::{Cluster, Setup};
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::target;
 
-fn store_of(keys: &[&[u8]]) -> Cluster {
+fn store_with(keys: &[&[u8]]) -> Cluster {
     let c = Setup::new().volumes(1).start();
     for key in keys {
         c.put(key, "v").expect(201);
@@ -27,8 +27,8 @@ fn page(next: &str, keys: &[&str]) -> Value {
 }
 
 #[test]
-fn a_list_has_the_live_keys_of_its_prefix_in_their_order() {
-    let c = store_of(&[b"/b", b"/a", b"/a/2", b"/a/10", b"/ab", b"/A", b"/a/"]);
+fn a_list_holds_the_live_keys_of_its_prefix_in_order() {
+    let c = store_with(&[b"/b", b"/a", b"/a/2", b"/a/10", b"/ab", b"/A", b"/a/"]);
     assert_eq!(list(&c, "/?list"), page("", &["/A", "/a", "/a/", "/a/10", "/a/2", "/ab", "/b"]));
     assert_eq!(list(&c, "/a?list"), page("", &["/a", "/a/", "/a/10", "/a/2", "/ab"]));
     assert_eq!(list(&c, "/a/?list"), page("", &["/a/", "/a/10", "/a/2"]));
@@ -45,7 +45,7 @@ fn a_list_has_the_live_keys_of_its_prefix_in_their_order() {
 }
 
 #[test]
-fn a_limit_cuts_a_list_into_pages_that_next_leads_through() {
+fn limit_splits_a_list_into_pages_linked_by_next() {
     let c = Setup::new().volumes(1).start();
     let all: Vec<String> = (0..25).map(|n| format!("/p/{n:02}")).collect();
     for key in all.iter().map(String::as_str).chain(["/o", "/q", "/p"]) {
@@ -72,8 +72,8 @@ fn a_limit_cuts_a_list_into_pages_that_next_leads_through() {
 }
 
 #[test]
-fn a_start_never_leads_out_of_the_prefix() {
-    let c = store_of(&[b"/o", b"/p", b"/p/1", b"/p/2", b"/p\xff", b"/q"]);
+fn start_never_leaves_the_prefix() {
+    let c = store_with(&[b"/o", b"/p", b"/p/1", b"/p/2", b"/p\xff", b"/q"]);
     let both = page("", &["/p/1", "/p/2"]);
     for start in ["", "/", "/a", "/p", "/p/", "/p%2F1", "%00"] {
         assert_eq!(list(&c, &format!("/p/?list&start={start}")), both, "{start}");
@@ -87,8 +87,8 @@ fn a_start_never_leads_out_of_the_prefix() {
 }
 
 #[test]
-fn the_options_of_a_list_come_in_any_order_and_others_are_refused() {
-    let c = store_of(&[b"/a b", b"/a+b", b"/c"]);
+fn list_options_work_in_any_order_and_unknown_ones_are_refused() {
+    let c = store_with(&[b"/a b", b"/a+b", b"/c"]);
     let one = page("/a%2Bb", &["/a%20b"]);
     assert_eq!(list(&c, "/?list&limit=1&encoding=url"), one);
     assert_eq!(list(&c, "/?list&encoding=url&start=/a&limit=1"), one);
@@ -96,14 +96,14 @@ fn the_options_of_a_list_come_in_any_order_and_others_are_refused() {
     assert_eq!(list(&c, "/?list&start=/a+b"), page("", &["/a b", "/a+b", "/c"]));
     assert_eq!(list(&c, "/?list&start=/a%2bb"), page("", &["/a+b", "/c"]));
     for wrong in ["limit=x", "limit=-1", "limit=1.5", "encoding=base64", "strat=/a", "start=%f"] {
-        c.ask_target("GET", &format!("/?list&{wrong}")).refused(400, "");
+        c.ask_target("GET", &format!("/?list&{wrong}")).expect_error(400, "");
     }
-    c.ask_target("GET", "/?limit=1&list").refused(403, "query");
+    c.ask_target("GET", "/?limit=1&list").expect_error(403, "query");
 }
 
 #[test]
-fn keys_that_are_no_text_are_listed_percent_encoded() {
-    let c = store_of(&[b"/a\xff", b"/b\"\\\n\x01\x7f", b"/c\xc3\xa9", b"/d ~-._%"]);
+fn keys_that_are_not_utf8_can_be_listed_percent_encoded() {
+    let c = store_with(&[b"/a\xff", b"/b\"\\\n\x01\x7f", b"/c\xc3\xa9", b"/d ~-._%"]);
     let shown = ["/a\u{fffd}", "/b\"\\\n\u{1}\u{7f}", "/cé", "/d ~-._%"];
     assert_eq!(list(&c, "/?list"), page("", &shown));
     let encoded = ["/a%FF", "/b%22%5C%0A%01%7F", "/c%C3%A9", "/d%20~-._%25"];
@@ -114,19 +114,19 @@ fn keys_that_are_no_text_are_listed_percent_encoded() {
 }
 
 #[test]
-fn a_next_that_is_no_text_asks_for_the_encoding() {
-    let c = store_of(&[b"/a", b"/a\xff", b"/b"]);
-    c.ask_target("GET", "/?list&limit=1").refused(400, "encoding=url");
+fn a_next_key_that_is_not_utf8_requires_encoding_url() {
+    let c = store_with(&[b"/a", b"/a\xff", b"/b"]);
+    c.ask_target("GET", "/?list&limit=1").expect_error(400, "encoding=url");
     assert_eq!(list(&c, "/?list&limit=1&encoding=url"), page("/a%FF", &["/a"]));
     assert_eq!(list(&c, "/?list&limit=2"), page("/b", &["/a", "/a\u{fffd}"]));
     c.ask("UNLINK", "/a").expect(204);
     c.ask("UNLINK", "/a\u{ff}").expect(404);
     c.ask("UNLINK", b"/a\xff").expect(204);
-    c.ask_target("GET", "/?unlinked&limit=1").refused(400, "encoding=url");
+    c.ask_target("GET", "/?unlinked&limit=1").expect_error(400, "encoding=url");
 }
 
 #[test]
-fn writing_lists_each_key_with_debris_once_and_in_pages() {
+fn writing_lists_each_key_with_debris_once() {
     let c = Setup::new().volumes(1).proxied().start();
     let keys: [&[u8]; 6] = [b"/a", b"/a\0\0\0\0\0\0\0\0", b"/a/b", b"/a\xff", b"/b", b"/"];
     let proxy = &c.proxies[0];
@@ -135,12 +135,12 @@ fn writing_lists_each_key_with_debris_once_and_in_pages() {
         // Create two versions of debris for each key.
         for value in ["v", "w"] {
             c.replace(key, value).expect(201);
-            c.ask("DELETE", key).refused(503, "deleted");
+            c.ask("DELETE", key).expect_error(503, "deleted");
         }
     }
     let mut sorted: Vec<Vec<u8>> = keys.iter().map(|key| key.to_vec()).collect();
     sorted.sort();
-    assert_eq!(c.writing(), sorted);
+    assert_eq!(c.keys_with_debris(), sorted);
     let mut paged = Vec::new();
     let mut start = String::new();
     loop {
@@ -157,6 +157,6 @@ fn writing_lists_each_key_with_debris_once_and_in_pages() {
     assert_eq!(c.keys("/a/", "writing"), [b"/a/b"]);
     assert!(c.live().is_empty());
     proxy.release("DELETE");
-    c.cleaned();
+    c.wait_until_cleaned();
     assert!(c.blobs().is_empty());
 }

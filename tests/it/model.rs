@@ -5,47 +5,51 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::keys::strange_keys;
-use crate::support::cluster::{Cluster, Setup, same};
+use crate::keys::unusual_keys;
+use crate::support::cluster::{Cluster, Setup, assert_same_bytes};
 use crate::support::http_client::{Answer, LAST_CHUNK, chunks, follow, target};
 use crate::support::random::{random_bytes, seeded_rng};
 use crate::support::reference;
 
 /// The stored state of a key.
 #[derive(Clone, PartialEq)]
-pub struct Kept {
+pub struct StoredValue {
     pub value: Vec<u8>,
     /// `false` if the key is unlinked.
     pub live: bool,
 }
 
 /// The status that a healthy store answers with, and the key's state afterwards.
-pub fn after(kept: Option<&Kept>, method: &str, value: &[u8]) -> (u16, Option<Kept>) {
-    let with = |live: bool| kept.map(|kept| Kept { live, ..kept.clone() });
-    match (method, kept.map(|kept| kept.live)) {
-        ("PUT", Some(true)) => (403, kept.cloned()),
-        ("PUT" | "REPLACE", _) => (201, Some(Kept { value: value.to_vec(), live: true })),
+pub fn expected(
+    stored: Option<&StoredValue>,
+    method: &str,
+    value: &[u8],
+) -> (u16, Option<StoredValue>) {
+    let with_state = |live: bool| stored.map(|stored| StoredValue { live, ..stored.clone() });
+    match (method, stored.map(|stored| stored.live)) {
+        ("PUT", Some(true)) => (403, stored.cloned()),
+        ("PUT" | "REPLACE", _) => (201, Some(StoredValue { value: value.to_vec(), live: true })),
         ("DELETE", Some(_)) => (204, None),
-        ("UNLINK", Some(true)) => (204, with(false)),
-        ("RELINK", Some(false)) => (204, with(true)),
-        ("REBALANCE", Some(_)) => (204, kept.cloned()),
-        _ => (404, kept.cloned()),
+        ("UNLINK", Some(true)) => (204, with_state(false)),
+        ("RELINK", Some(false)) => (204, with_state(true)),
+        ("REBALANCE", Some(_)) => (204, stored.cloned()),
+        _ => (404, stored.cloned()),
     }
 }
 
 /// A store and its model.
-struct Pair {
+struct StoreAndModel {
     c: Cluster,
     random: fastrand::Rng,
     keys: Vec<Vec<u8>>,
-    model: BTreeMap<Vec<u8>, Kept>,
+    model: BTreeMap<Vec<u8>, StoredValue>,
     /// The replicas of each key, as placed by its last write or rebalance.
     replicas: BTreeMap<Vec<u8>, Vec<String>>,
     /// Keys that may have debris.
-    dirty: BTreeSet<Vec<u8>>,
+    maybe_debris: BTreeSet<Vec<u8>>,
 }
 
-impl Pair {
+impl StoreAndModel {
     fn any_key(&mut self) -> Vec<u8> {
         self.keys[self.random.usize(..self.keys.len())].clone()
     }
@@ -64,7 +68,7 @@ impl Pair {
             _ => None,
         };
         let chunked = self.random.bool();
-        let (status, kept) = match after(self.model.get(key), method, &value) {
+        let (status, stored) = match expected(self.model.get(key), method, &value) {
             (403, _) if length == 0 && !chunked => (411, None),
             (201, _) if length == 0 => (411, None),
             (201, _) if digest.as_ref().is_some_and(|d| *d != reference::md5_base64(&value)) => {
@@ -85,12 +89,16 @@ impl Pair {
             answer.text()
         );
         if status == 201 {
-            self.replicas.insert(key.to_vec(), self.c.placed(key));
-            if self.model.insert(key.to_vec(), kept.expect("it was stored")).is_some() {
-                self.dirty.insert(key.to_vec());
+            self.replicas.insert(key.to_vec(), self.c.placement(key));
+            if self
+                .model
+                .insert(key.to_vec(), stored.expect("an upload with 201 has a value"))
+                .is_some()
+            {
+                self.maybe_debris.insert(key.to_vec());
             }
         } else if status != 403 {
-            self.dirty.insert(key.to_vec());
+            self.maybe_debris.insert(key.to_vec());
         }
     }
 
@@ -112,20 +120,20 @@ impl Pair {
 
     fn alter(&mut self, key: &[u8]) {
         let method = ["DELETE", "UNLINK", "RELINK", "REBALANCE"][self.random.usize(..4)];
-        let (status, kept) = after(self.model.get(key), method, b"");
+        let (status, stored) = expected(self.model.get(key), method, b"");
         let answer = self.c.ask(method, key);
         // A deleted key may still have debris. DELETE clears it and answers 204.
-        if !(method == "DELETE" && answer.status == 204 && self.dirty.contains(key)) {
+        if !(method == "DELETE" && answer.status == 204 && self.maybe_debris.contains(key)) {
             assert_eq!(answer.status, status, "{method}: {}", answer.text());
         }
         if method == "REBALANCE" && status == 204 {
-            let placed = self.c.placed(key);
+            let placed = self.c.placement(key);
             if self.replicas.insert(key.to_vec(), placed.clone()) != Some(placed) {
-                self.dirty.insert(key.to_vec());
+                self.maybe_debris.insert(key.to_vec());
             }
         }
-        match kept {
-            Some(kept) => drop(self.model.insert(key.to_vec(), kept)),
+        match stored {
+            Some(stored) => drop(self.model.insert(key.to_vec(), stored)),
             None => drop(self.model.remove(key)),
         }
     }
@@ -133,23 +141,27 @@ impl Pair {
     fn read(&mut self, key: &[u8]) {
         let method = if self.random.bool() { "GET" } else { "HEAD" };
         let answer = self.c.ask(method, key);
-        let Some(kept) = self.model.get(key).filter(|kept| kept.live) else {
+        let Some(stored) = self.model.get(key).filter(|stored| stored.live) else {
             drop(answer.expect(404));
             return;
         };
         let answer = answer.expect(302);
         assert!(answer.body.is_empty());
-        assert_eq!(answer.header("Content-Md5"), Some(&*reference::md5(&kept.value)));
-        same(&follow(&answer).expect(200).body, &kept.value, "what a client reads");
-        assert_eq!(self.c.found(key).replicas, self.replicas[key]);
+        assert_eq!(answer.header("Content-Md5"), Some(&*reference::md5(&stored.value)));
+        assert_same_bytes(
+            &follow(&answer).expect(200).body,
+            &stored.value,
+            "the value that a client reads",
+        );
+        assert_eq!(self.c.key_info(key).replicas, self.replicas[key]);
     }
 
     fn list(&mut self, key: &[u8]) {
-        let of = ["list", "unlinked", "writing"][self.random.usize(..3)];
+        let kind = ["list", "unlinked", "writing"][self.random.usize(..3)];
         let prefix = &key[..self.random.usize(1..=key.len().min(5))];
         let start = if self.random.bool() { self.any_key() } else { Vec::new() };
         let limit = self.random.usize(..8);
-        let url = of == "writing" || self.random.bool();
+        let url = kind == "writing" || self.random.bool();
         let mut options = Vec::new();
         if limit > 0 {
             options.push(format!("limit={limit}"));
@@ -161,15 +173,15 @@ impl Pair {
             options.push("encoding=url".into());
         }
         self.random.shuffle(&mut options);
-        options.insert(0, of.into());
+        options.insert(0, kind.into());
         let query = format!("{}?{}", target(prefix), options.join("&"));
         let answer = self.c.ask_target("GET", &query);
         let inside = |key: &[u8]| key.starts_with(prefix) && *key >= *start;
-        if of == "writing" {
+        if kind == "writing" {
             let page: Value = serde_json::from_slice(&answer.expect(200).body).expect("JSON");
-            return self.may_be_written(&page, limit, inside);
+            return self.check_debris_page(&page, limit, inside);
         }
-        let mut keys = self.with(of == "list").filter(|key| inside(key));
+        let mut keys = self.keys_in_state(kind == "list").filter(|key| inside(key));
         let text = |key: &Vec<u8>| match url {
             true => target(key),
             false => String::from_utf8_lossy(key).into_owned(),
@@ -178,37 +190,45 @@ impl Pair {
         let page: Vec<String> = keys.by_ref().take(most).map(text).collect();
         let next = keys.next();
         if !url && next.is_some_and(|next| str::from_utf8(next).is_err()) {
-            drop(answer.refused(400, "encoding=url"));
+            drop(answer.expect_error(400, "encoding=url"));
             return;
         }
         let wanted = json!({ "next": next.map_or_else(String::new, text), "keys": page });
-        let there: Value = serde_json::from_slice(&answer.expect(200).body).expect("JSON");
-        assert_eq!(there, wanted, "{query}");
+        let actual: Value = serde_json::from_slice(&answer.expect(200).body).expect("JSON");
+        assert_eq!(actual, wanted, "{query}");
     }
 
     /// Checks a page of `?writing`: only keys that were written may have debris.
-    fn may_be_written(&self, page: &Value, limit: usize, inside: impl Fn(&[u8]) -> bool) {
-        let dirty: Vec<String> = self.dirty.iter().filter(|key| inside(key)).map(target).collect();
-        let keys: Vec<&str> =
-            page["keys"].as_array().expect("keys").iter().filter_map(Value::as_str).collect();
+    fn check_debris_page(&self, page: &Value, limit: usize, inside: impl Fn(&[u8]) -> bool) {
+        let maybe_debris: Vec<String> =
+            self.maybe_debris.iter().filter(|key| inside(key)).map(target).collect();
+        let keys: Vec<&str> = page["keys"]
+            .as_array()
+            .expect("a list of keys")
+            .iter()
+            .filter_map(Value::as_str)
+            .collect();
         let next = page["next"].as_str().expect("next is a string");
         assert!(limit == 0 || keys.len() <= limit, "{limit}: {page}");
         assert!(next.is_empty() || limit > 0 && keys.len() == limit, "{limit}: {page}");
         // The page is in key order, each key once.
-        let mut rest = dirty.iter();
+        let mut rest = maybe_debris.iter();
         for key in keys.into_iter().chain(Some(next).filter(|next| !next.is_empty())) {
-            assert!(rest.any(|dirty| dirty == key), "{key} of {page}, written: {dirty:?}");
+            assert!(
+                rest.any(|maybe_debris| maybe_debris == key),
+                "{key} of {page}, written: {maybe_debris:?}"
+            );
         }
     }
 
-    fn with(&self, live: bool) -> impl Iterator<Item = &Vec<u8>> {
-        self.model.iter().filter(move |(_, kept)| kept.live == live).map(|(key, _)| key)
+    fn keys_in_state(&self, live: bool) -> impl Iterator<Item = &Vec<u8>> {
+        self.model.iter().filter(move |(_, stored)| stored.live == live).map(|(key, _)| key)
     }
 
     /// Restarts a volume or the master while no request is running.
-    fn restart(&mut self) {
-        self.c.cleaned();
-        self.dirty.clear();
+    fn restart_part(&mut self) {
+        self.c.wait_until_cleaned();
+        self.maybe_debris.clear();
         let volume = self.random.usize(..3);
         match self.random.u32(..4) {
             0 => self.c.volumes[volume].stop(),
@@ -226,41 +246,41 @@ impl Pair {
             }
         }
         self.c.start_volumes();
-        self.lists_are_right();
-        assert!(self.c.writing().is_empty());
+        self.assert_lists();
+        assert!(self.c.keys_with_debris().is_empty());
     }
 
-    fn lists_are_right(&self) {
-        assert!(self.c.live().iter().eq(self.with(true)));
-        assert!(self.c.unlinked().iter().eq(self.with(false)));
+    fn assert_lists(&self) {
+        assert!(self.c.live().iter().eq(self.keys_in_state(true)));
+        assert!(self.c.unlinked().iter().eq(self.keys_in_state(false)));
     }
 }
 
 #[test]
-fn a_minute_of_the_whole_api_goes_as_in_a_model() {
+fn a_minute_of_random_requests_matches_the_model() {
     let mut random = seeded_rng();
-    let mut keys = strange_keys();
+    let mut keys = unusual_keys();
     for length in 0..60 {
         let tail = random_bytes(&mut random, if length < 50 { length / 4 } else { 1023 });
         keys.push([b"/".to_vec(), tail].concat());
     }
     keys.sort();
     keys.dedup();
-    let mut pair = Pair {
+    let mut pair = StoreAndModel {
         // A long -voltimeout, so that a busy machine does not make a volume look down.
         c: Setup::new().replicas(2).flags(&["-settle", "0s", "-voltimeout", "20s"]).start(),
         random,
         keys,
         model: BTreeMap::new(),
         replicas: BTreeMap::new(),
-        dirty: BTreeSet::new(),
+        maybe_debris: BTreeSet::new(),
     };
-    let (begun, mut steps, mut restarts) = (Instant::now(), 0, 0);
-    while begun.elapsed() < Duration::from_secs(60) {
+    let (started, mut steps, mut restarts) = (Instant::now(), 0, 0);
+    while started.elapsed() < Duration::from_secs(60) {
         let key = pair.any_key();
         match pair.random.u32(..400) {
             0 => {
-                pair.restart();
+                pair.restart_part();
                 restarts += 1;
             }
             1..140 => pair.upload(&key),
@@ -271,11 +291,11 @@ fn a_minute_of_the_whole_api_goes_as_in_a_model() {
         steps += 1;
     }
     println!("{steps} steps, {restarts} restarts, {} keys", pair.model.len());
-    pair.lists_are_right();
-    pair.c.cleaned();
-    for key in pair.with(true) {
-        pair.c.holds(key, &pair.model[key].value);
+    pair.assert_lists();
+    pair.c.wait_until_cleaned();
+    for key in pair.keys_in_state(true) {
+        pair.c.assert_value(key, &pair.model[key].value);
     }
     pair.c.stop_master();
-    pair.c.verified();
+    pair.c.assert_verified();
 }

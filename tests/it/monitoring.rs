@@ -6,13 +6,13 @@ use std::process::{Command, Stdio};
 use prometheus_parse::{Scrape, Value};
 
 use crate::support::cluster::{Cluster, Setup};
-use crate::support::http_client::until;
+use crate::support::http_client::wait_until;
 
 struct Metrics(Scrape);
 
 impl Metrics {
     #[track_caller]
-    fn of(c: &Cluster) -> Metrics {
+    fn fetch(c: &Cluster) -> Metrics {
         let answer = c.ask_target("GET", "/?metrics").expect(200);
         assert_eq!(answer.header("Content-Type"), Some("text/plain; version=0.0.4"));
         let text = answer.text();
@@ -35,7 +35,7 @@ impl Metrics {
             Value::Histogram(counts) => {
                 let pairs = counts.windows(2);
                 assert!(pairs.clone().all(|p| p[0].count <= p[1].count), "{name}: {counts:?}");
-                let all = counts.last().expect("it has buckets");
+                let all = counts.last().expect("a histogram has buckets");
                 assert_eq!(all.less_than, f64::INFINITY, "{name}");
                 all.count
             }
@@ -53,7 +53,7 @@ fn promtool(text: &str) {
     let mut command = Command::new("promtool");
     command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let Ok(mut child) = command.spawn() else { return };
-    let mut input = child.stdin.take().expect("its input is a pipe");
+    let mut input = child.stdin.take().expect("stdin is a pipe");
     input.write_all(text.as_bytes()).expect("promtool reads");
     drop(input);
     let output = child.wait_with_output().expect("promtool ends");
@@ -61,14 +61,14 @@ fn promtool(text: &str) {
 }
 
 #[test]
-fn metrics_count_what_happens() {
+fn metrics_count_requests_bytes_and_errors() {
     let mut c = Setup::new().start();
     let names = c.names.clone();
     c.put("/k", "value").expect(201);
     c.put("/k", "value").expect(403);
     c.get("/k").expect(302);
     c.get("/none").expect(404);
-    let before = Metrics::of(&c);
+    let before = Metrics::fetch(&c);
     for family in [
         "mkv_requests_total",
         "mkv_received_bytes_total",
@@ -90,7 +90,7 @@ fn metrics_count_what_happens() {
     c.put("/l", "a longer value").expect(201);
     c.get("/l").expect(302);
     c.get("/none").expect(404);
-    let after = Metrics::of(&c);
+    let after = Metrics::fetch(&c);
     let grown =
         |name: &str, labels: &[(&str, &str)]| after.get(name, labels) - before.get(name, labels);
     let requests =
@@ -110,30 +110,32 @@ fn metrics_count_what_happens() {
     // An upload in progress holds its key's lock.
     let mut upload = c.conn();
     upload.head("PUT", "/m", &[("Content-Length", "5000")]).send("begun");
-    until("the upload is counted", || {
-        let now = Metrics::of(&c);
+    wait_until("the upload is counted", || {
+        let now = Metrics::fetch(&c);
         now.get("mkv_uploads", &[]) == 1.0 && now.get("mkv_locks", &[]) == 1.0
     });
-    until("its connection is counted", || Metrics::of(&c).get("mkv_connections", &[]) >= 1.0);
+    wait_until("the connection is counted", || {
+        Metrics::fetch(&c).get("mkv_connections", &[]) >= 1.0
+    });
     drop(upload);
-    until("the upload is over", || {
-        let now = Metrics::of(&c);
+    wait_until("the upload is over", || {
+        let now = Metrics::fetch(&c);
         now.get("mkv_uploads", &[]) == 0.0 && now.get("mkv_locks", &[]) == 0.0
     });
 
     c.volumes[0].stop();
     let errors =
         |m: &Metrics| m.0.samples.iter().filter(|s| s.metric == "mkv_errors_total").count();
-    let kinds = errors(&Metrics::of(&c));
+    let kinds = errors(&Metrics::fetch(&c));
     c.put("/n", "value").expect(503);
-    let down = Metrics::of(&c);
+    let down = Metrics::fetch(&c);
     assert_eq!(down.get("mkv_volume_up", &[("volume", &names[0])]), 0.0);
     assert_eq!(down.get("mkv_volume_up", &[("volume", &names[1])]), 1.0);
-    assert!(errors(&down) > kinds, "no error of a new kind: {:?}", down.0);
+    assert!(errors(&down) > kinds, "no new kind of error: {:?}", down.0);
     c.volumes[0].start();
-    until("the volume counts as up", || {
+    wait_until("the volume counts as up", || {
         c.replace("/n", "value");
-        Metrics::of(&c).get("mkv_volume_up", &[("volume", &names[0])]) == 1.0
+        Metrics::fetch(&c).get("mkv_volume_up", &[("volume", &names[0])]) == 1.0
     });
 }
 
@@ -146,21 +148,21 @@ fn health_names_the_volume_that_is_down() {
         serde_json::from_slice(&answer.body).expect("JSON")
     };
     let name = c.names[1].clone();
-    let well = state(&c, 200);
-    assert_eq!((&well["healthy"], &well["index"]), (&true.into(), &"ok".into()));
-    assert!(c.names.iter().all(|name| well["volumes"][name] == "ok"), "{well}");
+    let healthy = state(&c, 200);
+    assert_eq!((&healthy["healthy"], &healthy["index"]), (&true.into(), &"ok".into()));
+    assert!(c.names.iter().all(|name| healthy["volumes"][name] == "ok"), "{healthy}");
     c.volumes[1].stop();
-    let ill = state(&c, 503);
-    assert_eq!((&ill["healthy"], &ill["index"]), (&false.into(), &"ok".into()));
+    let unhealthy = state(&c, 503);
+    assert_eq!((&unhealthy["healthy"], &unhealthy["index"]), (&false.into(), &"ok".into()));
     for other in &c.names {
-        assert_eq!(ill["volumes"][other] == "ok", *other != name, "{ill}");
+        assert_eq!(unhealthy["volumes"][other] == "ok", *other != name, "{unhealthy}");
     }
     c.volumes[1].start();
     state(&c, 200);
 }
 
 #[test]
-fn the_log_has_one_line_for_each_request_and_no_query() {
+fn the_log_has_one_line_per_request_without_its_query() {
     let c = Setup::new().volumes(1).start();
     c.put("/logged", "value").expect(201);
     c.get("/logged").expect(302);

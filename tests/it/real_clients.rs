@@ -21,26 +21,26 @@ fn run(program: &str, arguments: &[&str]) -> Vec<u8> {
     stdout
 }
 
-fn file(c: &Cluster, name: &str, value: &[u8]) -> PathBuf {
+fn write_file(c: &Cluster, name: &str, value: &[u8]) -> PathBuf {
     let path = c.folder.join(name);
     fs::write(&path, value).expect("a file can be written");
     path
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().expect("the temporary folder's name is text")
+fn path_text(path: &Path) -> &str {
+    path.to_str().expect("the temporary folder's name is UTF-8")
 }
 
 #[test]
-fn curl_puts_gets_and_deletes() {
+fn curl_works() {
     let c = Cluster::new();
     let base = format!("http://{}", c.address());
     let value = random_bytes(&mut seeded_rng(), 3_000_000);
-    let (large, small) = (file(&c, "large", &value), file(&c, "small", b"small"));
+    let (large, small) = (write_file(&c, "large", &value), write_file(&c, "small", b"small"));
     let curl = |arguments: &[&str]| run("curl", &[&["-q", "-sS", "--fail"], arguments].concat());
     let status = |arguments: &[&str]| -> String {
         let quiet = ["-q", "-sS", "-o", "/dev/null", "-w", "%{http_code}"];
-        String::from_utf8(run("curl", &[&quiet, arguments].concat())).expect("a number")
+        String::from_utf8(run("curl", &[&quiet, arguments].concat())).expect("the status is text")
     };
     // Uploads with a length, with Expect: 100-continue, and in chunks.
     for (key, file, extra) in [
@@ -51,17 +51,17 @@ fn curl_puts_gets_and_deletes() {
         ("/caf%C3%A9%20%2B%3F", &small, vec![]),
     ] {
         let url = format!("{base}{key}");
-        let put = [&["-T", text(file)], &extra[..], &[&url]].concat();
+        let put = [&["-T", path_text(file)], &extra[..], &[&url]].concat();
         assert_eq!(status(&put), "201", "{key}");
         assert_eq!(curl(&["-L", &url]), fs::read(file).unwrap(), "{key}");
         assert_eq!(status(&put), "403", "{key}");
         assert_eq!(status(&["-L", "-I", &url]), "200");
     }
-    c.holds("/café +?", "small");
+    c.assert_value("/café +?", "small");
     let url = format!("{base}/small");
-    let body = format!("@{}", text(&large));
+    let body = format!("@{}", path_text(&large));
     assert_eq!(status(&["-X", "REPLACE", "--data-binary", &body, &url]), "201");
-    c.holds("/small", &value);
+    c.assert_value("/small", &value);
     // nginx answers range requests.
     assert_eq!(curl(&["-L", "-r", "10-19", &url]), &value[10..20]);
     for (method, code) in
@@ -75,25 +75,25 @@ fn curl_puts_gets_and_deletes() {
 }
 
 #[test]
-fn wget_puts_gets_and_deletes() {
+fn wget_works() {
     let c = Setup::new().replicas(2).start();
     let value = random_bytes(&mut seeded_rng(), 300_000);
-    let body = format!("--body-file={}", text(&file(&c, "value", &value)));
+    let body = format!("--body-file={}", path_text(&write_file(&c, "value", &value)));
     let url = format!("http://{}/a/value", c.address());
     let wget = |arguments: &[&str]| {
         run("wget", &[&["-q", "--no-config", "--tries=1", "-O", "-"], arguments].concat())
     };
     wget(&["--method=PUT", &body, &url]);
     assert_eq!(wget(&[&url]), value);
-    c.holds("/a/value", &value);
+    c.assert_value("/a/value", &value);
     wget(&["--method=DELETE", &url]);
-    c.lacks("/a/value");
+    c.assert_absent("/a/value");
 }
 
 #[test]
-fn python_requests_puts_gets_and_deletes() {
+fn python_requests_works() {
     let c = Cluster::new();
-    let script = file(
+    let script = write_file(
         &c,
         "client.py",
         br#"
@@ -141,6 +141,6 @@ print("done")
             import.is_ok_and(|output| output.status.success())
         })
         .expect("no python3 has requests: ./test.sh installs python3-requests");
-    assert_eq!(run(python, &[text(&script), &url]), b"done\n");
+    assert_eq!(run(python, &[path_text(&script), &url]), b"done\n");
     assert!(c.live().is_empty());
 }

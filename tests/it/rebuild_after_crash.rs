@@ -4,7 +4,7 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use crate::rebuild::{KEY, is_intact, store};
+use crate::rebuild::{KEY, assert_intact, store};
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::commands::{copy_folder, now};
 use crate::support::faulty_proxy::{Fault, FaultyProxy};
@@ -12,7 +12,7 @@ use crate::support::http_client::{Conn, target};
 use crate::support::reference;
 
 /// Sends a write without waiting for its answer.
-fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
+fn start_write(c: &Cluster, method: &str, value: &str) -> Conn {
     let mut conn = c.conn();
     let length = value.len().to_string();
     conn.head(method, &target(KEY), &[("Content-Length", &length)]).send(value);
@@ -22,44 +22,44 @@ fn begin(c: &Cluster, method: &str, value: &str) -> Conn {
 /// A write in progress at the time of the copy may have succeeded since. `rebuild` must not leave
 /// its blobs to the cleaner.
 #[test]
-fn a_write_that_a_copy_of_the_index_saw_unfinished_is_left_alone() {
+fn rebuild_from_a_copy_keeps_blobs_of_writes_that_finished_later() {
     let mut c = Setup::new().proxied().start();
     c.put("/other", "other").expect(201);
     c.put("/replaced", "old").expect(201);
     c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
-    let mut put = begin(&c, "PUT", "value");
+    let mut put = start_write(&c, "PUT", "value");
     let mut replace = c.conn();
     replace.head("REPLACE", "/replaced", &[("Content-Length", "3")]).send("new");
     c.each_proxy(|proxy| proxy.wait_held("PUT", 2));
     copy_folder(&c.db(), &c.folder.join("copy"));
-    c.each_proxy(Faulty::behave);
+    c.each_proxy(FaultyProxy::remove_faults);
     put.answer().expect(201);
     replace.answer().expect(201);
-    c.cleaned();
+    c.wait_until_cleaned();
     c.stop_master();
-    let (disks, dump) = (c.disks(), c.dump());
+    let (disks, dump) = (c.disk_contents(), c.dump());
     fs::remove_dir_all(c.db()).unwrap();
     let from = c.folder.join("copy");
-    let ran = c.mkv(&["rebuild", "-from", from.to_str().unwrap()]);
-    let ran = ran.fails(&["see what is named above"]).says("left alone: 2");
-    ran.says("no blob was found for, their records kept: 1").says("/replaced");
+    let result = c.mkv(&["rebuild", "-from", from.to_str().unwrap()]);
+    let result = result.fails(&["see what is named above"]).prints("left alone: 2");
+    result.prints("no blob was found for, their records kept: 1").prints("/replaced");
     c.start_master();
-    c.cleaned();
-    c.holds("/other", "other");
-    c.disks_are(&disks);
+    c.wait_until_cleaned();
+    c.assert_value("/other", "other");
+    c.assert_disks(&disks);
     // The volumes alone are enough to rebuild everything.
     c.stop_master();
     fs::remove_dir_all(c.db()).unwrap();
     c.mkv(&["rebuild", "-rehash"]).expect(0);
     assert_eq!(c.dump(), dump);
     c.start_master();
-    c.holds(KEY, "value");
-    c.holds("/replaced", "new");
+    c.assert_value(KEY, "value");
+    c.assert_value("/replaced", "new");
 }
 
 /// The master is stopped before it has deleted the old version.
 #[test]
-fn a_whole_newer_version_is_what_replaced_that_of_an_old_copy() {
+fn rebuild_from_a_copy_prefers_a_complete_newer_version() {
     let mut c = Setup::new().proxied().start();
     c.put(KEY, "old").expect(201);
     c.stop_master();
@@ -68,24 +68,24 @@ fn a_whole_newer_version_is_what_replaced_that_of_an_old_copy() {
     c.each_proxy(|proxy| proxy.set("DELETE", Fault::Answer(503)));
     c.replace(KEY, "new").expect(201);
     c.stop_master();
-    c.each_proxy(Faulty::behave);
+    c.each_proxy(FaultyProxy::remove_faults);
     assert_eq!(c.blobs().len(), 6);
     let dump = c.dump();
     fs::remove_dir_all(c.db()).unwrap();
     let from = c.folder.join("copy");
-    let ran = c.mkv(&["rebuild", "-rehash", "-from", from.to_str().unwrap()]).expect(0);
-    ran.says("other versions of keys, not indexed: 1");
+    let result = c.mkv(&["rebuild", "-rehash", "-from", from.to_str().unwrap()]).expect(0);
+    result.prints("other versions of keys, not indexed: 1");
     assert_eq!(c.dump(), dump);
     c.mkv(&["verify", "-repair"]).expect(0);
     c.start_master();
-    c.holds(KEY, "new");
+    c.assert_value(KEY, "new");
     assert_eq!(c.blobs().len(), 3);
 }
 
 /// Both values have the same length and the plain name, but the copy's record describes the first
 /// one.
 #[test]
-fn a_copy_of_the_index_tells_nothing_of_a_value_that_was_written_anew() {
+fn rebuild_from_a_copy_does_not_mix_up_a_value_written_again() {
     let mut c = Setup::new().volumes(2).start();
     c.put(KEY, "value 1").expect(201);
     c.ask("UNLINK", KEY).expect(204);
@@ -94,7 +94,7 @@ fn a_copy_of_the_index_tells_nothing_of_a_value_that_was_written_anew() {
     c.start_master();
     c.ask("DELETE", KEY).expect(204);
     let second = now();
-    crate::support::http_client::until("the next second has come", || now() > second);
+    crate::support::http_client::wait_until("the next second has begun", || now() > second);
     c.put(KEY, "value 2").expect(201);
     c.stop_master();
     let dump = c.dump();
@@ -103,40 +103,40 @@ fn a_copy_of_the_index_tells_nothing_of_a_value_that_was_written_anew() {
     c.mkv(&["rebuild", "-rehash", "-from", from.to_str().unwrap()]).expect(0);
     assert_eq!(c.dump(), dump);
     c.start_master();
-    c.holds(KEY, "value 2");
+    c.assert_value(KEY, "value 2");
 }
 
 #[test]
-fn a_put_killed_before_its_flip_is_no_key_after_a_rebuild() {
+fn rebuild_does_not_index_a_put_killed_before_its_flip() {
     let mut c = Setup::new().proxied().start();
     c.put("/other", "other").expect(201);
     c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
-    let _writer = begin(&c, "PUT", "value");
+    let _writer = start_write(&c, "PUT", "value");
     c.each_proxy(|proxy| proxy.wait_held("PUT", 1));
     c.kill_master();
     c.each_proxy(|proxy| {
-        proxy.lose_held("PUT");
+        proxy.drop_held("PUT");
         proxy.release("PUT");
     });
     assert_eq!((c.blobs().len(), c.debris().len()), (6, 1));
-    c.mkv(&["rebuild"]).expect(0).says("1 keys, 3 replicas");
+    c.mkv(&["rebuild"]).expect(0).prints("1 keys, 3 replicas");
     assert_eq!(c.debris().len(), 1);
     c.start_master();
-    c.lacks(KEY);
-    c.holds("/other", "other");
+    c.assert_absent(KEY);
+    c.assert_value("/other", "other");
 }
 
 #[test]
-fn a_replace_killed_before_its_flip_and_then_deleted_stays_deleted() {
+fn rebuild_keeps_a_key_deleted_after_a_killed_replace() {
     let mut c = Setup::new().proxied().start();
     c.put(KEY, "the old value").expect(201);
     c.put("/other", "other").expect(201);
     c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
-    let _writer = begin(&c, "REPLACE", "the new one");
+    let _writer = start_write(&c, "REPLACE", "the new one");
     c.each_proxy(|proxy| proxy.wait_held("PUT", 1));
     c.kill_master();
     c.each_proxy(|proxy| {
-        proxy.lose_held("PUT");
+        proxy.drop_held("PUT");
         proxy.release("PUT");
         proxy.set("DELETE", Fault::Answer(503));
     });
@@ -153,21 +153,21 @@ fn a_replace_killed_before_its_flip_and_then_deleted_stays_deleted() {
     }
     c.start_master();
     c.get(KEY).expect(404);
-    c.each_proxy(Faulty::behave);
-    c.lacks(KEY);
-    c.holds("/other", "other");
+    c.each_proxy(FaultyProxy::remove_faults);
+    c.assert_absent(KEY);
+    c.assert_value("/other", "other");
 }
 
 #[test]
-fn a_replace_killed_before_its_flip_leaves_the_old_value_also_after_a_rebuild() {
+fn rebuild_keeps_the_old_value_after_a_killed_replace() {
     let mut c = Setup::new().proxied().start();
     c.put(KEY, "the old value").expect(201);
     c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
-    let _writer = begin(&c, "REPLACE", "the new one");
+    let _writer = start_write(&c, "REPLACE", "the new one");
     c.each_proxy(|proxy| proxy.wait_held("PUT", 1));
     c.kill_master();
     c.each_proxy(|proxy| {
-        proxy.lose_held("PUT");
+        proxy.drop_held("PUT");
         proxy.release("PUT");
     });
     assert_eq!(c.blobs().len(), 6);
@@ -176,13 +176,13 @@ fn a_replace_killed_before_its_flip_leaves_the_old_value_also_after_a_rebuild() 
     c.mkv(&["rebuild", "-rehash"]).expect(0);
     assert_eq!((c.dump(), c.debris()), (dump, debris));
     c.start_master();
-    assert_eq!(c.holds(KEY, "the old value").version, 0);
-    c.cleaned();
+    assert_eq!(c.assert_value(KEY, "the old value").version, 0);
+    c.wait_until_cleaned();
     assert_eq!(c.blobs().len(), 3);
 }
 
 #[test]
-fn a_rebalance_killed_before_its_last_pass_and_then_deleted_stays_deleted() {
+fn rebuild_keeps_a_key_deleted_after_a_killed_rebalance() {
     // The master starts with three of four volumes. The fourth then takes over a replica.
     let mut c = Setup::new().volumes(4).proxied().start();
     let all = c.names.clone();
@@ -196,34 +196,35 @@ fn a_rebalance_killed_before_its_last_pass_and_then_deleted_stays_deleted() {
     c.stop_master();
     c.names = all;
     c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
-    let rebalance = c.begin(&["rebalance", "-settle", "0s"]);
-    let surplus = (0..3).find(|n| !c.placed(&key).iter().any(|r| c.number(r) == *n)).unwrap();
+    let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
+    let surplus =
+        (0..3).find(|n| !c.placement(&key).iter().any(|r| c.volume_index(r) == *n)).unwrap();
     c.proxies[surplus].wait_held("DELETE", 1);
     rebalance.kill();
     c.each_proxy(|proxy| {
-        proxy.lose_held("DELETE");
+        proxy.drop_held("DELETE");
         proxy.set("DELETE", Fault::Answer(503));
     });
     assert_eq!(c.blobs().len(), 4);
-    c.each_proxy(Faulty::behave);
+    c.each_proxy(FaultyProxy::remove_faults);
     c.proxies[surplus].set("DELETE", Fault::Answer(503));
     c.start_master();
-    assert!(c.holds(&key, "value").balanced);
+    assert!(c.assert_value(&key, "value").balanced);
     c.ask("DELETE", &key);
     c.get(&key).expect(404);
     assert_eq!(c.blobs().len(), 1);
     c.stop_master();
-    c.mkv(&["rebuild"]).expect(0).says("0 keys");
+    c.mkv(&["rebuild"]).expect(0).prints("0 keys");
     assert_eq!(c.dump(), "");
     assert_eq!(c.debris().len(), 1);
     c.start_master();
     c.get(&key).expect(404);
-    c.each_proxy(Faulty::behave);
-    c.lacks(&key);
+    c.each_proxy(FaultyProxy::remove_faults);
+    c.assert_absent(&key);
 }
 
 #[test]
-fn copies_that_a_killed_rebalance_had_made_are_not_replicas_after_a_rebuild() {
+fn rebuild_does_not_index_the_copies_of_a_killed_rebalance() {
     let mut c = Setup::new().volumes(2).replicas(1).proxied().start();
     let all = c.names.clone();
     let moves =
@@ -236,28 +237,28 @@ fn copies_that_a_killed_rebalance_had_made_are_not_replicas_after_a_rebuild() {
     c.names = all;
     let before = c.dump();
     c.proxies[1].set("PUT", Fault::HoldAnswer);
-    let rebalance = c.begin(&["rebalance", "-settle", "0s"]);
+    let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
     c.proxies[1].wait_held("PUT", 1);
     rebalance.kill();
-    c.each_proxy(Faulty::behave);
+    c.each_proxy(FaultyProxy::remove_faults);
     assert_eq!((c.blobs().len(), c.dump()), (2, before.clone()));
     c.mkv(&["rebuild"]).expect(0);
     assert_eq!(c.dump(), before);
     c.start_master();
-    c.cleaned();
+    c.wait_until_cleaned();
     assert_eq!(c.blobs().len(), 1);
-    assert!(!c.holds(&key, "value").balanced);
+    assert!(!c.assert_value(&key, "value").balanced);
 }
 
 #[test]
-fn a_rebuild_killed_at_any_point_is_done_by_the_next_one() {
+fn the_next_rebuild_finishes_a_killed_one() {
     let (mut c, dump) = store(Setup::new().proxied().replicas(2));
     let before = c.index_files();
     // Out of about 50 listings. Each release lets several pass.
     for listings in [1, 10, 30] {
         c.proxies[0].set("GET", Fault::HoldRequest);
         let asked = c.proxies[0].seen("GET").len();
-        let rebuild = c.begin(&["rebuild", "-rehash"]);
+        let rebuild = c.start_command(&["rebuild", "-rehash"]);
         c.proxies[0].wait_held("GET", 1);
         while c.proxies[0].seen("GET").len() < asked + listings {
             c.proxies[0].wait_held("GET", 1);
@@ -266,19 +267,19 @@ fn a_rebuild_killed_at_any_point_is_done_by_the_next_one() {
         }
         c.proxies[0].wait_held("GET", 1);
         rebuild.kill();
-        c.proxies[0].lose_held("GET");
+        c.proxies[0].drop_held("GET");
         c.proxies[0].release("GET");
         assert!(c.db().join("index.new").exists());
-        c.index_is(&before);
+        c.assert_index_files(&before);
     }
     c.mkv(&["rebuild"]).expect(0);
     assert_eq!(c.dump(), dump);
     assert!(!c.db().join("index.new").exists());
-    is_intact(&mut c);
+    assert_intact(&mut c);
 }
 
 #[test]
-fn a_rebuild_killed_after_the_exchange_leaves_a_whole_index() {
+fn a_rebuild_killed_after_the_exchange_leaves_a_complete_index() {
     let (mut c, dump) = store(Setup::new().volumes(1));
     // The state between the last two steps: the old index is still named index.new.
     c.mkv(&["rebuild"]).expect(0);
@@ -287,5 +288,5 @@ fn a_rebuild_killed_after_the_exchange_leaves_a_whole_index() {
     c.mkv(&["rebuild"]).expect(0);
     assert_eq!(c.dump(), dump);
     assert!(!c.db().join("index.new").exists() && c.db().join("index.old").exists());
-    is_intact(&mut c);
+    assert_intact(&mut c);
 }

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
 
-use crate::keys::strange_keys;
+use crate::keys::unusual_keys;
 use crate::support::cluster::{Cluster, Setup};
-use crate::support::commands::{Ran, flip_a_bit, numbered, record, value_of};
+use crate::support::commands::{CommandOutput, flip_a_bit, numbered_keys, record, value_of};
 use crate::support::random::seeded_rng;
 use crate::support::reference;
 
@@ -22,17 +22,17 @@ struct Expected {
 
 impl Expected {
     #[track_caller]
-    fn holds(&self, c: &mut Cluster) {
-        c.verified();
+    fn assert_matches(&self, c: &mut Cluster) {
+        c.assert_verified();
         c.start_master();
         assert_eq!(c.live(), self.live);
         assert_eq!(c.unlinked(), self.unlinked);
-        c.reads_back(&self.live);
+        c.assert_reads_back(&self.live);
         c.stop_master();
     }
 
     #[track_caller]
-    fn is_same(&self, c: &Cluster, step: &str) {
+    fn assert_dump_unchanged(&self, c: &Cluster, step: &str) {
         let dump = c.dump();
         let differ = dump.lines().zip(self.dump.lines()).find(|(now, then)| now != then);
         assert_eq!(differ, None, "{step}");
@@ -41,13 +41,13 @@ impl Expected {
 }
 
 #[test]
-fn a_store_with_strange_names_survives_all_that_is_done_to_it() {
+fn a_store_with_unusual_keys_survives_all_maintenance() {
     let mut c = Setup::new().volumes(5).replicas(2).subvolumes(3).start();
     let five = c.names.clone();
     c.names.truncate(3);
     c.restart_master();
-    let mut keys = strange_keys();
-    keys.extend(numbered("/1000/", 1000));
+    let mut keys = unusual_keys();
+    keys.extend(numbered_keys("/1000/", 1000));
     keys.extend((0..60).map(|n| format!("/été/日本語/{n}?").into_bytes()));
     keys.sort();
     c.fill(&keys);
@@ -58,17 +58,17 @@ fn a_store_with_strange_names_survives_all_that_is_done_to_it() {
     }
     let unlinked: BTreeSet<&Vec<u8>> = keys.iter().skip(7).step_by(25).collect();
     unlinked.iter().for_each(|key| drop(c.ask("UNLINK", key).expect(204)));
-    c.cleaned();
+    c.wait_until_cleaned();
     c.stop_master();
     let expected = Expected {
         live: keys.iter().filter(|key| !unlinked.contains(key)).cloned().collect(),
         unlinked: unlinked.into_iter().cloned().collect(),
         dump: c.dump(),
     };
-    expected.holds(&mut c);
+    expected.assert_matches(&mut c);
 
-    c.mkv(&["rebuild"]).expect(0).says(" 0 under-replicated, 0 skipped");
-    expected.is_same(&c, "a rebuild");
+    c.mkv(&["rebuild"]).expect(0).prints(" 0 under-replicated, 0 skipped");
+    expected.assert_dump_unchanged(&c, "a rebuild");
     let other = c.folder.join("another");
     c.mkv(&["rebuild", "-rehash", "-db", other.to_str().unwrap()]).expect(0);
     let rehashed = c.mkv(&["dump", "-db", other.to_str().unwrap()]).expect(0).out;
@@ -77,31 +77,34 @@ fn a_store_with_strange_names_survives_all_that_is_done_to_it() {
     c.names = five.clone();
     c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
     assert!((3..5).all(|n| c.volumes[n].files().len() > keys.len() / 5));
-    expected.holds(&mut c);
+    expected.assert_matches(&mut c);
     c.mkv(&["rebuild"]).expect(0);
     c.names.truncate(3);
     c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
     assert!((3..5).all(|n| c.volumes[n].files().is_empty()));
-    expected.is_same(&c, "three volumes to five and back");
-    expected.holds(&mut c);
+    expected.assert_dump_unchanged(&c, "three volumes to five and back");
+    expected.assert_matches(&mut c);
 
-    c.empty(&c.volumes[1].folder.clone());
+    c.erase_disk(&c.volumes[1].folder.clone());
     c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
-    expected.is_same(&c, "an emptied disk");
-    let (replica, path) = a_blob_with_a_history(&expected.dump);
+    expected.assert_dump_unchanged(&c, "an emptied disk");
+    let (replica, path) = replica_of_replaced_key(&expected.dump);
     flip_a_bit(&c.file(&replica, &path));
     c.mkv(&["verify"]).expect(0);
-    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).says("with the wrong bytes: 1").says(&path);
+    c.mkv(&["verify", "-deep"])
+        .fails(&["not whole"])
+        .prints("with the wrong bytes: 1")
+        .prints(&path);
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
-    expected.is_same(&c, "a flipped bit");
-    expected.holds(&mut c);
+    expected.assert_dump_unchanged(&c, "a flipped bit");
+    expected.assert_matches(&mut c);
 }
 
 /// A model of the store: each key's value, and whether it is unlinked.
 type Model = BTreeMap<Vec<u8>, (Vec<u8>, bool)>;
 
 /// Sends a random write to the store and applies it to the model.
-fn write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng) {
+fn random_write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng) {
     let value: Vec<u8> = (0..random.usize(1..3000)).map(|_| random.u8(..)).collect();
     let old = model.get(key).cloned();
     let live = old.as_ref().is_some_and(|(_, unlinked)| !unlinked);
@@ -135,7 +138,7 @@ fn write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastrand::Rng)
 }
 
 /// Runs a random command on a store whose master was stopped or killed.
-fn operate(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> String {
+fn run_random_command(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> String {
     match random.u32(..6) {
         0 => {
             c.mkv(&["rebuild", "-rehash"]).expect(0);
@@ -148,7 +151,7 @@ fn operate(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> Strin
             c.setup = c.setup.clone().replicas(replicas).subvolumes(subvolumes);
             let kills = random.u32(..3);
             for _ in 0..kills {
-                let rebalance = c.begin(&["rebalance", "-settle", "0s"]);
+                let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
                 thread::sleep(Duration::from_millis(random.u64(5..60)));
                 rebalance.kill();
             }
@@ -170,7 +173,7 @@ fn operate(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> Strin
             "damage and repair".into()
         }
         _ => {
-            let rebuild = c.begin(&["rebuild"]);
+            let rebuild = c.start_command(&["rebuild"]);
             thread::sleep(Duration::from_millis(random.u64(5..60)));
             rebuild.kill();
             "a killed rebuild".into()
@@ -179,17 +182,17 @@ fn operate(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> Strin
 }
 
 #[test]
-fn any_history_of_writes_kills_and_commands_ends_well() {
+fn a_random_history_of_writes_kills_and_commands_ends_well() {
     let mut random = seeded_rng();
     let mut c = Setup::new().volumes(4).replicas(2).flags(&["-settle", "0s"]).start();
     let (all, mut model) = (c.names.clone(), Model::new());
-    let mut keys = strange_keys();
+    let mut keys = unusual_keys();
     random.shuffle(&mut keys);
     keys.truncate(30);
     for round in 0..12 {
         for _ in 0..25 {
             let key = &keys[random.usize(..keys.len())];
-            write(&c, &mut model, key, &mut random);
+            random_write(&c, &mut model, key, &mut random);
         }
         let killed = random.bool();
         if killed {
@@ -197,7 +200,7 @@ fn any_history_of_writes_kills_and_commands_ends_well() {
         } else {
             c.stop_master()
         }
-        let done = operate(&mut c, &all, &mut random);
+        let done = run_random_command(&mut c, &all, &mut random);
         println!("{round}: {}, {done}", if killed { "killed" } else { "stopped" });
         c.start_master();
         let listed = |wanted: bool| {
@@ -206,21 +209,21 @@ fn any_history_of_writes_kills_and_commands_ends_well() {
         };
         assert_eq!((c.live(), c.unlinked()), (listed(false), listed(true)));
         for key in listed(false) {
-            c.holds(&key, &model[&key].0);
+            c.assert_value(&key, &model[&key].0);
         }
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     c.stop_master();
-    c.verified();
+    c.assert_verified();
 }
 
 /// The second replica of a replaced key, and its blob's path.
-fn a_blob_with_a_history(dump: &str) -> (String, String) {
+fn replica_of_replaced_key(dump: &str) -> (String, String) {
     let line = dump.lines().find(|line| line.contains("VERS")).expect("a key was replaced");
-    let (key, record) = line.split_once('\t').expect("a tab");
+    let (key, record) = line.split_once('\t').expect("a line has a tab");
     let key: Vec<u8> = percent_decode_str(key).collect();
-    let (_, version) = record.split_once("VERS").expect("it has a version");
+    let (_, version) = record.split_once("VERS").expect("the record has a version");
     let version = u64::from_str_radix(&version[..16], 16).expect("hex digits");
-    let (_, replica) = record.rsplit_once(',').expect("it has two replicas");
+    let (_, replica) = record.rsplit_once(',').expect("the record has two replicas");
     (replica.into(), reference::path(&key, version))
 }

@@ -41,31 +41,31 @@ const LENGTHS: [usize; 25] = [
 ];
 
 /// Checks the value on the disks and as nginx serves it from each replica.
-fn comes_back(c: &Cluster, key: &str, value: &[u8]) {
-    let found = c.holds(key, value);
+fn assert_readable_everywhere(c: &Cluster, key: &str, value: &[u8]) {
+    let found = c.assert_value(key, value);
     for replica in &found.replicas {
         let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
         let read = ask(host, "GET", &format!("{below}{}", found.path), &[], None).expect(200);
-        assert!(read.body == value, "{replica} gives out something else for {key}");
+        assert!(read.body == value, "{replica} serves another value for {key}");
     }
 }
 
 #[test]
-fn values_of_every_length_come_back_from_each_replica() {
+fn every_replica_returns_values_of_every_length() {
     let c = Cluster::new();
     let mut random = seeded_rng();
     for length in LENGTHS {
         let value = random_bytes(&mut random, length);
         let key = format!("/{length}");
         c.put(&key, &value).expect(201);
-        comes_back(&c, &key, &value);
+        assert_readable_everywhere(&c, &key, &value);
         c.ask("DELETE", &key).expect(204);
     }
     assert!(c.blobs().is_empty());
 }
 
 #[test]
-fn chunked_values_of_every_length_come_back_from_each_replica() {
+fn every_replica_returns_chunked_values_of_every_length() {
     let c = Cluster::new();
     let mut random = seeded_rng();
     for length in LENGTHS {
@@ -81,7 +81,7 @@ fn chunked_values_of_every_length_come_back_from_each_replica() {
         conn.head("PUT", &key, &[("Transfer-Encoding", "chunked")]);
         conn.send(chunks(&value, &pieces)).send(LAST_CHUNK);
         conn.answer().expect(201);
-        comes_back(&c, &key, &value);
+        assert_readable_everywhere(&c, &key, &value);
         // The server has read the whole body: the connection takes the next request.
         conn.ask("DELETE", &key, &[], None).expect(204);
     }
@@ -89,7 +89,7 @@ fn chunked_values_of_every_length_come_back_from_each_replica() {
 }
 
 #[test]
-fn a_value_may_come_in_small_pieces_and_a_request_in_single_bytes() {
+fn values_may_arrive_in_small_pieces_and_requests_byte_by_byte() {
     let c = Setup::new().volumes(1).start();
     let value = random_bytes(&mut seeded_rng(), 3000);
     let mut conn = c.conn();
@@ -98,7 +98,7 @@ fn a_value_may_come_in_small_pieces_and_a_request_in_single_bytes() {
         conn.send(piece);
     }
     conn.answer().expect(201);
-    comes_back(&c, "/k", &value);
+    assert_readable_everywhere(&c, "/k", &value);
     for byte in crate::support::http_client::head("GET", "/k", &[]) {
         conn.send([byte]);
     }
@@ -112,11 +112,11 @@ fn a_value_may_come_in_small_pieces_and_a_request_in_single_bytes() {
         conn.send([byte]);
     }
     conn.answer().expect(201);
-    comes_back(&c, "/l", &value[..300]);
+    assert_readable_everywhere(&c, "/l", &value[..300]);
 }
 
 #[test]
-fn a_client_that_expects_100_continue_is_told_so_only_when_its_body_is_wanted() {
+fn the_server_sends_100_continue_only_when_it_wants_the_body() {
     let c = Cluster::new();
     let mut random = seeded_rng();
     for length in [10, 1024, 1025, 300_000] {
@@ -125,20 +125,20 @@ fn a_client_that_expects_100_continue_is_told_so_only_when_its_body_is_wanted() 
         let headers = [("Content-Length", &*length.to_string()), ("Expect", "100-continue")];
         let mut conn = c.conn();
         conn.head("PUT", &key, &headers);
-        assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 100);
+        assert_eq!(conn.next_answer("PUT").unwrap().unwrap().status, 100);
         conn.send(&value);
-        assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 201);
-        comes_back(&c, &key, &value);
+        assert_eq!(conn.next_answer("PUT").unwrap().unwrap().status, 201);
+        assert_readable_everywhere(&c, &key, &value);
         let mut conn = c.conn();
         conn.head("PUT", &key, &headers);
-        assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 403);
+        assert_eq!(conn.next_answer("PUT").unwrap().unwrap().status, 403);
     }
     let mut conn = c.conn();
     conn.head("PUT", "/chunked", &[("Transfer-Encoding", "chunked"), ("Expect", "100-continue")]);
-    assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 100);
+    assert_eq!(conn.next_answer("PUT").unwrap().unwrap().status, 100);
     conn.send(chunks(b"value", &[2])).send(LAST_CHUNK);
-    assert_eq!(conn.any_answer("PUT").unwrap().unwrap().status, 201);
-    comes_back(&c, "/chunked", b"value");
+    assert_eq!(conn.next_answer("PUT").unwrap().unwrap().status, 201);
+    assert_readable_everywhere(&c, "/chunked", b"value");
 }
 
 fn seconds(time: SystemTime) -> i64 {
@@ -146,7 +146,7 @@ fn seconds(time: SystemTime) -> i64 {
 }
 
 #[test]
-fn a_blobs_mtime_is_the_time_of_the_write_on_every_replica() {
+fn every_replica_has_the_time_of_the_write_as_mtime() {
     let c = Cluster::new();
     let before = seconds(SystemTime::now());
     let mut conn = c.conn();
@@ -164,7 +164,7 @@ fn a_blobs_mtime_is_the_time_of_the_write_on_every_replica() {
 }
 
 #[test]
-fn a_value_larger_than_the_masters_memory_passes_through_it() {
+fn a_value_may_be_larger_than_the_masters_memory() {
     let c = Cluster::new();
     let mut random = seeded_rng();
     let piece = random_bytes(&mut random, MIB);
@@ -186,12 +186,12 @@ fn a_value_larger_than_the_masters_memory_passes_through_it() {
         }
         c.ask("DELETE", key).expect(204);
     }
-    let peak = c.memory("VmHWM");
-    assert!(peak < 64 << 10, "the master has taken {peak} KiB");
+    let peak = c.memory_kib("VmHWM");
+    assert!(peak < 64 << 10, "the master used {peak} KiB");
 }
 
 #[test]
-fn the_volumes_get_the_keys_of_a_store_with_one_replica_evenly() {
+fn placement_spreads_keys_evenly() {
     let c = Setup::new().replicas(1).start();
     for n in 0..90 {
         c.put(format!("/{n}"), target(format!("/{n}"))).expect(201);

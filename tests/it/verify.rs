@@ -8,9 +8,10 @@ use std::thread;
 
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::commands::{
-    Disks, Ran, copy_folder, flip_a_bit, now, numbered, replicas, tree, value_of,
+    CommandOutput, DiskContents, copy_folder, files_below, flip_a_bit, now, numbered_keys,
+    replicas, value_of,
 };
-use crate::support::faulty_proxy::{Fault, Faulty};
+use crate::support::faulty_proxy::{Fault, FaultyProxy};
 use crate::support::http_client::{Conn, target};
 use crate::support::random::seeded_rng;
 use crate::support::reference;
@@ -20,24 +21,24 @@ const KEYS: usize = 33;
 
 /// A store with values, one of them replaced and one unlinked. The master is stopped. Also returns
 /// the disks' contents.
-fn store(setup: Setup) -> (Cluster, Disks) {
+fn store(setup: Setup) -> (Cluster, DiskContents) {
     let mut c = setup.start();
-    c.fill(&numbered("/n/", KEYS - 3));
+    c.fill(&numbered_keys("/n/", KEYS - 3));
     c.put(KEY, "value").expect(201);
     c.put("/replaced", "old").expect(201);
     c.replace("/replaced", "new").expect(201);
     c.put("/unlinked", "unlinked value").expect(201);
     c.ask("UNLINK", "/unlinked").expect(204);
-    c.cleaned();
+    c.wait_until_cleaned();
     c.stop_master();
-    let disks = c.disks();
+    let disks = c.disk_contents();
     (c, disks)
 }
 
 /// Checks that every blob still exists with its bytes.
 #[track_caller]
-fn nothing_is_lost(c: &Cluster, before: &Disks) {
-    let after = c.disks();
+fn assert_no_blob_lost(c: &Cluster, before: &DiskContents) {
+    let after = c.disk_contents();
     let lost: Vec<_> =
         before.iter().filter(|(file, text)| after.get(*file) != Some(text)).collect();
     assert!(lost.is_empty(), "lost or changed: {lost:#?}");
@@ -49,8 +50,8 @@ fn files_of(c: &Cluster, key: &str, version: u64) -> Vec<PathBuf> {
 }
 
 /// A folder on a volume where placement wants no replica of the key.
-fn elsewhere(c: &Cluster, key: &str) -> String {
-    let placed = c.placed(key);
+fn misplaced_replica(c: &Cluster, key: &str) -> String {
+    let placed = c.placement(key);
     let other = c.names.iter().find(|name| !placed.iter().any(|r| r.starts_with(*name)));
     format!("{}/sv00", other.expect("there are more volumes than replicas"))
 }
@@ -58,30 +59,30 @@ fn elsewhere(c: &Cluster, key: &str) -> String {
 // Findings.
 
 #[test]
-fn a_whole_store_is_told_to_be_whole_and_nothing_is_changed() {
+fn verify_reports_a_whole_store_and_changes_nothing() {
     let (mut c, disks) = store(Setup::new().replicas(2));
     let (index, temporary) = (c.index_files(), c.folder.join("tmp"));
     fs::create_dir(&temporary).unwrap();
     for flags in [vec!["verify"], vec!["verify", "-deep", "-v"]] {
-        let ran = c.mkv_command(&flags).env("TMPDIR", &temporary).output().unwrap();
-        let out = String::from_utf8_lossy(&ran.stdout);
-        assert!(ran.status.success() && out.contains("the store is whole"), "{ran:?}");
+        let result = c.mkv_command(&flags).env("TMPDIR", &temporary).output().unwrap();
+        let out = String::from_utf8_lossy(&result.stdout);
+        assert!(result.status.success() && out.contains("the store is whole"), "{result:?}");
         assert!(out.contains(&format!("{KEYS} keys in the index, 0 with findings")), "{out}");
-        c.index_is(&index);
-        c.disks_are(&disks);
+        c.assert_index_files(&index);
+        c.assert_disks(&disks);
     }
-    assert!(tree(&temporary).is_empty());
+    assert!(files_below(&temporary).is_empty());
     // -repair changes nothing in a healthy store.
     let dump = c.dump();
     c.mkv(&["verify", "-repair", "-deep", "-strays", "-grace", "0s"]).expect(0);
     assert_eq!(c.dump(), dump);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
     c.start_master();
-    c.mkv(&["verify", "-deep"]).expect(0).says("the store is whole");
+    c.mkv(&["verify", "-deep"]).expect(0).prints("the store is whole");
 }
 
 #[test]
-fn every_kind_of_fault_is_found_and_what_can_be_is_mended() {
+fn verify_finds_every_kind_of_fault_and_repairs_most() {
     let (mut c, _) = store(Setup::new().replicas(2));
     // Leave an unfinished deletion.
     c.start_master();
@@ -94,19 +95,19 @@ fn every_kind_of_fault_is_found_and_what_can_be_is_mended() {
     c.ask("DELETE", "/deleted").expect(503);
     c.stop_master();
     c.start_volumes();
-    let mut whole = c.disks();
+    let mut whole = c.disk_contents();
     let debris = c.file(&replicas(&dump, "/deleted")[1], &reference::path(b"/deleted", 0));
     let dump = c.dump();
     fs::remove_file(&files_of(&c, KEY, 0)[0]).unwrap();
     fs::remove_file(&files_of(&c, "/unlinked", 0)[1]).unwrap();
     fs::write(&files_of(&c, "/n/0000", 0)[1], "x").unwrap();
     let plain = |key: &str| reference::path(key.as_bytes(), 0);
-    c.plant(&elsewhere(&c, "/n/0001"), &plain("/n/0001"), "surplus", 1000);
-    c.plant(&elsewhere(&c, "/replaced"), &plain("/replaced"), "stale", 1000);
+    c.store_blob(&misplaced_replica(&c, "/n/0001"), &plain("/n/0001"), "surplus", 1000);
+    c.store_blob(&misplaced_replica(&c, "/replaced"), &plain("/replaced"), "stale", 1000);
     let newer = reference::path(b"/n/0002", u64::MAX / 2);
-    c.plant(&c.names[0], &newer, "newer", 1000);
-    c.plant(&c.names[1], &plain("/unknown"), "unknown", 1000);
-    c.plant(&c.names[2], "/note.txt", "no blob", 1000);
+    c.store_blob(&c.names[0], &newer, "newer", 1000);
+    c.store_blob(&c.names[1], &plain("/unknown"), "unknown", 1000);
+    c.store_blob(&c.names[2], "/note.txt", "no blob", 1000);
     let lines = [
         "replicas missing: 2",
         "replicas of the wrong size: 1",
@@ -117,75 +118,76 @@ fn every_kind_of_fault_is_found_and_what_can_be_is_mended() {
         "blobs of keys that the index does not know: 1",
         "names that are no blob: 1",
     ];
-    let damaged = c.disks();
-    let ran = c.mkv(&["verify"]).fails(&["not whole"]);
-    let ran = lines.iter().fold(ran, |ran, line| ran.says(line));
-    ran.says("33 keys in the index")
-        .says(&format!("\"/unlinked\" http://{}", replicas(&dump, "/unlinked")[1]))
-        .says(&format!("http://{}{newer}", c.names[0]))
-        .says(&format!("{}/note.txt", c.names[2]));
-    c.disks_are(&damaged);
+    let damaged = c.disk_contents();
+    let result = c.mkv(&["verify"]).fails(&["not whole"]);
+    let result = lines.iter().fold(result, |result, line| result.prints(line));
+    result
+        .prints("33 keys in the index")
+        .prints(&format!("\"/unlinked\" http://{}", replicas(&dump, "/unlinked")[1]))
+        .prints(&format!("http://{}{newer}", c.names[0]))
+        .prints(&format!("{}/note.txt", c.names[2]));
+    c.assert_disks(&damaged);
     assert_eq!(c.dump(), dump);
     // A blob newer than the index suggests that it is the wrong index, so nothing is removed.
-    let ran = c.mkv(&["verify", "-repair"]).fails(&["not whole"]);
-    let ran = lines[..2].iter().fold(ran, |ran, line| ran.never_says(line));
-    let ran = lines[2..].iter().fold(ran, |ran, line| ran.says(line));
-    ran.says("Nothing is removed").says("-db");
+    let result = c.mkv(&["verify", "-repair"]).fails(&["not whole"]);
+    let result = lines[..2].iter().fold(result, |result, line| result.does_not_print(line));
+    let result = lines[2..].iter().fold(result, |result, line| result.prints(line));
+    result.prints("Nothing is removed").prints("-db");
     fs::remove_file(c.file(&c.names[0], &newer)).unwrap();
     // Findings without a safe repair stay.
-    let ran = c.mkv(&["verify", "-repair"]).fails(&["not whole"]);
-    let ran = lines[..6].iter().fold(ran, |ran, line| ran.never_says(line));
-    lines[6..].iter().fold(ran, |ran, line| ran.says(line));
+    let result = c.mkv(&["verify", "-repair"]).fails(&["not whole"]);
+    let result = lines[..6].iter().fold(result, |result, line| result.does_not_print(line));
+    lines[6..].iter().fold(result, |result, line| result.prints(line));
     assert_eq!(c.dump(), dump);
     assert!(!debris.exists() && c.debris().is_empty());
     fs::remove_file(c.file(&c.names[1], &plain("/unknown"))).unwrap();
     fs::remove_file(c.file(&c.names[2], "/note.txt")).unwrap();
-    whole.remove(&debris).expect("it was debris");
-    c.disks_are(&whole);
-    c.verified();
+    whole.remove(&debris).expect("the debris is in the listing");
+    c.assert_disks(&whole);
+    c.assert_verified();
 }
 
 #[test]
-fn all_names_are_shown_with_v_and_the_first_ones_without() {
+fn v_shows_all_names_instead_of_the_first_ones() {
     let (c, disks) = store(Setup::new());
     let lost = c.volumes[1].files();
     lost.values().for_each(|file| fs::remove_file(file).unwrap());
     let line = format!("replicas missing: {}", lost.len());
-    let few = c.mkv(&["verify"]).fails(&["not whole"]).says(&line);
-    let all = c.mkv(&["verify", "-v"]).fails(&["not whole"]).says(&line);
-    let names = |ran: &Ran| {
-        lost.keys().filter(|path| ran.out.contains(&format!("{}{path}", c.names[1]))).count()
+    let few = c.mkv(&["verify"]).fails(&["not whole"]).prints(&line);
+    let all = c.mkv(&["verify", "-v"]).fails(&["not whole"]).prints(&line);
+    let names = |result: &CommandOutput| {
+        lost.keys().filter(|path| result.out.contains(&format!("{}{path}", c.names[1]))).count()
     };
     assert!(lost.len() > 15 && names(&all) == lost.len(), "{all:?}");
     assert!((1..=15).contains(&names(&few)), "{few:?}");
-    few.says("-v shows all");
+    few.prints("-v shows all");
     c.mkv(&["verify", "-repair"]).expect(0);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
 }
 
 #[test]
-fn a_flipped_bit_is_found_by_deep_and_healed_by_repair() {
+fn deep_finds_a_flipped_bit_and_repair_restores_it() {
     let (c, disks) = store(Setup::new());
     let dump = c.dump();
     for (key, at) in [(KEY, 0), ("/unlinked", 1), ("/n/0003", 2)] {
         flip_a_bit(&files_of(&c, key, 0)[at]);
     }
-    let flipped = c.disks();
+    let flipped = c.disk_contents();
     assert!(flipped != disks);
     c.mkv(&["verify"]).expect(0);
     c.mkv(&["verify", "-repair"]).expect(0);
-    c.disks_are(&flipped);
-    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).says("replicas with the wrong bytes: 3");
-    c.disks_are(&flipped);
+    c.assert_disks(&flipped);
+    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).prints("replicas with the wrong bytes: 3");
+    c.assert_disks(&flipped);
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
     assert_eq!(c.dump(), dump);
     assert!(c.debris().is_empty());
-    c.verified();
+    c.assert_verified();
 }
 
 #[test]
-fn of_values_without_a_hash_the_bytes_of_the_majority_are_right() {
+fn without_a_hash_the_bytes_of_the_majority_count() {
     let mut c = Setup::new().flags(&["-md5sum=false"]).start();
     c.put("/two/of/three", "value").expect(201);
     c.put("/undecided", "value").expect(201);
@@ -194,37 +196,37 @@ fn of_values_without_a_hash_the_bytes_of_the_majority_are_right() {
     flip_a_bit(&files.0[0]);
     let undecided = ["value", "valuf", "valug"];
     files.1.iter().zip(undecided).for_each(|(file, text)| fs::write(file, text).unwrap());
-    c.mkv(&["verify", "-deep"]).fails(&[]).says("wrong bytes: 4");
-    c.mkv(&["verify", "-deep", "-repair"]).fails(&[]).says("wrong bytes: 3").says("/undecided");
+    c.mkv(&["verify", "-deep"]).fails(&[]).prints("wrong bytes: 4");
+    c.mkv(&["verify", "-deep", "-repair"]).fails(&[]).prints("wrong bytes: 3").prints("/undecided");
     assert_eq!(fs::read(&files.0[0]).unwrap(), b"value");
     for (file, text) in files.1.iter().zip(undecided) {
         assert_eq!(fs::read(file).unwrap(), text.as_bytes());
         fs::write(file, "value").unwrap();
     }
-    c.verified();
+    c.assert_verified();
 }
 
 #[test]
-fn a_volume_that_is_down_is_an_error_and_nothing_is_touched() {
+fn verify_fails_and_changes_nothing_when_a_volume_is_down() {
     let (c, disks) = store(Setup::new().replicas(2));
     let mut c = c;
-    c.plant(&elsewhere(&c, KEY), &reference::path(KEY.as_bytes(), 0), "value", 1000);
-    let with = c.disks();
+    c.store_blob(&misplaced_replica(&c, KEY), &reference::path(KEY.as_bytes(), 0), "value", 1000);
+    let with = c.disk_contents();
     c.volumes[1].stop();
     for flags in [vec!["verify"], vec!["verify", "-repair", "-deep", "-strays", "-grace", "0s"]] {
         c.mkv(&flags).fails(&[&format!("http://{}/", c.names[1])]);
-        c.disks_are(&with);
+        c.assert_disks(&with);
     }
     c.start_volumes();
     c.mkv(&["verify", "-repair"]).expect(0);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
 }
 
 #[test]
-fn verify_beside_a_running_master_under_writes_has_no_findings() {
+fn verify_has_no_findings_while_a_master_writes() {
     let mut random = seeded_rng();
     let c = Setup::new().replicas(2).subvolumes(3).start();
-    c.fill(&numbered("/still/", 20));
+    c.fill(&numbered_keys("/still/", 20));
     let (stop, written) = (AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
         for writer in 0..3 {
@@ -251,7 +253,7 @@ fn verify_beside_a_running_master_under_writes_has_no_findings() {
         }
         let verified = std::panic::catch_unwind(|| {
             for flags in [vec!["verify"], vec!["verify", "-deep"], vec!["verify"]] {
-                c.mkv(&flags).expect(0).says("the store is whole");
+                c.mkv(&flags).expect(0).prints("the store is whole");
             }
         });
         stop.store(true, Ordering::Relaxed);
@@ -261,33 +263,33 @@ fn verify_beside_a_running_master_under_writes_has_no_findings() {
 }
 
 #[test]
-fn what_is_deleted_before_the_master_is_restarted_is_not_missing() {
+fn verify_ignores_a_key_deleted_before_the_master_restarts() {
     let mut c = Setup::new().proxied().start();
     c.put(KEY, "value").expect(201);
     c.put("/deleted", "value").expect(201);
     c.each_proxy(|proxy| proxy.set("GET", Fault::HoldRequest));
-    let verify = c.begin(&["verify"]);
-    crate::support::http_client::until("it lists", || held(&c, "GET"));
+    let verify = c.start_command(&["verify"]);
+    crate::support::http_client::wait_until("verify lists the volumes", || any_held(&c, "GET"));
     c.ask("DELETE", "/deleted").expect(204);
     c.restart_master();
     c.each_proxy(|proxy| proxy.release("GET"));
-    verify.ends().expect(0).says("the store is whole");
+    verify.wait().expect(0).prints("the store is whole");
 }
 
 #[test]
-fn debris_is_a_running_masters_business_and_a_finding_without_one() {
+fn debris_is_a_finding_only_without_a_running_master() {
     let mut c = Setup::new().proxied().start();
     c.put("/other", "other").expect(201);
     c.put(KEY, "value").expect(201);
     let holder = c.holder(KEY, 1);
     c.proxies[holder].set("DELETE", Fault::Answer(503));
     c.ask("DELETE", KEY).expect(503);
-    c.mkv(&["verify"]).expect(0).says("debris");
+    c.mkv(&["verify"]).expect(0).prints("debris");
     c.stop_master();
-    c.mkv(&["verify"]).fails(&["not whole"]).says("debris: 1");
+    c.mkv(&["verify"]).fails(&["not whole"]).prints("debris: 1");
     // The volume still refuses, so the debris stays.
-    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("debris: 1");
-    c.proxies[holder].behave();
+    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).prints("debris: 1");
+    c.proxies[holder].remove_faults();
     c.mkv(&["verify", "-repair"]).expect(0);
     assert!(c.debris().is_empty() && c.blobs().len() == 3);
 }
@@ -295,30 +297,30 @@ fn debris_is_a_running_masters_business_and_a_finding_without_one() {
 // Refused repairs.
 
 #[test]
-fn a_repair_beside_a_running_master_is_refused() {
+fn repair_fails_while_a_master_runs() {
     let (mut c, _) = store(Setup::new().replicas(2));
     fs::remove_file(&files_of(&c, KEY, 0)[0]).unwrap();
     c.start_master();
-    let disks = c.disks();
+    let disks = c.disk_contents();
     c.mkv(&["verify", "-repair"]).fails(&["-db", &c.master_pid().to_string()]);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
     c.mkv(&["verify"]).fails(&["not whole"]);
     c.stop_master();
     c.mkv(&["verify", "-repair"]).expect(0);
 }
 
 #[test]
-fn strays_are_for_repair_only() {
+fn strays_requires_repair() {
     let (c, disks) = store(Setup::new().volumes(1));
-    let ran = c.mkv(&["verify", "-strays"]).expect(2);
-    assert!(ran.err.contains("-strays") && ran.err.contains("-repair"), "{ran:?}");
-    c.disks_are(&disks);
+    let result = c.mkv(&["verify", "-strays"]).expect(2);
+    assert!(result.err.contains("-strays") && result.err.contains("-repair"), "{result:?}");
+    c.assert_disks(&disks);
 }
 
-const ALL: [&str; 6] = ["verify", "-repair", "-deep", "-strays", "-grace", "0s"];
+const REPAIR_ALL: [&str; 6] = ["verify", "-repair", "-deep", "-strays", "-grace", "0s"];
 
 #[test]
-fn a_mistyped_db_without_an_index_costs_nothing_and_makes_none() {
+fn repair_with_a_mistyped_db_changes_nothing_and_creates_no_index() {
     let (mut c, disks) = store(Setup::new().replicas(2));
     let (dump, empty) = (c.dump(), c.folder.join("empty"));
     fs::create_dir(&empty).unwrap();
@@ -331,19 +333,19 @@ fn a_mistyped_db_without_an_index_costs_nothing_and_makes_none() {
         "/proc/version".into(),
     ];
     for db in typed {
-        let before = names(&db);
-        for flags in [&ALL[..], &ALL[..2], &["verify"]] {
+        let before = folder_entries(&db);
+        for flags in [&REPAIR_ALL[..], &REPAIR_ALL[..2], &["verify"]] {
             c.mkv(&[flags, &["-db", db.to_str().unwrap()]].concat()).fails(&[]);
-            assert_eq!(names(&db), before, "{}", db.display());
+            assert_eq!(folder_entries(&db), before, "{}", db.display());
         }
     }
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
     assert_eq!(c.dump(), dump);
     c.start_master();
 }
 
 /// The names in a folder, if it is one, without the files that hold a command's output.
-fn names(folder: &Path) -> Option<Vec<String>> {
+fn folder_entries(folder: &Path) -> Option<Vec<String>> {
     let entries = fs::read_dir(folder).ok()?.flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let mut names: Vec<_> = names.filter(|name| !name.starts_with("command-")).collect();
@@ -352,7 +354,7 @@ fn names(folder: &Path) -> Option<Vec<String>> {
 }
 
 #[test]
-fn a_repair_with_an_empty_index_is_refused() {
+fn repair_fails_with_an_empty_index() {
     let (mut c, disks) = store(Setup::new().replicas(2));
     let (flags, kept) = (c.setup.clone(), c.db());
     fs::rename(&kept, c.folder.join("kept")).unwrap();
@@ -361,21 +363,21 @@ fn a_repair_with_an_empty_index_is_refused() {
     c.start_master();
     assert!(c.live().is_empty());
     c.stop_master();
-    for flags in [&ALL[..], &ALL[..2]] {
+    for flags in [&REPAIR_ALL[..], &REPAIR_ALL[..2]] {
         c.mkv(flags).fails(&["empty", "-db"]);
-        c.disks_are(&disks);
+        c.assert_disks(&disks);
     }
     fs::remove_dir_all(&kept).unwrap();
     fs::rename(c.folder.join("kept"), kept).unwrap();
-    c.verified();
+    c.assert_verified();
 }
 
 #[test]
-fn the_index_of_another_store_costs_no_blob() {
+fn repair_with_the_index_of_another_store_loses_no_blob() {
     for (ours, theirs, replaced) in [(0..20, 0..20, 0), (0..30, 0..22, 9), (0..20, 5..40, 3)] {
         let (mut c, mut other) =
             (Setup::new().replicas(2).start(), Setup::new().replicas(2).start());
-        let keys = numbered("/n/", 40);
+        let keys = numbered_keys("/n/", 40);
         c.fill(&keys[ours]);
         other.fill(&keys[theirs]);
         // Some versions are newer in this store, some in the other.
@@ -383,30 +385,30 @@ fn the_index_of_another_store_costs_no_blob() {
             let store = if n % 2 == 0 { &c } else { &other };
             store.replace(&keys[10 + n], "another value").expect(201);
         }
-        c.cleaned();
-        other.cleaned();
+        c.wait_until_cleaned();
+        other.wait_until_cleaned();
         c.stop_master();
         other.stop_master();
-        let (disks, others) = (c.disks(), other.disks());
+        let (disks, others) = (c.disk_contents(), other.disk_contents());
         let db = other.db();
-        for flags in [&ALL[..2], &ALL[..3], &ALL[..]] {
-            let ran = c.mkv(&[flags, &["-db", db.to_str().unwrap()]].concat());
-            nothing_is_lost(&c, &disks);
-            nothing_is_lost(&other, &others);
-            ran.expect(1);
+        for flags in [&REPAIR_ALL[..2], &REPAIR_ALL[..3], &REPAIR_ALL[..]] {
+            let result = c.mkv(&[flags, &["-db", db.to_str().unwrap()]].concat());
+            assert_no_blob_lost(&c, &disks);
+            assert_no_blob_lost(&other, &others);
+            result.expect(1);
         }
-        c.verified();
-        other.verified();
+        c.assert_verified();
+        other.assert_verified();
     }
 }
 
 #[test]
-fn an_old_copy_of_the_index_costs_no_blob() {
+fn repair_with_an_old_copy_of_the_index_loses_no_blob() {
     let mut c = Setup::new().proxied().volumes(4).replicas(2).flags(&["-settle", "0s"]).start();
     let all = c.names.clone();
     c.names.truncate(3);
     c.restart_master();
-    let keys = numbered("/n/", 40);
+    let keys = numbered_keys("/n/", 40);
     c.fill(&keys);
     // Two writes are in progress when the copy is made, and succeed later.
     c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
@@ -419,9 +421,11 @@ fn an_old_copy_of_the_index_costs_no_blob() {
             conn
         })
         .collect();
-    crate::support::http_client::until("both have begun", || c.writing().len() == 2);
+    crate::support::http_client::wait_until("both writes have begun", || {
+        c.keys_with_debris().len() == 2
+    });
     copy_folder(&c.db(), &c.folder.join("copy"));
-    c.each_proxy(Faulty::behave);
+    c.each_proxy(FaultyProxy::remove_faults);
     pending.into_iter().for_each(|mut conn| drop(conn.answer().expect(201)));
     // The store changes after the copy was made.
     for key in &keys[1..5] {
@@ -434,47 +438,47 @@ fn an_old_copy_of_the_index_costs_no_blob() {
     for n in 0..8 {
         c.put(format!("/new/{n}"), "new").expect(201);
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     c.names = all;
     c.restart_master();
     for key in &keys[10..30] {
         c.ask("REBALANCE", key).expect(204);
     }
-    c.cleaned();
+    c.wait_until_cleaned();
     c.stop_master();
-    let (disks, dump) = (c.disks(), c.dump());
+    let (disks, dump) = (c.disk_contents(), c.dump());
     let copy = c.folder.join("copy");
-    for flags in [&ALL[..2], &ALL[..3], &ALL[..]] {
-        let ran = c.mkv(&[flags, &["-db", copy.to_str().unwrap()]].concat());
-        nothing_is_lost(&c, &disks);
+    for flags in [&REPAIR_ALL[..2], &REPAIR_ALL[..3], &REPAIR_ALL[..]] {
+        let result = c.mkv(&[flags, &["-db", copy.to_str().unwrap()]].concat());
+        assert_no_blob_lost(&c, &disks);
         assert_eq!(c.dump(), dump);
-        ran.expect(1);
+        result.expect(1);
     }
     // With the right index, the unneeded copies are removed.
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
-    nothing_is_lost(&c, &disks);
+    assert_no_blob_lost(&c, &disks);
     c.start_master();
     for key in ["/pending", "/n/0000"] {
-        c.holds(key, "pending");
+        c.assert_value(key, "pending");
     }
-    c.reads_back(&keys[10..]);
+    c.assert_reads_back(&keys[10..]);
 }
 
 #[test]
-fn the_last_good_copy_is_never_removed() {
+fn repair_never_removes_the_last_good_copy() {
     let mut c = Setup::new().replicas(1).start();
     for key in ["/flipped", "/missing", "/cut", "/stale"] {
         c.put(key, "the good value").expect(201);
     }
     c.replace("/stale", "the good value").expect(201);
-    c.cleaned();
-    let stale = c.found("/stale").version;
+    c.wait_until_cleaned();
+    let stale = c.key_info("/stale").version;
     c.stop_master();
     let plain = |key: &str| reference::path(key.as_bytes(), 0);
     let mut good = Vec::new();
     for key in ["/flipped", "/missing", "/cut", "/stale"] {
-        let other = elsewhere(&c, key);
-        c.plant(&other, &plain(key), "the good value", 1000);
+        let other = misplaced_replica(&c, key);
+        c.store_blob(&other, &plain(key), "the good value", 1000);
         good.push(c.file(&other, &plain(key)));
     }
     let files = ["/flipped", "/missing", "/cut"].map(|key| files_of(&c, key, 0).remove(0));
@@ -482,7 +486,7 @@ fn the_last_good_copy_is_never_removed() {
     fs::remove_file(&files[1]).unwrap();
     fs::write(&files[2], "cut").unwrap();
     flip_a_bit(&files_of(&c, "/stale", stale)[0]);
-    for flags in [&ALL[..2], &ALL[..]] {
+    for flags in [&REPAIR_ALL[..2], &REPAIR_ALL[..]] {
         c.mkv(flags);
         for file in &good[..3] {
             // The value is repaired or still in the surplus replica.
@@ -490,7 +494,7 @@ fn the_last_good_copy_is_never_removed() {
             let there = [file, &files[key]].map(|file| fs::read(file).unwrap_or_default());
             assert!(there.iter().any(|bytes| bytes == b"the good value"), "{}", file.display());
         }
-        assert!(good[3].exists(), "what replaced it cannot be read");
+        assert!(good[3].exists(), "the only readable blob is gone");
     }
     for key in ["/flipped", "/missing", "/cut", "/stale"] {
         let file = files_of(&c, key, if key == "/stale" { stale } else { 0 }).remove(0);
@@ -501,83 +505,83 @@ fn the_last_good_copy_is_never_removed() {
 }
 
 #[test]
-fn nothing_is_removed_of_a_key_whose_replicas_are_not_all_whole() {
+fn repair_removes_nothing_of_a_key_with_a_bad_replica() {
     let (c, disks) = store(Setup::new().proxied().replicas(2));
     let plain = reference::path(KEY.as_bytes(), 0);
-    let surplus = c.file(&elsewhere(&c, KEY), &plain);
-    c.plant(&elsewhere(&c, KEY), &plain, "value", 1000);
+    let surplus = c.file(&misplaced_replica(&c, KEY), &plain);
+    c.store_blob(&misplaced_replica(&c, KEY), &plain, "value", 1000);
     let missing = files_of(&c, KEY, 0).remove(1);
     fs::remove_file(&missing).unwrap();
     let volume = c.holder(KEY, 1);
     c.proxies[volume].set("PUT", Fault::Answer(500));
-    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("keys that are not repaired: 1");
+    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).prints("keys that are not repaired: 1");
     assert!(surplus.exists() && !missing.exists() && c.debris().is_empty());
-    c.proxies[volume].behave();
+    c.proxies[volume].remove_faults();
     c.mkv(&["verify", "-repair"]).expect(0);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
 }
 
 /// Stands in for a bad sector.
 #[test]
-fn a_blob_that_cannot_be_read_is_a_replica_that_is_missing() {
+fn an_unreadable_blob_counts_as_a_missing_replica() {
     let (c, disks) = store(Setup::new().replicas(2));
     let file = files_of(&c, KEY, 0).remove(0);
     fs::set_permissions(&file, fs::Permissions::from_mode(0o000)).unwrap();
-    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).says("replicas missing: 1");
+    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).prints("replicas missing: 1");
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
 }
 
 #[test]
-fn a_surplus_replica_with_other_bytes_stays_where_no_hash_tells_which_is_right() {
+fn without_a_hash_a_differing_surplus_replica_stays() {
     let mut c = Setup::new().replicas(2).flags(&["-md5sum=false"]).start();
     c.put(KEY, "value").expect(201);
     c.stop_master();
-    let surplus = elsewhere(&c, KEY);
+    let surplus = misplaced_replica(&c, KEY);
     let plain = reference::path(KEY.as_bytes(), 0);
-    c.plant(&surplus, &plain, "other", 1000);
-    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("no hash tells");
+    c.store_blob(&surplus, &plain, "other", 1000);
+    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).prints("no hash tells");
     assert!(c.file(&surplus, &plain).exists());
-    c.plant(&surplus, &plain, "value", 1000);
+    c.store_blob(&surplus, &plain, "value", 1000);
     c.mkv(&["verify", "-repair"]).expect(0);
     assert_eq!(c.blobs().len(), 2);
 }
 
 #[test]
-fn of_replicas_that_differ_none_is_copied_where_no_hash_tells_which_is_right() {
+fn without_a_hash_differing_replicas_are_not_copied() {
     let mut c = Setup::new().flags(&["-md5sum=false"]).start();
     c.put(KEY, "value").expect(201);
     c.stop_master();
     let files = files_of(&c, KEY, 0);
     flip_a_bit(&files[0]);
     fs::remove_file(&files[1]).unwrap();
-    let disks = c.disks();
-    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).says("no hash tells which is right");
-    c.disks_are(&disks);
+    let disks = c.disk_contents();
+    c.mkv(&["verify", "-repair"]).fails(&["not whole"]).prints("no hash tells which is right");
+    c.assert_disks(&disks);
     let deep = c.mkv(&["verify", "-deep", "-repair"]).fails(&["not whole"]);
-    deep.says("none of its replicas is known to hold the right bytes");
-    c.mkv(&["rebalance"]).fails(&["1 keys"]).says("no hash tells which is right");
-    c.disks_are(&disks);
+    deep.prints("none of its replicas is known to hold the right bytes");
+    c.mkv(&["rebalance"]).fails(&["1 keys"]).prints("no hash tells which is right");
+    c.assert_disks(&disks);
     c.start_master();
     assert!(c.ask("REBALANCE", KEY).expect(500).text().contains("no hash tells"));
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
     fs::remove_file(&files[0]).unwrap();
     c.ask("REBALANCE", KEY).expect(204);
-    c.holds(KEY, "value");
+    c.assert_value(KEY, "value");
 }
 
 #[test]
-fn a_key_without_any_replica_is_a_finding_that_stays() {
+fn a_key_without_any_replica_remains_a_finding() {
     let (c, disks) = store(Setup::new().replicas(2));
     let files = files_of(&c, "/replaced", version(&c));
     files.iter().for_each(|file| fs::remove_file(file).unwrap());
-    for flags in [&["verify"][..], &ALL[..]] {
-        c.mkv(flags).fails(&["not whole"]).says("replicas missing: 2").says("\"/replaced\"");
+    for flags in [&["verify"][..], &REPAIR_ALL[..]] {
+        c.mkv(flags).fails(&["not whole"]).prints("replicas missing: 2").prints("\"/replaced\"");
     }
     assert_eq!(c.dump().lines().count(), KEYS);
     files.iter().for_each(|file| fs::write(file, "new").unwrap());
-    c.verified();
-    assert_eq!(c.disks().len(), disks.len());
+    c.assert_verified();
+    assert_eq!(c.disk_contents().len(), disks.len());
 }
 
 fn version(c: &Cluster) -> u64 {
@@ -587,61 +591,62 @@ fn version(c: &Cluster) -> u64 {
 }
 
 #[test]
-fn strays_go_only_when_they_are_asked_to_and_older_than_the_grace() {
+fn repair_removes_strays_only_on_request_and_after_the_grace() {
     let (c, disks) = store(Setup::new().replicas(2));
     let plain = |key: &str| reference::path(key.as_bytes(), 0);
     let ages = [("/minutes", 600), ("/hours", 7200), ("/days", 100_000)];
     for (key, age) in ages {
-        c.plant(&elsewhere(&c, key), &plain(key), "stray", now() - age);
+        c.store_blob(&misplaced_replica(&c, key), &plain(key), "stray", now() - age);
     }
-    let there = || ages.map(|(key, _)| c.file(&elsewhere(&c, key), &plain(key)).exists());
+    let there = || ages.map(|(key, _)| c.file(&misplaced_replica(&c, key), &plain(key)).exists());
     let line = "blobs of keys that the index does not know: ";
-    c.mkv(&["verify"]).fails(&[]).says(&format!("{line}3"));
-    c.mkv(&["verify", "-repair"]).fails(&[]).says(&format!("{line}3"));
+    c.mkv(&["verify"]).fails(&[]).prints(&format!("{line}3"));
+    c.mkv(&["verify", "-repair"]).fails(&[]).prints(&format!("{line}3"));
     assert_eq!(there(), [true, true, true]);
-    c.mkv(&["verify", "-repair", "-strays"]).fails(&[]).says(&format!("{line}2"));
+    c.mkv(&["verify", "-repair", "-strays"]).fails(&[]).prints(&format!("{line}2"));
     assert_eq!(there(), [true, true, false]);
-    c.mkv(&["verify", "-repair", "-strays", "-grace", "1h"]).fails(&[]).says(&format!("{line}1"));
+    c.mkv(&["verify", "-repair", "-strays", "-grace", "1h"]).fails(&[]).prints(&format!("{line}1"));
     assert_eq!(there(), [true, false, false]);
     // A stray newer than everything in the index protects all strays, whatever the grace.
-    let new = elsewhere(&c, "/new");
-    c.plant(&new, &plain("/new"), "stray", now() + 1);
-    c.mkv(&["verify", "-repair", "-strays", "-grace", "0s"]).fails(&[]).says(&format!("{line}2"));
+    let new = misplaced_replica(&c, "/new");
+    c.store_blob(&new, &plain("/new"), "stray", now() + 1);
+    c.mkv(&["verify", "-repair", "-strays", "-grace", "0s"]).fails(&[]).prints(&format!("{line}2"));
     assert_eq!(there(), [true, false, false]);
     fs::remove_file(c.file(&new, &plain("/new"))).unwrap();
     c.mkv(&["verify", "-repair", "-strays", "-grace", "5m"]).expect(0);
-    c.disks_are(&disks);
-    c.verified();
+    c.assert_disks(&disks);
+    c.assert_verified();
 }
 
 #[test]
-fn a_lost_disk_of_more_keys_than_are_looked_at_together_is_mended() {
+fn repair_restores_a_lost_disk_larger_than_one_batch() {
     let mut c = Setup::new().subvolumes(1).replicas(2).start();
-    let keys = numbered("/n/", 6500);
+    let keys = numbered_keys("/n/", 6500);
     c.fill(&keys);
     c.stop_master();
-    let disks = c.disks();
+    let disks = c.disk_contents();
     let lost: Vec<PathBuf> = c.volumes[0].files().into_values().collect();
     assert!(lost.len() > 4096, "{}", lost.len());
     lost.iter().for_each(|file| fs::remove_file(file).unwrap());
     let line = format!("replicas missing: {}", lost.len());
     let more = format!("… and {} more", lost.len() - 10);
     let with_findings = format!("{} with findings", lost.len());
-    c.mkv(&["verify"]).fails(&["not whole"]).says(&line).says(&more).says(&with_findings);
+    c.mkv(&["verify"]).fails(&["not whole"]).prints(&line).prints(&more).prints(&with_findings);
     // A blob newer than the index keeps all surplus blobs, from the first key to the last.
-    let (first, last) = (elsewhere(&c, "/n/0000"), reference::path(b"/z", 0));
-    c.plant(&first, &reference::path(b"/n/0000", 0), value_of(&keys[0]), 1000);
-    c.plant(&c.names[1], &last, "newer", now() + 1);
+    let (first, last) = (misplaced_replica(&c, "/n/0000"), reference::path(b"/z", 0));
+    c.store_blob(&first, &reference::path(b"/n/0000", 0), value_of(&keys[0]), 1000);
+    c.store_blob(&c.names[1], &last, "newer", now() + 1);
     let unknown = "that the index does not know: 1";
-    let ran = c.mkv(&ALL).fails(&["not whole"]).says("Nothing is removed").says(unknown);
-    ran.says("surplus replicas: 1").says("2 with findings").never_says("missing");
+    let result =
+        c.mkv(&REPAIR_ALL).fails(&["not whole"]).prints("Nothing is removed").prints(unknown);
+    result.prints("surplus replicas: 1").prints("2 with findings").does_not_print("missing");
     fs::remove_file(c.file(&c.names[1], &last)).unwrap();
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
-    c.disks_are(&disks);
+    c.assert_disks(&disks);
 }
 
 #[test]
-fn a_repair_killed_at_any_point_is_done_by_the_next_one() {
+fn the_next_repair_finishes_a_killed_one() {
     let (c, disks) = store(Setup::new().proxied().replicas(2));
     let dump = c.dump();
     let files = || ["/n/0001", "/n/0002", KEY].map(|key| files_of(&c, key, 0).remove(0));
@@ -658,24 +663,24 @@ fn a_repair_killed_at_any_point_is_done_by_the_next_one() {
         flip_a_bit(&flipped);
         for key in ["/n/0004", "/replaced", "/n/0001"] {
             let plain = reference::path(key.as_bytes(), 0);
-            c.plant(&elsewhere(&c, key), &plain, "too much", now() - 10);
+            c.store_blob(&misplaced_replica(&c, key), &plain, "too much", now() - 10);
         }
         c.each_proxy(|proxy| proxy.set(method, fault));
-        let repair = c.begin(&["verify", "-deep", "-repair"]);
-        crate::support::http_client::until("one is held", || held(&c, method));
+        let repair = c.start_command(&["verify", "-deep", "-repair"]);
+        crate::support::http_client::wait_until("a request is held", || any_held(&c, method));
         repair.kill();
         c.each_proxy(|proxy| {
-            proxy.lose_held(method);
-            proxy.behave();
+            proxy.drop_held(method);
+            proxy.remove_faults();
         });
         assert_eq!(c.dump(), dump);
         c.mkv(&["verify", "-deep", "-repair"]).expect(0);
         assert_eq!(c.dump(), dump, "{method} {fault:?}");
-        c.disks_are(&disks);
+        c.assert_disks(&disks);
     }
-    c.verified();
+    c.assert_verified();
 }
 
-fn held(c: &Cluster, method: &str) -> bool {
-    c.proxies.iter().any(|proxy| proxy.held(method) > 0)
+fn any_held(c: &Cluster, method: &str) -> bool {
+    c.proxies.iter().any(|proxy| proxy.any_held(method) > 0)
 }

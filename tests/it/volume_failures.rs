@@ -7,14 +7,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::cluster::{Cluster, Setup, same};
-use crate::support::commands::{numbered, value_of};
+use crate::support::cluster::{Cluster, Setup, assert_same_bytes};
+use crate::support::commands::{numbered_keys, value_of};
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Answer, follow};
 
 /// The failure of one of three volumes.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Wrong {
+enum Failure {
     Killed,
     Frozen,
     Refusing,
@@ -26,60 +26,60 @@ enum Wrong {
 
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-impl Wrong {
+impl Failure {
     /// The status of a write to the failed volume.
     fn status(self) -> u16 {
         match self {
-            Wrong::Killed | Wrong::Frozen | Wrong::Slow => 503,
-            Wrong::Refusing | Wrong::Full | Wrong::ReadOnly => 500,
-            Wrong::Emptied => 201,
+            Failure::Killed | Failure::Frozen | Failure::Slow => 503,
+            Failure::Refusing | Failure::Full | Failure::ReadOnly => 500,
+            Failure::Emptied => 201,
         }
     }
 
     /// `own_disk`: the volume's folder is a disk of its own.
-    fn begin(self, c: &mut Cluster, real: bool) {
+    fn start(self, c: &mut Cluster, own_disk: bool) {
         let refuse = |methods: &[&str]| {
             methods.iter().for_each(|method| c.proxies[0].set(method, Fault::Answer(500)));
         };
         match self {
-            Wrong::Killed => c.volumes[0].kill(),
-            Wrong::Frozen => c.volumes[0].freeze(),
-            Wrong::Refusing => refuse(&["HEAD", "GET", "PUT", "DELETE"]),
-            Wrong::Slow => {
+            Failure::Killed => c.volumes[0].kill(),
+            Failure::Frozen => c.volumes[0].freeze(),
+            Failure::Refusing => refuse(&["HEAD", "GET", "PUT", "DELETE"]),
+            Failure::Slow => {
                 let slow = Fault::Delay(TIMEOUT * 3 / 2);
                 ["HEAD", "PUT", "DELETE"].iter().for_each(|method| c.proxies[0].set(method, slow));
             }
-            Wrong::Full if real => fill_up(&c.volumes[0].folder),
-            Wrong::ReadOnly if real => assert!(remount(&c.volumes[0].folder, "ro")),
+            Failure::Full if own_disk => fill_disk(&c.volumes[0].folder),
+            Failure::ReadOnly if own_disk => assert!(remount(&c.volumes[0].folder, "ro")),
             // Where no disk can be mounted, the proxy answers as nginx would.
-            Wrong::Full => refuse(&["PUT"]),
-            Wrong::ReadOnly => refuse(&["PUT", "DELETE"]),
-            Wrong::Emptied => {
+            Failure::Full => refuse(&["PUT"]),
+            Failure::ReadOnly => refuse(&["PUT", "DELETE"]),
+            Failure::Emptied => {
                 c.volumes[0].kill();
-                c.empty(&c.volumes[0].folder);
+                c.erase_disk(&c.volumes[0].folder);
                 c.volumes[0].start();
             }
         }
     }
 
-    fn end(self, c: &mut Cluster, real: bool) {
-        c.proxies.iter().for_each(|proxy| proxy.behave());
+    fn stop(self, c: &mut Cluster, own_disk: bool) {
+        c.proxies.iter().for_each(|proxy| proxy.remove_faults());
         match self {
-            Wrong::Killed => c.volumes[0].start(),
-            Wrong::Frozen => c.volumes[0].thaw(),
-            Wrong::Full if real => make_room(&c.volumes[0].folder),
-            Wrong::ReadOnly if real => assert!(remount(&c.volumes[0].folder, "rw")),
+            Failure::Killed => c.volumes[0].start(),
+            Failure::Frozen => c.volumes[0].thaw(),
+            Failure::Full if own_disk => free_disk(&c.volumes[0].folder),
+            Failure::ReadOnly if own_disk => assert!(remount(&c.volumes[0].folder, "rw")),
             _ => {}
         }
     }
 }
 
-pub fn fill_up(disk: &Path) {
+pub fn fill_disk(disk: &Path) {
     let mut file = fs::File::create(disk.join(".filler")).unwrap();
     while file.write_all(&[0; 4096]).is_ok() {}
 }
 
-pub fn make_room(disk: &Path) {
+pub fn free_disk(disk: &Path) {
     fs::remove_file(disk.join(".filler")).unwrap();
 }
 
@@ -90,143 +90,148 @@ pub fn remount(disk: &Path, how: &str) -> bool {
 }
 
 /// Reads each key three times. Only the first few reads may wait for the silent volume's timeout.
-pub fn all_are_read(c: &Cluster, keys: &[Vec<u8>]) {
+pub fn assert_all_readable(c: &Cluster, keys: &[Vec<u8>]) {
     let mut slow = 0;
     for key in [keys, keys, keys].concat() {
-        let begun = Instant::now();
+        let started = Instant::now();
         let answer = follow(&c.get(&key).expect(302)).expect(200);
-        assert!(begun.elapsed() < TIMEOUT * 2, "{:?}", begun.elapsed());
-        slow += usize::from(begun.elapsed() > TIMEOUT / 2);
-        same(&answer.body, &value_of(&key), &key.escape_ascii().to_string());
+        assert!(started.elapsed() < TIMEOUT * 2, "{:?}", started.elapsed());
+        slow += usize::from(started.elapsed() > TIMEOUT / 2);
+        assert_same_bytes(&answer.body, &value_of(&key), &key.escape_ascii().to_string());
     }
     println!("{slow} of {} reads were slow", 3 * keys.len());
     assert!(slow <= 3, "{slow} reads were slow");
 }
 
-fn survives(wrong: Wrong) {
-    let mut real = false;
+fn assert_survives(failure: Failure) {
+    let mut own_disk = false;
     let setup = Setup::new().replicas(2).subvolumes(1).flags(&["-voltimeout", "1s"]);
-    let plain = matches!(wrong, Wrong::Killed | Wrong::Frozen | Wrong::Emptied);
+    let plain = matches!(failure, Failure::Killed | Failure::Frozen | Failure::Emptied);
     let mut c = Cluster::start_with(if plain { setup } else { setup.proxied() }, |c| {
         let disk = c.volumes[0].folder.clone();
-        real = matches!(wrong, Wrong::Full | Wrong::ReadOnly) && c.mount_small_disk(&disk, "4m");
+        own_disk =
+            matches!(failure, Failure::Full | Failure::ReadOnly) && c.mount_small_disk(&disk, "4m");
     });
-    println!("a disk of its own: {real}");
+    println!("the volume has its own disk: {own_disk}");
     let (name, master) = (c.names[0].clone(), c.master_pid());
-    let is_on = |c: &Cluster, key: &[u8]| c.placed(key).contains(&name);
-    let (mut on, mut off): (Vec<_>, Vec<_>) =
-        numbered("/k", 60).into_iter().partition(|key| is_on(&c, key));
-    c.fill(&[&on[..], &off[..]].concat());
-    let hidden = [on.split_off(on.len() - 2), off.split_off(off.len() - 2)].concat();
-    hidden.iter().for_each(|key| drop(c.ask("UNLINK", key).expect(204)));
-    let (new_on, new_off): (Vec<_>, Vec<_>) =
-        numbered("/new", 12).into_iter().partition(|key| is_on(&c, key));
+    let is_on = |c: &Cluster, key: &[u8]| c.placement(key).contains(&name);
+    let (mut on_volume, mut elsewhere): (Vec<_>, Vec<_>) =
+        numbered_keys("/k", 60).into_iter().partition(|key| is_on(&c, key));
+    c.fill(&[&on_volume[..], &elsewhere[..]].concat());
+    let unlinked =
+        [on_volume.split_off(on_volume.len() - 2), elsewhere.split_off(elsewhere.len() - 2)]
+            .concat();
+    unlinked.iter().for_each(|key| drop(c.ask("UNLINK", key).expect(204)));
+    let (new_on_volume, new_elsewhere): (Vec<_>, Vec<_>) =
+        numbered_keys("/new", 12).into_iter().partition(|key| is_on(&c, key));
 
-    wrong.begin(&mut c, real);
-    all_are_read(&c, &[&on[..], &off[..]].concat());
-    let status = wrong.status();
-    for key in &new_off {
+    failure.start(&mut c, own_disk);
+    assert_all_readable(&c, &[&on_volume[..], &elsewhere[..]].concat());
+    let status = failure.status();
+    for key in &new_elsewhere {
         c.put(key, value_of(key)).expect(201);
     }
-    for key in &new_on[..3] {
+    for key in &new_on_volume[..3] {
         // The second try shows that the first left no lock.
         for _ in 0..2 {
             match status {
                 201 => drop(c.replace(key, value_of(key)).expect(201)),
-                _ => drop(c.put(key, value_of(key)).refused(status, &name)),
+                _ => drop(c.put(key, value_of(key)).expect_error(status, &name)),
             }
         }
         c.get(key).expect(if status == 201 { 302 } else { 404 });
     }
     if status != 201 {
-        c.replace(&on[0], "another value").refused(status, &name);
+        c.replace(&on_volume[0], "another value").expect_error(status, &name);
     }
-    c.ask("UNLINK", &on[1]).expect(204);
-    c.ask("RELINK", &on[1]).expect(204);
+    c.ask("UNLINK", &on_volume[1]).expect(204);
+    c.ask("RELINK", &on_volume[1]).expect(204);
     // The key is deleted even if a blob must wait for its volume. A slow volume gets enough time.
-    let (gone_on, gone_off) = (on.pop().unwrap(), off.pop().unwrap());
-    if matches!(wrong, Wrong::Slow | Wrong::Full | Wrong::Emptied) {
-        c.ask("DELETE", &gone_on).expect(204);
+    let (deleted_on_volume, deleted_elsewhere) =
+        (on_volume.pop().unwrap(), elsewhere.pop().unwrap());
+    if matches!(failure, Failure::Slow | Failure::Full | Failure::Emptied) {
+        c.ask("DELETE", &deleted_on_volume).expect(204);
     } else {
-        c.ask("DELETE", &gone_on).refused(503, &name);
-        c.ask("DELETE", &gone_on).refused(503, &name);
+        c.ask("DELETE", &deleted_on_volume).expect_error(503, &name);
+        c.ask("DELETE", &deleted_on_volume).expect_error(503, &name);
     }
-    c.get(&gone_on).expect(404);
-    c.ask("DELETE", &gone_off).expect(204);
-    let mut live: BTreeSet<_> = [&on[..], &off[..], &new_off[..]].concat().into_iter().collect();
-    live.extend(new_on[..3].iter().filter(|_| status == 201).cloned());
+    c.get(&deleted_on_volume).expect(404);
+    c.ask("DELETE", &deleted_elsewhere).expect(204);
+    let mut live: BTreeSet<_> =
+        [&on_volume[..], &elsewhere[..], &new_elsewhere[..]].concat().into_iter().collect();
+    live.extend(new_on_volume[..3].iter().filter(|_| status == 201).cloned());
     assert!(c.live().iter().eq(&live), "{:?}", c.live());
     let live: Vec<_> = live.into_iter().collect();
-    all_are_read(&c, &live);
+    assert_all_readable(&c, &live);
 
-    wrong.end(&mut c, real);
-    if wrong == Wrong::Emptied {
-        for key in live.iter().chain(&hidden) {
+    failure.stop(&mut c, own_disk);
+    if failure == Failure::Emptied {
+        for key in live.iter().chain(&unlinked) {
             c.ask("REBALANCE", key).expect(204);
         }
     }
-    c.cleaned();
-    for key in new_on.iter().filter(|key| !live.contains(key)) {
+    c.wait_until_cleaned();
+    for key in new_on_volume.iter().filter(|key| !live.contains(key)) {
         c.put(key, value_of(key)).expect(201);
     }
-    all_are_read(&c, &[&live[..], &new_on[..]].concat());
-    c.verified();
+    assert_all_readable(&c, &[&live[..], &new_on_volume[..]].concat());
+    c.assert_verified();
     assert_eq!(c.master_pid(), master);
-    for key in &hidden {
+    for key in &unlinked {
         c.ask("RELINK", key).expect(204);
     }
-    all_are_read(&c, &hidden);
+    assert_all_readable(&c, &unlinked);
 }
 
 #[test]
-fn a_volume_that_is_killed() {
-    survives(Wrong::Killed);
+fn the_store_survives_a_killed_volume() {
+    assert_survives(Failure::Killed);
 }
 
 #[test]
-fn a_volume_that_hangs() {
-    survives(Wrong::Frozen);
+fn the_store_survives_a_hanging_volume() {
+    assert_survives(Failure::Frozen);
 }
 
 #[test]
-fn a_volume_that_refuses_everything() {
-    survives(Wrong::Refusing);
+fn the_store_survives_a_volume_that_refuses_everything() {
+    assert_survives(Failure::Refusing);
 }
 
 #[test]
-fn a_volume_that_is_slow() {
-    survives(Wrong::Slow);
+fn the_store_survives_a_slow_volume() {
+    assert_survives(Failure::Slow);
 }
 
 #[test]
-fn a_volume_whose_disk_is_full() {
-    survives(Wrong::Full);
+fn the_store_survives_a_volume_with_a_full_disk() {
+    assert_survives(Failure::Full);
 }
 
 #[test]
-fn a_volume_whose_disk_turns_read_only() {
-    survives(Wrong::ReadOnly);
+fn the_store_survives_a_volume_whose_disk_turns_read_only() {
+    assert_survives(Failure::ReadOnly);
 }
 
 #[test]
-fn a_volume_that_comes_back_empty() {
-    survives(Wrong::Emptied);
+fn the_store_survives_a_volume_that_comes_back_empty() {
+    assert_survives(Failure::Emptied);
 }
 
 #[test]
-fn with_all_volumes_down_the_index_still_answers() {
+fn the_index_still_answers_when_all_volumes_are_down() {
     let mut c = Setup::new().flags(&["-voltimeout", "1s"]).start();
-    let keys = numbered("/k", 8);
+    let keys = numbered_keys("/k", 8);
     c.fill(&keys);
     c.ask("UNLINK", &keys[0]).expect(204);
     c.volumes.iter_mut().for_each(|volume| volume.kill());
     let waits = |answer: Answer| assert!(answer.header("Retry-After").is_some(), "{answer:?}");
     for _ in 0..2 {
-        waits(c.get(&keys[1]).refused(503, "volume"));
-        waits(c.put("/new", "value").refused(503, &c.host));
-        waits(c.replace(&keys[1], "value").refused(503, &c.host));
-        waits(c.ask("RELINK", &keys[0]).refused(503, "volume"));
-        waits(c.ask("DELETE", &keys[2]).refused(503, &c.host));
+        waits(c.get(&keys[1]).expect_error(503, "volume"));
+        waits(c.put("/new", "value").expect_error(503, &c.host));
+        waits(c.replace(&keys[1], "value").expect_error(503, &c.host));
+        waits(c.ask("RELINK", &keys[0]).expect_error(503, "volume"));
+        waits(c.ask("DELETE", &keys[2]).expect_error(503, &c.host));
         c.ask("UNLINK", &keys[3]);
         c.get("/none").expect(404);
         assert_eq!(c.live().len(), 5);
@@ -236,12 +241,12 @@ fn with_all_volumes_down_the_index_still_answers() {
         assert!(health.contains("\"index\":\"ok\""), "{health}");
     }
     c.start_volumes();
-    c.cleaned();
+    c.wait_until_cleaned();
     c.put("/new", "value").expect(201);
     c.ask("DELETE", "/new").expect(204);
     c.ask_target("GET", "/?health").expect(200);
     c.ask("RELINK", &keys[0]).expect(204);
     c.ask("RELINK", &keys[3]).expect(204);
-    all_are_read(&c, &[&keys[..2], &keys[3..]].concat());
-    c.verified();
+    assert_all_readable(&c, &[&keys[..2], &keys[3..]].concat());
+    c.assert_verified();
 }

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use percent_encoding::percent_decode_str;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::faulty_proxy::Faulty;
-use crate::support::http_client::{self, Answer, Conn, PATIENCE, follow, target, until};
+use crate::support::faulty_proxy::FaultyProxy;
+use crate::support::http_client::{self, Answer, Conn, TIMEOUT, follow, target, wait_until};
 use crate::support::reference;
 
 /// Reserves a loopback address for one test, so that all its ports are free and stay free while a
 /// server is down. Dropping the listener releases the address.
-pub fn own_address() -> (TcpListener, String) {
+pub fn reserve_address() -> (TcpListener, String) {
     loop {
         let [a, b, c, _] = fastrand::u32(..).to_be_bytes();
         let host = format!("127.{}.{b}.{c}", a.clamp(1, 254));
@@ -99,14 +99,14 @@ pub struct Volume {
 
 impl Volume {
     fn launch(&mut self) {
-        assert!(self.script.is_none(), "{} runs already", self.address);
+        assert!(self.script.is_none(), "{} is already running", self.address);
         let (host, port) = self.address.split_once(':').expect("host:port");
         let log = fs::File::options()
             .append(true)
             .create(true)
             .open(self.folder.with_extension("log"))
             .expect("the log can be written");
-        let mut command = bound_to_us("TERM");
+        let mut command = child_command("TERM");
         command
             // The working directory's volume.sh: clones may share a target folder, so the path of
             // this binary says nothing.
@@ -119,15 +119,15 @@ impl Volume {
         self.script = Some(command.spawn().expect("volume.sh starts"));
     }
 
-    fn await_ready(&mut self) {
-        let line = first_line(self.script.as_mut().expect("it was launched"));
+    fn wait_until_ready(&mut self) {
+        let line = first_line(self.script.as_mut().expect("the script has been started"));
         let log = fs::read_to_string(self.folder.with_extension("log")).unwrap_or_default();
         assert!(line.contains(" serves "), "volume.sh does not serve: {line}{log}");
     }
 
     pub fn start(&mut self) {
         self.launch();
-        self.await_ready();
+        self.wait_until_ready();
     }
 
     /// Stops nginx gracefully.
@@ -166,7 +166,7 @@ impl Volume {
         let nginx: u32 = text.trim().parse().ok()?;
         let parent = format!("PPid:\t{nginx}");
         let mut pids = vec![nginx];
-        for entry in fs::read_dir("/proc").expect("/proc is there").flatten() {
+        for entry in fs::read_dir("/proc").expect("/proc is mounted").flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
@@ -186,7 +186,7 @@ impl Volume {
     }
 
     /// The number of files in nginx's temporary folder: uploads in progress or left behind.
-    pub fn uploads(&self) -> usize {
+    pub fn temporary_files(&self) -> usize {
         let mut files = BTreeMap::new();
         walk(&self.folder.join(".nginx/temp"), "", &mut files);
         files.len()
@@ -212,7 +212,7 @@ fn walk(folder: &Path, below: &str, files: &mut BTreeMap<String, PathBuf>) {
 
 /// What a redirect says about a key.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Found {
+pub struct KeyInfo {
     pub replicas: Vec<String>,
     /// The blob's path, the same below each replica.
     pub path: String,
@@ -225,7 +225,7 @@ pub struct Cluster {
     pub folder: PathBuf,
     pub host: String,
     pub volumes: Vec<Volume>,
-    pub proxies: Vec<Faulty>,
+    pub proxies: Vec<FaultyProxy>,
     pub setup: Setup,
     /// The addresses of the volumes in the master's -volumes.
     pub names: Vec<String>,
@@ -233,7 +233,7 @@ pub struct Cluster {
     /// The port that the master listens on; 0 before its first start.
     port: u16,
     /// Keys whose debris may outlast the test.
-    lasting: BTreeSet<Vec<u8>>,
+    allowed_debris: BTreeSet<Vec<u8>>,
     mounted: Vec<PathBuf>,
     _reserved: TcpListener,
 }
@@ -249,18 +249,19 @@ impl Cluster {
 
     /// Calls `prepare` once the volumes' folders exist and before nginx starts.
     pub fn start_with(setup: Setup, prepare: impl FnOnce(&mut Cluster)) -> Cluster {
-        let (reserved, host) = own_address();
+        let (reserved, host) = reserve_address();
         let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
         let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder).expect("the temporary folder can be made");
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        fs::create_dir_all(&folder).expect("the temporary folder can be created");
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))
+            .expect("the folder's mode can be set");
         let mut cluster = Cluster {
             volumes: Vec::new(),
             proxies: Vec::new(),
             names: Vec::new(),
             master: None,
             port: 0,
-            lasting: BTreeSet::new(),
+            allowed_debris: BTreeSet::new(),
             mounted: Vec::new(),
             _reserved: reserved,
             folder,
@@ -269,17 +270,17 @@ impl Cluster {
         };
         for n in 1..=cluster.setup.volumes {
             let folder = cluster.folder.join(format!("v{n}"));
-            fs::create_dir(&folder).expect("a volume's folder can be made");
+            fs::create_dir(&folder).expect("a volume's folder can be created");
             let address = format!("{}:{}", cluster.host, 3000 + n);
             cluster.volumes.push(Volume { folder, address, script: None });
         }
         prepare(&mut cluster);
         cluster.volumes.iter_mut().for_each(Volume::launch);
         for (n, volume) in cluster.volumes.iter_mut().enumerate() {
-            volume.await_ready();
+            volume.wait_until_ready();
             if cluster.setup.proxied {
                 let address = format!("{}:{}", cluster.host, 4001 + n);
-                cluster.proxies.push(Faulty::start(&address, &volume.address));
+                cluster.proxies.push(FaultyProxy::start(&address, &volume.address));
                 cluster.names.push(address);
             } else {
                 cluster.names.push(volume.address.clone());
@@ -311,10 +312,10 @@ impl Cluster {
     pub fn start_volumes(&mut self) {
         let mut down: Vec<_> = self.volumes.iter_mut().filter(|v| v.script.is_none()).collect();
         down.iter_mut().for_each(|volume| volume.launch());
-        down.iter_mut().for_each(|volume| volume.await_ready());
+        down.iter_mut().for_each(|volume| volume.wait_until_ready());
     }
 
-    pub fn each_proxy(&self, act: impl Fn(&Faulty)) {
+    pub fn each_proxy(&self, act: impl Fn(&FaultyProxy)) {
         self.proxies.iter().for_each(act);
     }
 
@@ -323,7 +324,7 @@ impl Cluster {
     /// The command line that starts the master. The first start takes any free port, later ones the
     /// same.
     pub fn master_command(&self) -> Command {
-        let mut command = bound_to_us("KILL");
+        let mut command = child_command("KILL");
         command
             .args(&self.setup.launcher)
             .arg(env!("CARGO_BIN_EXE_mkv"))
@@ -362,11 +363,11 @@ impl Cluster {
             self.master = Some(master);
             return Ok(());
         }
-        wait(&mut master, "the master that does not listen");
-        let status = master.wait().expect("its status is known");
-        let said = self.log().split_off(before);
-        let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("mkv: ")).collect();
-        assert!(status.code() == Some(1) && errors.len() == 1, "{line}{status}:\n{said}");
+        wait(&mut master, "the master that failed to start");
+        let status = master.wait().expect("the exit status is available");
+        let output = self.log().split_off(before);
+        let errors: Vec<&str> = output.lines().filter(|line| line.starts_with("mkv: ")).collect();
+        assert!(status.code() == Some(1) && errors.len() == 1, "{line}{status}:\n{output}");
         Err(errors[0].into())
     }
 
@@ -375,7 +376,7 @@ impl Cluster {
     }
 
     /// A memory figure from /proc, in KiB: VmRSS is the current size, VmHWM the peak.
-    pub fn memory(&self, field: &str) -> u64 {
+    pub fn memory_kib(&self, field: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.master_pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with(field)).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
@@ -398,15 +399,15 @@ impl Cluster {
     }
 
     /// Waits until a terminated master has exited.
-    pub fn await_master(&mut self) -> ExitStatus {
+    pub fn wait_for_master_exit(&mut self) -> ExitStatus {
         wait(self.master.as_mut().expect("the master runs"), "the master after SIGTERM");
-        self.master.take().expect("it was there").wait().expect("its status is known")
+        self.master.take().expect("the master runs").wait().expect("the exit status is available")
     }
 
     pub fn stop_master(&mut self) {
         self.terminate_master();
-        let status = self.await_master();
-        assert_eq!(status.code(), Some(0), "the master's end:\n{}", self.log());
+        let status = self.wait_for_master_exit();
+        assert_eq!(status.code(), Some(0), "the master's exit:\n{}", self.log());
     }
 
     pub fn restart_master(&mut self) {
@@ -499,14 +500,14 @@ impl Cluster {
     }
 
     /// The keys with debris.
-    pub fn writing(&self) -> Vec<Vec<u8>> {
+    pub fn keys_with_debris(&self) -> Vec<Vec<u8>> {
         self.keys("/", "writing")
     }
 
     /// Reads what the master says about a live key, and checks that the headers agree with each
     /// other.
     #[track_caller]
-    pub fn found(&self, key: impl AsRef<[u8]>) -> Found {
+    pub fn key_info(&self, key: impl AsRef<[u8]>) -> KeyInfo {
         let key = key.as_ref();
         let answer = self.get(key).expect(302);
         assert_eq!(answer.header("Content-Length"), Some("0"));
@@ -525,18 +526,18 @@ impl Cluster {
             .to_string();
         let version = reference::version_of(&path);
         assert_eq!(path, reference::path(key, version), "the path of {}", key.escape_ascii());
-        assert_eq!(balanced, replicas == self.placed(key), "the balance of {replicas:?}");
+        assert_eq!(balanced, replicas == self.placement(key), "the balance of {replicas:?}");
         let md5 = answer.header("Content-Md5").map(String::from);
-        Found { replicas, path, version, md5, balanced }
+        KeyInfo { replicas, path, version, md5, balanced }
     }
 
     /// The replicas that placement wants for the key.
-    pub fn placed(&self, key: impl AsRef<[u8]>) -> Vec<String> {
+    pub fn placement(&self, key: impl AsRef<[u8]>) -> Vec<String> {
         reference::place(key.as_ref(), &self.names, self.setup.replicas, self.setup.subvolumes)
     }
 
     /// The index of the volume that holds this replica.
-    pub fn number(&self, replica: &str) -> usize {
+    pub fn volume_index(&self, replica: &str) -> usize {
         let name = replica.split('/').next();
         let found = self.names.iter().position(|n| Some(n.as_str()) == name);
         found.unwrap_or_else(|| panic!("{replica} is on none of {:?}", self.names))
@@ -544,20 +545,20 @@ impl Cluster {
 
     /// The index of the volume that should hold the key's nth replica.
     pub fn holder(&self, key: impl AsRef<[u8]>, replica: usize) -> usize {
-        self.number(&self.placed(key)[replica])
+        self.volume_index(&self.placement(key)[replica])
     }
 
     /// The file of a blob.
     pub fn file(&self, replica: &str, path: &str) -> PathBuf {
         let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
-        let folder = &self.volumes[self.number(replica)].folder;
+        let folder = &self.volumes[self.volume_index(replica)].folder;
         folder.join(below).join(path.trim_start_matches('/'))
     }
 
     /// The files of a live key's replicas.
     #[track_caller]
     pub fn files(&self, key: impl AsRef<[u8]>) -> Vec<PathBuf> {
-        let found = self.found(key);
+        let found = self.key_info(key);
         found.replicas.iter().map(|replica| self.file(replica, &found.path)).collect()
     }
 
@@ -574,15 +575,15 @@ impl Cluster {
 
     /// Checks the value as a client reads it, and as every replica's disk holds it.
     #[track_caller]
-    pub fn holds(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Found {
+    pub fn assert_value(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> KeyInfo {
         let (key, value) = (key.as_ref(), value.as_ref());
         let read = follow(&self.get(key).expect(302)).expect(200);
-        same(&read.body, value, "what a client reads");
-        let found = self.found(key);
+        assert_same_bytes(&read.body, value, "the value that a client reads");
+        let found = self.key_info(key);
         for replica in &found.replicas {
             let file = self.file(replica, &found.path);
-            let there = fs::read(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
-            same(&there, value, replica);
+            let stored = fs::read(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            assert_same_bytes(&stored, value, replica);
         }
         if let Some(md5) = &found.md5 {
             assert_eq!(*md5, reference::md5(value), "Content-Md5 of {}", key.escape_ascii());
@@ -593,11 +594,11 @@ impl Cluster {
     /// Checks that the key cannot be read, is not listed, is not locked, and, once the cleaner is
     /// done, has no blob.
     #[track_caller]
-    pub fn lacks(&self, key: impl AsRef<[u8]>) {
+    pub fn assert_absent(&self, key: impl AsRef<[u8]>) {
         let key = key.as_ref();
         self.get(key).expect(404);
         assert!(!self.live().contains(&key.to_vec()), "{} is listed", key.escape_ascii());
-        self.cleaned();
+        self.wait_until_cleaned();
         let paths = self.blobs();
         let plain = reference::path(key, 0);
         let left: Vec<_> = paths.keys().filter(|blob| blob.contains(&plain)).collect();
@@ -607,18 +608,22 @@ impl Cluster {
 
     /// Waits until the cleaner has cleared all debris, except that of `allow_debris`.
     #[track_caller]
-    pub fn cleaned(&self) {
+    pub fn wait_until_cleaned(&self) {
         let mut left = Vec::new();
-        let begun = Instant::now();
+        let started = Instant::now();
         loop {
             left.clear();
-            left.extend(self.writing().into_iter().filter(|key| !self.lasting.contains(key)));
+            left.extend(
+                self.keys_with_debris()
+                    .into_iter()
+                    .filter(|key| !self.allowed_debris.contains(key)),
+            );
             if left.is_empty() {
                 return;
             }
             assert!(
-                begun.elapsed() < PATIENCE,
-                "after {PATIENCE:?} there is debris of {:?}\n{}",
+                started.elapsed() < TIMEOUT,
+                "after {TIMEOUT:?}, debris is left for {:?}\n{}",
                 left.iter().map(|key| key.escape_ascii().to_string()).collect::<Vec<_>>(),
                 self.log()
             );
@@ -628,30 +633,34 @@ impl Cluster {
 
     /// Lets this key's debris outlast the test, because a 404 does not yet prove that its blob is
     /// gone.
-    pub fn debris_may_last(&mut self, key: impl AsRef<[u8]>) {
-        self.lasting.insert(key.as_ref().to_vec());
+    pub fn allow_debris(&mut self, key: impl AsRef<[u8]>) {
+        self.allowed_debris.insert(key.as_ref().to_vec());
     }
 
     /// Checks that every blob of the index is on its volumes with the right bytes, and that the
     /// volumes hold no other blob. Waits for the cleaner first.
     #[track_caller]
-    pub fn check_whole(&mut self) {
-        self.proxies.iter().for_each(Faulty::behave);
+    pub fn assert_whole(&mut self) {
+        self.proxies.iter().for_each(FaultyProxy::remove_faults);
         self.start_volumes();
         if self.master.is_none() {
             self.start_master();
         }
-        self.cleaned();
+        self.wait_until_cleaned();
         let mut expected = BTreeMap::new();
         let mut expect = |key: &[u8]| {
-            let found = self.found(key);
+            let found = self.key_info(key);
             for replica in &found.replicas {
                 expected.insert(format!("{replica}{}", found.path), found.md5.clone());
             }
         };
         let unlinked = self.unlinked();
         for key in self.live() {
-            assert!(!unlinked.contains(&key), "{} is in two lists", key.escape_ascii());
+            assert!(
+                !unlinked.contains(&key),
+                "{} is listed as live and as unlinked",
+                key.escape_ascii()
+            );
             expect(&key);
         }
         for key in unlinked {
@@ -660,30 +669,30 @@ impl Cluster {
             expect(&key);
             self.ask("UNLINK", &key).expect(204);
         }
-        let there = self.blobs();
-        let missing: Vec<_> = expected.keys().filter(|blob| !there.contains_key(*blob)).collect();
-        let surplus: Vec<_> = there.keys().filter(|blob| !expected.contains_key(*blob)).collect();
-        assert!(missing.is_empty(), "the index names what is not there: {missing:?}");
-        assert!(surplus.is_empty(), "the index does not name what is there: {surplus:?}");
-        for (blob, file) in there {
+        let stored = self.blobs();
+        let missing: Vec<_> = expected.keys().filter(|blob| !stored.contains_key(*blob)).collect();
+        let surplus: Vec<_> = stored.keys().filter(|blob| !expected.contains_key(*blob)).collect();
+        assert!(missing.is_empty(), "blobs of the index are missing: {missing:?}");
+        assert!(surplus.is_empty(), "blobs are not in the index: {surplus:?}");
+        for (blob, file) in stored {
             let bytes = fs::read(&file).expect("a blob can be read");
             match &expected[&blob] {
                 Some(md5) => assert_eq!(reference::md5(&bytes), *md5, "the md5 of {blob}"),
                 None => assert!(!bytes.is_empty(), "{blob} is empty"),
             }
         }
-        until("no upload is left in a temporary folder", || {
-            self.volumes.iter().all(|volume| volume.uploads() == 0)
+        wait_until("no upload is left in a temporary folder", || {
+            self.volumes.iter().all(|volume| volume.temporary_files() == 0)
         });
         let log = self.log();
         let panics = log.lines().filter(|line| line.contains("panicked at"));
         // tiny_http panics when a client resets a connection before it is accepted, and when it
         // runs out of descriptors or threads.
-        let own: Vec<_> = panics
+        let panics_of_ours: Vec<_> = panics
             .filter(|line| !line.contains("tiny_http-0.12.0/src/"))
             .filter(|line| !line.contains("library/std/src/thread/"))
             .collect();
-        assert!(own.is_empty(), "{own:?}:\n{log}");
+        assert!(panics_of_ours.is_empty(), "{panics_of_ours:?}:\n{log}");
     }
 
     /// Stops all processes and removes all files.
@@ -718,7 +727,7 @@ impl Drop for Cluster {
             return self.tear_down();
         }
         let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            self.check_whole();
+            self.assert_whole();
             self.stop_master();
         }));
         self.tear_down();
@@ -729,25 +738,25 @@ impl Drop for Cluster {
 }
 
 #[track_caller]
-pub fn same(there: &[u8], value: &[u8], where_: &str) {
-    let differ = there.iter().zip(value).position(|(a, b)| a != b);
+pub fn assert_same_bytes(actual: &[u8], expected: &[u8], place: &str) {
+    let differ = actual.iter().zip(expected).position(|(a, b)| a != b);
     assert!(
-        there.len() == value.len() && differ.is_none(),
-        "{where_}: {} bytes of {}, the first that differs is {differ:?}",
-        there.len(),
-        value.len()
+        actual.len() == expected.len() && differ.is_none(),
+        "{place}: {} bytes instead of {}, first difference at {differ:?}",
+        actual.len(),
+        expected.len()
     );
 }
 
 /// A command whose process is sent this signal when the test process dies.
-pub fn bound_to_us(signal: &str) -> Command {
+pub fn child_command(signal: &str) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", signal, "--"]);
     command
 }
 
 pub fn signal(pid: u32, signal: Signal) {
-    let pid = Pid::from_raw(pid as i32).expect("a process has a number");
+    let pid = Pid::from_raw(pid as i32).expect("a process id is positive");
     // The process may have exited already.
     let _ = kill_process(pid, signal);
 }
@@ -755,19 +764,19 @@ pub fn signal(pid: u32, signal: Signal) {
 /// Waits for a process to exit.
 #[track_caller]
 pub fn wait(process: &mut Child, what: &str) {
-    until(&format!("{what} has ended"), || {
-        process.try_wait().expect("it is our process").is_some()
+    wait_until(&format!("{what} has exited"), || {
+        process.try_wait().expect("the process can be waited for").is_some()
     });
 }
 
 /// The first line that a process prints. A thread drains the rest.
 pub fn first_line(process: &mut Child) -> String {
-    let out = process.stdout.take().expect("its output is a pipe");
+    let out = process.stdout.take().expect("stdout is a pipe");
     let (send, line) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         for line in BufReader::new(out).lines().map_while(Result::ok) {
             let _ = send.send(line);
         }
     });
-    line.recv_timeout(PATIENCE).unwrap_or_else(|e| format!("no first line ({e})\n"))
+    line.recv_timeout(TIMEOUT).unwrap_or_else(|e| format!("no first line ({e})\n"))
 }

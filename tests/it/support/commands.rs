@@ -12,49 +12,50 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rocksdb::{DB, IteratorMode, Options};
 use rustix::process::Signal;
 
-use crate::support::cluster::{Cluster, bound_to_us, same, signal, wait};
-use crate::support::http_client::{self, Conn, target, until};
+use crate::support::cluster::{Cluster, assert_same_bytes, child_command, signal, wait};
+use crate::support::http_client::{self, Conn, target, wait_until};
 use crate::support::reference;
 
 /// The result of a command.
 #[derive(Debug)]
-pub struct Ran {
+pub struct CommandOutput {
     /// `None` if the command was killed.
     pub code: Option<i32>,
     pub out: String,
     pub err: String,
 }
 
-impl Ran {
+impl CommandOutput {
     #[track_caller]
-    pub fn expect(self, code: i32) -> Ran {
+    pub fn expect(self, code: i32) -> CommandOutput {
         assert_eq!(self.code, Some(code), "stdout:\n{}stderr:\n{}", self.out, self.err);
         self
     }
 
     /// Checks that a line of the output contains this text.
     #[track_caller]
-    pub fn says(self, text: &str) -> Ran {
+    pub fn prints(self, text: &str) -> CommandOutput {
         assert!(self.lines().any(|line| line.contains(text)), "{text:?} is missing: {self:#?}");
         self
     }
 
     #[track_caller]
-    pub fn never_says(self, text: &str) -> Ran {
-        assert!(!self.lines().any(|line| line.contains(text)), "{text:?} is said: {self:#?}");
+    pub fn does_not_print(self, text: &str) -> CommandOutput {
+        assert!(!self.lines().any(|line| line.contains(text)), "{text:?} is printed: {self:#?}");
         self
     }
 
     /// Checks for exit status 1 and a single error line that contains all these words.
     #[track_caller]
-    pub fn fails(self, words: &[&str]) -> Ran {
-        let ran = self.expect(1);
-        let errors: Vec<&str> = ran.err.lines().filter(|line| line.starts_with("mkv: ")).collect();
-        assert_eq!(errors.len(), 1, "not one error: {ran:#?}");
+    pub fn fails(self, words: &[&str]) -> CommandOutput {
+        let result = self.expect(1);
+        let errors: Vec<&str> =
+            result.err.lines().filter(|line| line.starts_with("mkv: ")).collect();
+        assert_eq!(errors.len(), 1, "not exactly one error: {result:#?}");
         for word in words {
-            assert!(errors[0].contains(word), "{word:?} is missing: {ran:#?}");
+            assert!(errors[0].contains(word), "{word:?} is missing: {result:#?}");
         }
-        ran
+        result
     }
 
     /// Checks that the command succeeded, or failed only because of debris: for some seconds after
@@ -62,8 +63,11 @@ impl Ran {
     #[track_caller]
     pub fn expect_success_except_debris(self) {
         if self.code != Some(0) {
-            let ran = self.expect(1).says("debris").never_says(" 1 failed");
-            ran.never_says("replicas").never_says("versions").never_says("does not know");
+            let result = self.expect(1).prints("debris").does_not_print(" 1 failed");
+            result
+                .does_not_print("replicas")
+                .does_not_print("versions")
+                .does_not_print("does not know");
         }
     }
 
@@ -73,7 +77,7 @@ impl Ran {
 
     /// The number in front of this text in the output.
     #[track_caller]
-    pub fn number(&self, before: &str) -> u64 {
+    pub fn number_before(&self, before: &str) -> u64 {
         let end = self.out.find(before).unwrap_or_else(|| panic!("no {before:?}: {self:#?}"));
         let digits = self.out[..end].rsplit(|c: char| !c.is_ascii_digit()).next();
         let number = digits.and_then(|digits| digits.parse().ok());
@@ -82,23 +86,23 @@ impl Ran {
 }
 
 /// Every blob on the disks, with a description of its length, md5 and mtime.
-pub type Disks = BTreeMap<PathBuf, String>;
+pub type DiskContents = BTreeMap<PathBuf, String>;
 
 /// A command that is running.
-pub struct Running {
+pub struct RunningCommand {
     child: Child,
     out: PathBuf,
     err: PathBuf,
 }
 
-impl Running {
-    fn start(c: &Cluster, command: &mut Command) -> Running {
+impl RunningCommand {
+    fn start(c: &Cluster, command: &mut Command) -> RunningCommand {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let name = c.folder.join(format!("command-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
         let (out, err) = (name.with_extension("out"), name.with_extension("err"));
-        let file = |path| fs::File::create(path).expect("its output can be kept");
+        let file = |path| fs::File::create(path).expect("an output file can be created");
         let child = command.stdin(Stdio::null()).stdout(file(&out)).stderr(file(&err)).spawn();
-        Running { child: child.expect("the command starts"), out, err }
+        RunningCommand { child: child.expect("the command starts"), out, err }
     }
 
     pub fn pid(&self) -> u32 {
@@ -106,40 +110,41 @@ impl Running {
     }
 
     pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("it is our process").is_none()
+        self.child.try_wait().expect("the process can be waited for").is_none()
     }
 
     #[track_caller]
-    pub fn until_says(&mut self, text: &str) {
-        until(&format!("{:?} says {text:?}", self.out), || {
+    pub fn wait_until_prints(&mut self, text: &str) {
+        wait_until(&format!("{:?} contains {text:?}", self.out), || {
             fs::read_to_string(&self.out).is_ok_and(|out| out.contains(text))
         });
     }
 
     #[track_caller]
-    pub fn ends(mut self) -> Ran {
+    pub fn wait(mut self) -> CommandOutput {
         wait(&mut self.child, "the command");
-        self.ran()
+        self.result()
     }
 
     /// Kills the command with SIGKILL.
     #[track_caller]
-    pub fn kill(mut self) -> Ran {
+    pub fn kill(mut self) -> CommandOutput {
         signal(self.pid(), Signal::KILL);
         wait(&mut self.child, "the killed command");
-        self.ran()
+        self.result()
     }
 
-    fn ran(&mut self) -> Ran {
+    fn result(&mut self) -> CommandOutput {
         let read = |path: &Path| {
-            String::from_utf8_lossy(&fs::read(path).expect("its output was kept")).into_owned()
+            String::from_utf8_lossy(&fs::read(path).expect("the output file can be read"))
+                .into_owned()
         };
-        let code = self.child.wait().expect("its status is known").code();
-        Ran { code, out: read(&self.out), err: read(&self.err) }
+        let code = self.child.wait().expect("the exit status is available").code();
+        CommandOutput { code, out: read(&self.out), err: read(&self.err) }
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningCommand {
     fn drop(&mut self) {
         if self.is_running() {
             signal(self.pid(), Signal::KILL);
@@ -155,7 +160,7 @@ impl Cluster {
 
     /// `mkv` with the store's flags. Flags in `args` override them.
     pub fn mkv_command(&self, args: &[&str]) -> Command {
-        let mut command = bound_to_us("KILL");
+        let mut command = child_command("KILL");
         command
             .arg(env!("CARGO_BIN_EXE_mkv"))
             .arg("-db")
@@ -167,13 +172,13 @@ impl Cluster {
         command
     }
 
-    pub fn begin(&self, args: &[&str]) -> Running {
-        Running::start(self, &mut self.mkv_command(args))
+    pub fn start_command(&self, args: &[&str]) -> RunningCommand {
+        RunningCommand::start(self, &mut self.mkv_command(args))
     }
 
     #[track_caller]
-    pub fn mkv(&self, args: &[&str]) -> Ran {
-        self.begin(args).ends()
+    pub fn mkv(&self, args: &[&str]) -> CommandOutput {
+        self.start_command(args).wait()
     }
 
     pub fn dump(&self) -> String {
@@ -182,32 +187,32 @@ impl Cluster {
 
     /// Checks with `verify -deep` that the store is whole.
     #[track_caller]
-    pub fn verified(&self) {
-        self.mkv(&["verify", "-deep"]).expect(0).says("the store is whole");
+    pub fn assert_verified(&self) {
+        self.mkv(&["verify", "-deep"]).expect(0).prints("the store is whole");
     }
 
     /// Puts these keys, each with its `value_of`.
     #[track_caller]
     pub fn fill(&self, keys: &[Vec<u8>]) {
-        self.each(keys, |conn, key| {
+        self.for_each_key(keys, |conn, key| {
             conn.ask("PUT", &target(key), &[], Some(&value_of(key))).expect(201);
         });
     }
 
     /// Checks that each key redirects to a file that holds its `value_of`.
     #[track_caller]
-    pub fn reads_back(&self, keys: &[Vec<u8>]) {
-        self.each(keys, |conn, key| {
+    pub fn assert_reads_back(&self, keys: &[Vec<u8>]) {
+        self.for_each_key(keys, |conn, key| {
             let answer = conn.ask("GET", &target(key), &[], None).expect(302);
-            let place = answer.header("Location").and_then(|url| url.strip_prefix("http://"));
-            let place = place.expect("a redirect has a Location");
-            let (name, path) = place.split_once('/').expect("it has a path");
-            let bytes = fs::read(self.file(name, path)).unwrap_or_else(|e| panic!("{place}: {e}"));
-            same(&bytes, &value_of(key), place);
+            let url = answer.header("Location").and_then(|url| url.strip_prefix("http://"));
+            let url = url.expect("a redirect has a Location");
+            let (name, path) = url.split_once('/').expect("the URL has a path");
+            let bytes = fs::read(self.file(name, path)).unwrap_or_else(|e| panic!("{url}: {e}"));
+            assert_same_bytes(&bytes, &value_of(key), url);
         });
     }
 
-    fn each(&self, keys: &[Vec<u8>], f: impl Fn(&mut Conn, &[u8]) + Sync) {
+    fn for_each_key(&self, keys: &[Vec<u8>], f: impl Fn(&mut Conn, &[u8]) + Sync) {
         let (address, f) = (self.address(), &f);
         thread::scope(|scope| {
             for part in keys.chunks(keys.len().div_ceil(4).max(1)) {
@@ -221,7 +226,7 @@ impl Cluster {
     }
 
     /// The contents of all disks.
-    pub fn disks(&self) -> Disks {
+    pub fn disk_contents(&self) -> DiskContents {
         let files = self.volumes.iter().flat_map(|volume| volume.files().into_values());
         files
             .map(|file| {
@@ -234,8 +239,8 @@ impl Cluster {
 
     /// Checks that nothing on the disks has changed.
     #[track_caller]
-    pub fn disks_are(&self, before: &Disks) {
-        let after = self.disks();
+    pub fn assert_disks(&self, before: &DiskContents) {
+        let after = self.disk_contents();
         let differ: Vec<_> = before
             .iter()
             .filter(|(file, text)| after.get(*file) != Some(text))
@@ -247,15 +252,20 @@ impl Cluster {
 
     /// The index's files and their bytes.
     pub fn index_files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
-        tree(&self.db().join("index"))
+        files_below(&self.db().join("index"))
     }
 
     #[track_caller]
-    pub fn index_is(&self, before: &BTreeMap<PathBuf, Vec<u8>>) {
+    pub fn assert_index_files(&self, before: &BTreeMap<PathBuf, Vec<u8>>) {
         let after = self.index_files();
-        assert!(after.keys().eq(before.keys()), "{:?}, now {:?}", before.keys(), after.keys());
+        assert!(
+            after.keys().eq(before.keys()),
+            "files before: {:?}, now: {:?}",
+            before.keys(),
+            after.keys()
+        );
         let differ: Vec<_> = before.keys().filter(|file| after[*file] != before[*file]).collect();
-        assert!(differ.is_empty(), "no more byte for byte: {differ:?}");
+        assert!(differ.is_empty(), "changed files: {differ:?}");
     }
 
     /// The debris of a stopped master: key, version and the text of each entry.
@@ -264,11 +274,12 @@ impl Cluster {
         let index = self.db().join("index");
         let index = DB::open_cf_for_read_only(&Options::default(), index, families, false)
             .expect("the index opens");
-        let family = index.cf_handle("debris").expect("the family is there");
+        let family = index.cf_handle("debris").expect("the column family exists");
         let rows = index.iterator_cf(family, IteratorMode::Start);
         rows.map(|row| {
             let (name, entry) = row.expect("an entry can be read");
-            let (key, version) = name.split_last_chunk::<8>().expect("it ends with a version");
+            let (key, version) =
+                name.split_last_chunk::<8>().expect("a debris name ends with a version");
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
             (text(key), u64::from_be_bytes(*version), text(&entry))
         })
@@ -277,7 +288,7 @@ impl Cluster {
 
     /// Stores a blob directly on a volume, with this mtime. The master does not learn of it.
     #[track_caller]
-    pub fn plant(&self, replica: &str, path: &str, value: impl AsRef<[u8]>, time: u64) {
+    pub fn store_blob(&self, replica: &str, path: &str, value: impl AsRef<[u8]>, time: u64) {
         let (host, below) = replica.split_at(replica.find('/').unwrap_or(replica.len()));
         let date = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(time));
         let encoded = target(format!("{below}{path}"));
@@ -288,49 +299,54 @@ impl Cluster {
     }
 
     /// The folder of a replica's disk.
-    pub fn disk(&self, replica: &str) -> PathBuf {
+    pub fn disk_folder(&self, replica: &str) -> PathBuf {
         let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
-        self.volumes[self.number(replica)].folder.join(below)
+        self.volumes[self.volume_index(replica)].folder.join(below)
     }
 
-    /// Makes a disk look unmounted, until `mount` is called.
-    pub fn unmount(&self, disk: &Path) {
-        fs::create_dir(disk.join(".away")).expect("it can be made");
-        for name in names(disk) {
-            fs::rename(disk.join(&name), disk.join(".away").join(&name)).expect("it can be moved");
+    /// Makes a disk look unmounted, until `simulate_mount`.
+    pub fn simulate_unmount(&self, disk: &Path) {
+        fs::create_dir(disk.join(".away")).expect("the folder can be created");
+        for name in visible_names(disk) {
+            fs::rename(disk.join(&name), disk.join(".away").join(&name))
+                .expect("the entry can be moved");
         }
     }
 
-    pub fn mount(&self, disk: &Path) {
-        for name in names(&disk.join(".away")) {
+    pub fn simulate_mount(&self, disk: &Path) {
+        for name in visible_names(&disk.join(".away")) {
             let _ = fs::remove_dir_all(disk.join(&name));
-            fs::rename(disk.join(".away").join(&name), disk.join(&name)).expect("it can be moved");
+            fs::rename(disk.join(".away").join(&name), disk.join(&name))
+                .expect("the entry can be moved");
         }
-        fs::remove_dir(disk.join(".away")).expect("it is empty");
+        fs::remove_dir(disk.join(".away")).expect("the folder is empty");
     }
 
     /// Removes everything from a disk, as if an empty one had replaced it.
-    pub fn empty(&self, disk: &Path) {
-        for name in names(disk) {
-            fs::remove_dir_all(disk.join(name)).expect("it can be removed");
+    pub fn erase_disk(&self, disk: &Path) {
+        for name in visible_names(disk) {
+            fs::remove_dir_all(disk.join(name)).expect("the folder can be removed");
         }
     }
 }
 
 /// The names in a folder that do not begin with a dot.
-fn names(folder: &Path) -> Vec<String> {
+fn visible_names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("the folder can be read").flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| !name.starts_with('.')).collect()
 }
 
 /// Every file below a folder, with its bytes.
-pub fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub fn files_below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(folder).expect("the folder can be read").flatten() {
-        match entry.file_type().expect("its type is known").is_dir() {
-            true => files.extend(tree(&entry.path())),
-            false => _ = files.insert(entry.path(), fs::read(entry.path()).expect("it is a file")),
+        match entry.file_type().expect("the file type is known").is_dir() {
+            true => files.extend(files_below(&entry.path())),
+            false => {
+                _ = files
+                    .insert(entry.path(), fs::read(entry.path()).expect("the file can be read"))
+            }
         }
     }
     files
@@ -339,17 +355,17 @@ pub fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 /// Copies a folder with `cp -a`.
 pub fn copy_folder(from: &Path, to: &Path) {
     let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
-    assert!(copied.expect("cp starts").success(), "{} is not copied", from.display());
+    assert!(copied.expect("cp starts").success(), "cp failed for {}", from.display());
 }
 
 /// A file's mtime, in seconds since 1970.
 pub fn mtime(file: &Path) -> i64 {
-    fs::metadata(file).expect("the file is there").mtime()
+    fs::metadata(file).expect("the file exists").mtime()
 }
 
 /// Flips one bit of a file, as a failing disk does: length and mtime stay the same.
 pub fn flip_a_bit(file: &Path) {
-    let time = fs::metadata(file).and_then(|data| data.modified()).expect("it has an mtime");
+    let time = fs::metadata(file).and_then(|data| data.modified()).expect("the file has an mtime");
     let mut bytes = fs::read(file).expect("a blob can be read");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 4;
@@ -365,13 +381,13 @@ pub fn value_of(key: &[u8]) -> Vec<u8> {
 }
 
 /// `count` numbered keys below `prefix`.
-pub fn numbered(prefix: &str, count: usize) -> Vec<Vec<u8>> {
+pub fn numbered_keys(prefix: &str, count: usize) -> Vec<Vec<u8>> {
     (0..count).map(|n| format!("{prefix}{n:04}").into_bytes()).collect()
 }
 
 /// The current time, in seconds since 1970.
 pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).expect("it is past 1970").as_secs()
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970").as_secs()
 }
 
 /// The key's record in a dump.
@@ -384,20 +400,20 @@ pub fn record<'a>(dump: &'a str, key: &str) -> Option<&'a str> {
 #[track_caller]
 pub fn replicas(dump: &str, key: &str) -> Vec<String> {
     let record = record(dump, key).unwrap_or_else(|| panic!("{key} is missing:\n{dump}"));
-    let start = record.find("127.").expect("every volume of a test has such an address");
+    let start = record.find("127.").expect("test volumes have a loopback address");
     record[start..].split(',').map(String::from).collect()
 }
 
 /// Runs a command and returns its peak memory in MiB.
-pub fn peak(c: &Cluster, args: &[&str]) -> (u64, Ran) {
-    let mut command = c.begin(args);
-    let (status, mut most) = (format!("/proc/{}/status", command.pid()), 0);
+pub fn peak_memory(c: &Cluster, args: &[&str]) -> (u64, CommandOutput) {
+    let mut command = c.start_command(args);
+    let (status, mut peak_mib) = (format!("/proc/{}/status", command.pid()), 0);
     while command.is_running() {
         let text = fs::read_to_string(&status).unwrap_or_default();
         let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
         let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-        most = most.max(kib.unwrap_or(0) >> 10);
+        peak_mib = peak_mib.max(kib.unwrap_or(0) >> 10);
         thread::sleep(Duration::from_millis(2));
     }
-    (most, command.ends())
+    (peak_mib, command.wait())
 }

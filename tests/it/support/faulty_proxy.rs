@@ -9,7 +9,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::support::http_client::{Conn, PATIENCE};
+use crate::support::http_client::{Conn, TIMEOUT};
 
 /// What happens to the requests of a method.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,14 +61,14 @@ struct Shared {
     changed: Condvar,
 }
 
-pub struct Faulty {
+pub struct FaultyProxy {
     shared: Arc<Shared>,
     pub address: String,
 }
 
-impl Faulty {
+impl FaultyProxy {
     /// Starts a proxy at `address` for the volume at `volume`.
-    pub fn start(address: &str, volume: &str) -> Faulty {
+    pub fn start(address: &str, volume: &str) -> FaultyProxy {
         let listener = TcpListener::bind(address).expect("the proxy's address is free");
         let shared = Arc::new(Shared::default());
         let (state, volume) = (shared.clone(), volume.to_string());
@@ -84,7 +84,7 @@ impl Faulty {
                 });
             }
         });
-        Faulty { shared, address: address.to_string() }
+        FaultyProxy { shared, address: address.to_string() }
     }
 
     /// Applies this fault to new requests of the method.
@@ -103,12 +103,12 @@ impl Faulty {
     }
 
     /// Lets new requests of the method pass, and keeps holding the held ones.
-    pub fn release_later(&self, method: &str) {
+    pub fn let_new_pass(&self, method: &str) {
         self.shared.lock().faults.remove(method);
     }
 
     /// Drops held requests with their connections, and keeps the fault for new ones.
-    pub fn lose_held(&self, method: &str) {
+    pub fn drop_held(&self, method: &str) {
         self.decide(method, Verdict::Drop, false);
     }
 
@@ -123,7 +123,7 @@ impl Faulty {
     }
 
     /// Removes all faults and lets all held requests pass.
-    pub fn behave(&self) {
+    pub fn remove_faults(&self) {
         let mut state = self.shared.lock();
         let held: Vec<String> = state.held.keys().cloned().collect();
         for method in held {
@@ -137,7 +137,7 @@ impl Faulty {
     /// Waits until this many requests of the method are held.
     #[track_caller]
     pub fn wait_held(&self, method: &str, count: usize) {
-        self.wait(&format!("{count} {method} held"), |state| {
+        self.wait(&format!("{count} {method} requests are held"), |state| {
             state.held.get(method).copied().unwrap_or(0) >= count
         });
     }
@@ -150,22 +150,22 @@ impl Faulty {
     /// Waits until the proxy has received this many requests of the method since its start.
     #[track_caller]
     pub fn wait_seen(&self, method: &str, count: usize) {
-        self.wait(&format!("{count} {method} come"), |state| {
+        self.wait(&format!("{count} {method} requests have arrived"), |state| {
             state.seen.iter().filter(|(m, _)| m == method).count() >= count
         });
     }
 
     #[track_caller]
-    fn wait(&self, what: &str, holds: impl Fn(&State) -> bool) {
-        let begun = Instant::now();
+    fn wait(&self, what: &str, condition: impl Fn(&State) -> bool) {
+        let started = Instant::now();
         let mut state = self.shared.lock();
-        while !holds(&state) {
-            let left = PATIENCE.saturating_sub(begun.elapsed());
+        while !condition(&state) {
+            let left = TIMEOUT.saturating_sub(started.elapsed());
             if left.is_zero() {
                 // Unlock before the panic: the proxy's threads need the lock.
                 let text = format!("{:?}, {:?}", state.held, state.seen);
                 drop(state);
-                panic!("{}: not {what} after {PATIENCE:?}: {text}", self.address);
+                panic!("{}: after {TIMEOUT:?}, still waiting until {what}: {text}", self.address);
             }
             state = self.shared.changed.wait_timeout(state, left).unwrap().0;
         }
@@ -207,13 +207,13 @@ impl Shared {
         while count(&state) == before {
             state = self.changed.wait(state).unwrap();
         }
-        *state.held.get_mut(method).expect("it was put there above") -= 1;
+        *state.held.get_mut(method).expect("the entry exists") -= 1;
         self.changed.notify_all();
         state.verdicts[method][before]
     }
 
     fn park(&self, client: &TcpStream) {
-        let client = client.try_clone().expect("a descriptor is free");
+        let client = client.try_clone().expect("the socket can be cloned");
         self.lock().parked.push(client);
     }
 
@@ -330,10 +330,10 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
                 pass(&mut requests, &mut io::sink(), bytes)?;
                 return refuse(shared, client, status);
             }
-            Some(Fault::HoldWhole | Fault::Late) => {
+            Some(Fault::HoldWhole | Fault::PublishLate) => {
                 let mut body = Vec::new();
                 pass_body(&mut requests, &mut body, head.body)?;
-                if fault == Some(Fault::Late) {
+                if fault == Some(Fault::PublishLate) {
                     client.shutdown(Shutdown::Both)?;
                 }
                 verdict = shared.hold(&head.method);
@@ -359,7 +359,7 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
         let passed = match (whole, cut) {
             (Some(body), _) => to.write_all(&body),
             (None, Some(bytes)) => pass(&mut requests, &mut to, bytes)
-                .and_then(|()| Err(io::Error::other("cut on purpose"))),
+                .and_then(|()| Err(io::Error::other("cut by the test"))),
             (None, None) => pass_body(&mut requests, &mut to, head.body),
         };
         // If the volume stopped reading, its answer says why. If the body was cut short, no answer
@@ -370,7 +370,7 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
         {
             let _ = to.shutdown(Shutdown::Both);
         }
-        answering.join().map_err(|_| io::Error::other("panic"))??;
+        answering.join().map_err(|_| io::Error::other("the thread panicked"))??;
         passed?;
     }
     Ok(())
@@ -404,7 +404,7 @@ fn pass_answer(
         }
         shared.lock().answered.push(method.to_string());
         if hold && shared.hold(method) == Verdict::Drop {
-            return Err(io::Error::other("lost on purpose"));
+            return Err(io::Error::other("dropped by the test"));
         }
         to.write_all(&head.raw)?;
         pass_body(&mut from, to, head.body)?;
@@ -414,9 +414,9 @@ fn pass_answer(
     }
 }
 
-impl Drop for Faulty {
+impl Drop for FaultyProxy {
     fn drop(&mut self) {
-        self.behave();
+        self.remove_faults();
     }
 }
 
@@ -438,11 +438,11 @@ fn echo(address: &str) {
 }
 
 #[test]
-fn the_proxy_does_what_it_is_told() {
-    let (_own, host) = crate::support::cluster::own_address();
+fn the_proxy_injects_the_requested_faults() {
+    let (_own, host) = crate::support::cluster::reserve_address();
     let (volume, address) = (format!("{host}:3001"), format!("{host}:4001"));
     echo(&volume);
-    let proxy = Faulty::start(&address, &volume);
+    let proxy = FaultyProxy::start(&address, &volume);
     let put = |body: &[u8]| Conn::open(&address).ask("PUT", "/x", &[], Some(body)).text();
     assert_eq!(put(b"abc"), "PUT 3 true");
     proxy.set("PUT", Fault::Answer(507));
@@ -451,7 +451,7 @@ fn the_proxy_does_what_it_is_told() {
     proxy.set("PUT", Fault::Cut(2));
     let mut conn = Conn::open(&address);
     conn.head("PUT", "/x", &[("Content-Length", "3")]).send("abc");
-    assert!(conn.end().is_empty());
+    assert!(conn.read_until_closed().is_empty());
     for fault in [Fault::HoldRequest, Fault::HoldWhole, Fault::HoldAnswer] {
         proxy.set("PUT", fault);
         let mut conn = Conn::open(&address);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 
 /// How long to wait for an answer.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 const KEY_SET: &AsciiSet =
     &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
@@ -46,7 +46,7 @@ impl Answer {
 
     /// Checks for an error with this status and a one-line text that contains `word`.
     #[track_caller]
-    pub fn refused(self, status: u16, word: &str) -> Answer {
+    pub fn expect_error(self, status: u16, word: &str) -> Answer {
         let answer = self.expect(status);
         let text = answer.text();
         assert!(
@@ -72,14 +72,14 @@ impl Conn {
     pub fn try_open(address: &str) -> io::Result<Conn> {
         let socket = TcpStream::connect(address)?;
         socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(TIMEOUT))?;
+        socket.set_write_timeout(Some(TIMEOUT))?;
         Ok(Conn { socket, unread: Vec::new() })
     }
 
     #[track_caller]
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Conn {
-        self.socket.write_all(bytes.as_ref()).expect("the server takes what is sent");
+        self.socket.write_all(bytes.as_ref()).expect("the server reads the request");
         self
     }
 
@@ -122,7 +122,7 @@ impl Conn {
     #[track_caller]
     pub fn answer_to(&mut self, method: &str) -> Answer {
         loop {
-            match self.any_answer(method) {
+            match self.next_answer(method) {
                 Ok(Some(answer)) if answer.status < 200 => {}
                 Ok(Some(answer)) => return answer,
                 Ok(None) => panic!("the connection was closed without an answer to {method}"),
@@ -132,12 +132,12 @@ impl Conn {
     }
 
     /// The next answer, which may be an interim one, or `None` if the connection closed first.
-    pub fn any_answer(&mut self, method: &str) -> Result<Option<Answer>, String> {
+    pub fn next_answer(&mut self, method: &str) -> Result<Option<Answer>, String> {
         let end = loop {
             if let Some(end) = find(&self.unread, b"\r\n\r\n") {
                 break end;
             }
-            match self.more() {
+            match self.read_more() {
                 Ok(0) if self.unread.is_empty() => return Ok(None),
                 Ok(0) => return Err(format!("cut: {}", self.unread.escape_ascii())),
                 Ok(_) => {}
@@ -170,14 +170,14 @@ impl Conn {
         } else if let Some(length) = length {
             let length = length.map_err(|e| format!("Content-Length: {e}"))?;
             while self.unread.len() < length {
-                match self.more() {
+                match self.read_more() {
                     Ok(n) if n > 0 => {}
                     other => return Err(format!("body of {length} bytes: {other:?}")),
                 }
             }
             answer.body = self.unread.drain(..length).collect();
         } else {
-            while self.more().map_err(|e| e.to_string())? > 0 {}
+            while self.read_more().map_err(|e| e.to_string())? > 0 {}
             answer.body = std::mem::take(&mut self.unread);
         }
         Ok(Some(answer))
@@ -191,7 +191,7 @@ impl Conn {
                 if let Some(end) = find(&self.unread, b"\r\n") {
                     break end;
                 }
-                if self.more()? == 0 {
+                if self.read_more()? == 0 {
                     return Err(cut());
                 }
             };
@@ -199,7 +199,7 @@ impl Conn {
             let text = String::from_utf8_lossy(&line);
             let size = usize::from_str_radix(text.trim(), 16).map_err(io::Error::other)?;
             while self.unread.len() < size + 2 {
-                if self.more()? == 0 {
+                if self.read_more()? == 0 {
                     return Err(cut());
                 }
             }
@@ -211,7 +211,7 @@ impl Conn {
         }
     }
 
-    fn more(&mut self) -> io::Result<usize> {
+    fn read_more(&mut self) -> io::Result<usize> {
         let mut buffer = [0; 64 << 10];
         let n = self.socket.read(&mut buffer)?;
         self.unread.extend_from_slice(&buffer[..n]);
@@ -220,9 +220,9 @@ impl Conn {
 
     /// Waits until the server closes the connection, and returns what it sent before.
     #[track_caller]
-    pub fn end(&mut self) -> Vec<u8> {
+    pub fn read_until_closed(&mut self) -> Vec<u8> {
         loop {
-            match self.more() {
+            match self.read_more() {
                 Ok(0) => return std::mem::take(&mut self.unread),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
@@ -237,12 +237,12 @@ impl Conn {
     pub fn readable(&mut self, within: Duration) -> bool {
         self.socket.set_read_timeout(Some(within.max(Duration::from_millis(1)))).unwrap();
         let seen = self.socket.peek(&mut [0]);
-        self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.socket.set_read_timeout(Some(TIMEOUT)).unwrap();
         !matches!(seen, Err(e) if e.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// Shuts down the sending side. Answers can still be read.
-    pub fn end_sending(&mut self) -> &mut Conn {
+    pub fn shutdown_write(&mut self) -> &mut Conn {
         self.socket.shutdown(Shutdown::Write).expect("the connection is open");
         self
     }
@@ -269,7 +269,8 @@ pub fn chunks(body: &[u8], lengths: &[usize]) -> Vec<u8> {
     let mut rest = body;
     let mut lengths = lengths.iter().cycle();
     while !rest.is_empty() {
-        let (chunk, tail) = rest.split_at(rest.len().min(*lengths.next().expect("a length")));
+        let (chunk, tail) =
+            rest.split_at(rest.len().min(*lengths.next().expect("lengths is not empty")));
         coded.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
         coded.extend_from_slice(chunk);
         coded.extend_from_slice(b"\r\n");
@@ -301,17 +302,17 @@ pub fn follow(redirect: &Answer) -> Answer {
     ask(host, "GET", path, &[], None)
 }
 
-/// Polls until the condition holds. Panics with `what` after `PATIENCE`.
+/// Polls until the condition holds. Panics with `what` after `TIMEOUT`.
 #[track_caller]
-pub fn until(what: &str, holds: impl FnMut() -> bool) {
-    within(PATIENCE, what, holds);
+pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
+    wait_at_most(TIMEOUT, what, condition);
 }
 
 #[track_caller]
-pub fn within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !holds() {
-        assert!(begun.elapsed() < limit, "after {limit:?}, still not so: {what}");
+pub fn wait_at_most(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < limit, "after {limit:?}, still waiting until {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -59,7 +59,7 @@ pub fn md5_base64(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn the_tests_and_the_golden_vectors_have_the_same_rules() {
+fn the_reference_matches_the_golden_vectors() {
     let vectors: serde_json::Value =
         serde_json::from_str(include_str!("../../vectors.json")).unwrap();
     let rows = |name: &str| vectors[name].as_array().unwrap().clone();
