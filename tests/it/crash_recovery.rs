@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::support::cluster::{Cluster, Setup};
-use crate::support::faulty_proxy::{Fault, FaultyProxy};
+use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Conn, follow, wait_at_most, wait_until};
 use crate::support::random::seeded_rng;
 use crate::support::reference;

@@ -4,15 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::thread;
-use std::time::Duration;
 
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::commands::{
     copy_folder, files_below, flip_a_bit, mtime, now, numbered_keys, peak_memory, record, replicas,
 };
-use crate::support::faulty_proxy::{Fault, FaultyProxy};
-use crate::support::http_client::{Conn, target};
+use crate::support::faulty_proxy::Fault;
 use crate::support::reference;
 
 pub const KEY: &str = "/foo/été";

@@ -9,7 +9,7 @@ use percent_encoding::percent_decode_str;
 
 use crate::keys::unusual_keys;
 use crate::support::cluster::{Cluster, Setup};
-use crate::support::commands::{CommandOutput, flip_a_bit, numbered_keys, record, value_of};
+use crate::support::commands::{flip_a_bit, numbered_keys, value_of};
 use crate::support::random::seeded_rng;
 use crate::support::reference;
 

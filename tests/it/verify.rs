@@ -682,5 +682,5 @@ fn the_next_repair_finishes_a_killed_one() {
 }
 
 fn any_held(c: &Cluster, method: &str) -> bool {
-    c.proxies.iter().any(|proxy| proxy.any_held(method) > 0)
+    c.proxies.iter().any(|proxy| proxy.held(method) > 0)
 }

@@ -22,7 +22,7 @@ pub enum Fault {
     HoldAnswer,
     /// Read the whole request, close the connection without an answer, and hold the request. Once
     /// released, it reaches the volume late.
-    Late,
+    PublishLate,
     /// Close both connections after this many bytes of the body.
     Cut(u64),
     /// Answer with this status after the head, and read no further.
