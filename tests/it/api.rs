@@ -61,8 +61,8 @@ fn get_redirects_to_every_replica() {
 #[test]
 fn a_key_becomes_unbalanced_when_placement_changes() {
     let mut c = Setup::new().volumes(4).replicas(2).start();
-    let all = c.names.clone();
-    c.names = all[..3].to_vec();
+    let all_names = c.names.clone();
+    c.names = all_names[..3].to_vec();
     c.restart_master();
     for n in 0..30 {
         c.put(format!("/{n}"), [n]).expect(201);
@@ -72,7 +72,7 @@ fn a_key_becomes_unbalanced_when_placement_changes() {
     c.names.reverse();
     c.restart_master();
     assert!((0..30).all(|n| c.key_info(format!("/{n}")).balanced));
-    c.names = all;
+    c.names = all_names;
     c.restart_master();
     let balanced = (0..30).filter(|n| c.key_info(format!("/{n}")).balanced).count();
     assert!((1..30).contains(&balanced), "{balanced} of 30 are balanced");
@@ -245,8 +245,9 @@ fn put_requires_a_value_a_correct_digest_and_a_key_of_at_most_1024_bytes() {
     c.wait_until_cleaned();
     assert!(c.blobs().is_empty());
     // The limit counts the bytes of the key, not of its encoded target.
-    let most = format!("/{}", "%FF".repeat(1023));
-    crate::support::http_client::ask(&c.address(), "PUT", &most, &[], Some(b"value")).expect(201);
+    let longest = format!("/{}", "%FF".repeat(1023));
+    crate::support::http_client::ask(&c.address(), "PUT", &longest, &[], Some(b"value"))
+        .expect(201);
     digest("value", &md5_base64(b"value")).expect(201);
     c.send("REPLACE", "/k", &[("content-md5", &md5(b"hex"))], "hex").expect(201);
     c.send("REPLACE", "/k", &[("CONTENT-MD5", &md5(b"HEX").to_uppercase())], "HEX").expect(201);

@@ -46,15 +46,15 @@ fn assert_cleaner_deletes(c: &mut Cluster, version: Option<u64>, left: usize) {
     c.each_proxy(|proxy| proxy.wait_held("DELETE", 1));
     assert_eq!(c.keys_with_debris(), [KEY.as_bytes()]);
     for replica in c.placement(KEY) {
-        let asked =
+        let deleted_path =
             c.proxies[c.volume_index(&replica)].seen("DELETE").pop().expect("a request is held");
         let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
-        let path = asked.strip_prefix(&format!("/{below}")).expect("the replica's folder");
+        let path = deleted_path.strip_prefix(&format!("/{below}")).expect("the replica's folder");
         let found = reference::version_of(path);
         assert_eq!(path, reference::path(KEY.as_bytes(), found));
         match version {
-            Some(version) => assert_eq!(found, version, "{asked}"),
-            None => assert!(found > 0, "{asked} has no version"),
+            Some(version) => assert_eq!(found, version, "{deleted_path}"),
+            None => assert!(found > 0, "{deleted_path} has no version"),
         }
     }
     c.each_proxy(|proxy| proxy.release("DELETE"));
@@ -513,19 +513,19 @@ fn the_cleaner_clears_debris_on_a_volume_that_left_volumes() {
     c.volumes[old].stop();
     c.ask("DELETE", key).expect(503);
     // The volume leaves -volumes, but its debris stays.
-    let all = c.names.clone();
+    let all_names = c.names.clone();
     c.names.remove(old);
     c.restart_master();
     assert_eq!(c.keys_with_debris(), [key.as_bytes()]);
     c.put(key, "elsewhere").expect(201);
     let other = c.key_info(key).replicas;
-    assert!(!other[0].contains(&all[old]));
+    assert!(!other[0].contains(&all_names[old]));
     assert!(c.key_info(key).version > 0);
     c.volumes[old].start();
     c.wait_until_cleaned();
     assert!(c.volumes[old].files().is_empty());
     assert_eq!(follow(&c.get(key).expect(302)).text(), "elsewhere");
-    c.names = all;
+    c.names = all_names;
     c.restart_master();
 }
 
@@ -572,8 +572,8 @@ fn a_blob_whose_answer_was_lost_is_never_served() {
     c.proxies[late].wait_held("PUT", 1);
     wait_until("the other replicas are deleted", || c.blobs().is_empty());
     // A 404 does not prove anything yet: the entry stays, also across a kill.
-    let asked = c.proxies[late].seen("DELETE").len();
-    c.proxies[late].wait_seen("DELETE", asked + 2);
+    let deletes_before = c.proxies[late].seen("DELETE").len();
+    c.proxies[late].wait_seen("DELETE", deletes_before + 2);
     assert_eq!(c.keys_with_debris(), [KEY.as_bytes()]);
     c.kill_master();
     c.start_master();
@@ -604,10 +604,10 @@ fn the_cleaner_deletes_late_blobs_of_several_versions() {
         c.proxies[late].answered("DELETE") >= VERSIONS
     });
     // Some requests arrived twice: the master retries when a connection closes without an answer.
-    let come = c.proxies[late].seen("PUT").len();
+    let received = c.proxies[late].seen("PUT").len();
     c.proxies[late].set("DELETE", Fault::HoldAnswer);
     c.proxies[late].release("PUT");
-    wait_until("the late blobs are published", || c.proxies[late].answered("PUT") == come);
+    wait_until("the late blobs are published", || c.proxies[late].answered("PUT") == received);
     c.get(KEY).expect(404);
     assert!(c.live().is_empty());
     // The cleaner gets several answers at the same moment.

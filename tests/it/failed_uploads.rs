@@ -60,7 +60,7 @@ fn plain_path(key: &str) -> String {
 /// Truncated uploads: a description, and the bytes to send.
 fn truncated_uploads(key: &str) -> Vec<(String, Vec<u8>)> {
     let value = vec![b'v'; 600_000];
-    let mut all = Vec::new();
+    let mut uploads = Vec::new();
     for (length, sent) in [
         (1, 0),
         (1024, 1023),
@@ -74,7 +74,7 @@ fn truncated_uploads(key: &str) -> Vec<(String, Vec<u8>)> {
     ] {
         let head = head("REPLACE", key, &[("Content-Length", &length.to_string())]);
         let bytes = [head, value[..sent].to_vec()].concat();
-        all.push((format!("{sent} of {length} bytes"), bytes));
+        uploads.push((format!("{sent} of {length} bytes"), bytes));
     }
     let coded = chunks(&value, &[100_000]);
     let line = "186a0\r\n".len();
@@ -95,9 +95,9 @@ fn truncated_uploads(key: &str) -> Vec<(String, Vec<u8>)> {
     ];
     for (name, tail, at) in ends {
         let head = head("REPLACE", key, &[("Transfer-Encoding", "chunked")]);
-        all.push((format!("chunked, {name}"), [&head, &coded[..at], tail].concat()));
+        uploads.push((format!("chunked, {name}"), [&head, &coded[..at], tail].concat()));
     }
-    all
+    uploads
 }
 
 #[test]

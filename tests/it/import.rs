@@ -177,8 +177,8 @@ fn import_fails_when_the_new_index_is_not_empty() {
 fn import_accepts_an_empty_new_index() {
     let folder = TestFolder::new("killed");
     let output = import(&fixtures().join("empty"), &folder.new_db());
-    let none = "imported 0 live and 0 unlinked keys, 0 half-written, 0 that do not decode\n";
-    assert_eq!(text(&output.stdout), none);
+    let summary = "imported 0 live and 0 unlinked keys, 0 half-written, 0 that do not decode\n";
+    assert_eq!(text(&output.stdout), summary);
     assert_eq!(folder.import().status.code(), Some(0));
     assert!(!folder.dump().stdout.is_empty());
 }

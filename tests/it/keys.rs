@@ -273,12 +273,12 @@ fn random_requests_on_random_keys_match_a_map() {
             c.start_master();
         }
     }
-    let all = |live: bool| -> Vec<Vec<u8>> {
+    let keys_in_state = |live: bool| -> Vec<Vec<u8>> {
         model.iter().filter(|(_, k)| k.live == live).map(|(key, _)| key.clone()).collect()
     };
-    assert_eq!(c.live(), all(true));
-    assert_eq!(c.unlinked(), all(false));
-    for key in all(true) {
+    assert_eq!(c.live(), keys_in_state(true));
+    assert_eq!(c.unlinked(), keys_in_state(false));
+    for key in keys_in_state(true) {
         c.assert_value(&key, &model[&key].value);
     }
 }

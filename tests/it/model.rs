@@ -186,8 +186,8 @@ impl StoreAndModel {
             true => target(key),
             false => String::from_utf8_lossy(key).into_owned(),
         };
-        let most = if limit == 0 { usize::MAX } else { limit };
-        let page: Vec<String> = keys.by_ref().take(most).map(text).collect();
+        let max_keys = if limit == 0 { usize::MAX } else { limit };
+        let page: Vec<String> = keys.by_ref().take(max_keys).map(text).collect();
         let next = keys.next();
         if !url && next.is_some_and(|next| str::from_utf8(next).is_err()) {
             drop(answer.expect_error(400, "encoding=url"));
@@ -226,7 +226,7 @@ impl StoreAndModel {
     }
 
     /// Restarts a volume or the master while no request is running.
-    fn restart_part(&mut self) {
+    fn restart_volume_or_master(&mut self) {
         self.c.wait_until_cleaned();
         self.maybe_debris.clear();
         let volume = self.random.usize(..3);
@@ -280,7 +280,7 @@ fn a_minute_of_random_requests_matches_the_model() {
         let key = pair.any_key();
         match pair.random.u32(..400) {
             0 => {
-                pair.restart_part();
+                pair.restart_volume_or_master();
                 restarts += 1;
             }
             1..140 => pair.upload(&key),

@@ -21,8 +21,8 @@ const KEYS: usize = 33;
 /// `known` volumes. The master is stopped, and -volumes now names all volumes.
 fn store(setup: Setup, known: usize) -> Cluster {
     let mut c = setup.start();
-    let all = c.names.clone();
-    if known < all.len() {
+    let all_names = c.names.clone();
+    if known < all_names.len() {
         c.names.truncate(known);
         c.restart_master();
     }
@@ -34,7 +34,7 @@ fn store(setup: Setup, known: usize) -> Cluster {
     c.ask("UNLINK", "/unlinked").expect(204);
     c.wait_until_cleaned();
     c.stop_master();
-    c.names = all;
+    c.names = all_names;
     c
 }
 
@@ -156,11 +156,11 @@ fn a_dry_run_prints_the_same_counts_and_changes_nothing() {
     for line in dump.lines() {
         let key: Vec<u8> =
             percent_encoding::percent_decode_str(line.split('\t').next().unwrap()).collect();
-        let (there, wanted) = (&line[line.find("127.").unwrap()..], c.placement(&key));
-        moved += usize::from(there != wanted.join(","));
+        let (current, wanted) = (&line[line.find("127.").unwrap()..], c.placement(&key));
+        moved += usize::from(current != wanted.join(","));
         let size = line.split_once("SIZE").unwrap().1;
         let size = u64::from_str_radix(&size[..16], 16).unwrap();
-        for copy in wanted.iter().filter(|replica| !there.contains(*replica)) {
+        for copy in wanted.iter().filter(|replica| !current.contains(*replica)) {
             copies[c.volume_index(copy)] += 1;
             bytes[c.volume_index(copy)] += size;
         }
@@ -215,7 +215,7 @@ fn rebalance_without_an_index_creates_none() {
 fn the_next_rebalance_finishes_a_killed_one() {
     let mut c = store(Setup::new().proxied().volumes(3).replicas(2), 2);
     let before = c.dump();
-    let all = c.names.clone();
+    let all_names = c.names.clone();
     for (known, method, fault) in [
         (3, "PUT", Fault::HoldRequest),
         (2, "PUT", Fault::HoldAnswer),
@@ -224,12 +224,12 @@ fn the_next_rebalance_finishes_a_killed_one() {
         (3, "HEAD", Fault::HoldRequest),
         (2, "GET", Fault::HoldAnswer),
     ] {
-        c.names = all[..known].to_vec();
+        c.names = all_names[..known].to_vec();
         // A volume where some of the requests are needed.
-        let at = c.proxies.iter().position(|proxy| {
-            proxy.address == all[if (known == 3) == (method == "PUT") { 2 } else { 0 }]
+        let index = c.proxies.iter().position(|proxy| {
+            proxy.address == all_names[if (known == 3) == (method == "PUT") { 2 } else { 0 }]
         });
-        let proxy = &c.proxies[at.unwrap()];
+        let proxy = &c.proxies[index.unwrap()];
         proxy.set(method, fault);
         let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
         proxy.wait_held(method, 1);
@@ -237,8 +237,9 @@ fn the_next_rebalance_finishes_a_killed_one() {
         proxy.drop_held(method);
         c.each_proxy(FaultyProxy::remove_faults);
         // Nothing is lost: all replicas of the index exist.
-        let kept = c.mkv(&["verify", "-deep", "-volumes", &all.join(",")]);
-        kept.does_not_print("replicas missing")
+        let verify = c.mkv(&["verify", "-deep", "-volumes", &all_names.join(",")]);
+        verify
+            .does_not_print("replicas missing")
             .does_not_print("wrong")
             .does_not_print("does not know");
         assert_eq!(fields(&c.dump()), fields(&before));
@@ -257,17 +258,17 @@ fn rebalance_succeeds_after_many_kills() {
     let mut random = seeded_rng();
     let mut c = store(Setup::new().volumes(4).replicas(2), 2);
     let before = c.dump();
-    let all = c.names.clone();
+    let all_names = c.names.clone();
     let mut killed = 0;
     for round in 0..6 {
-        c.names = if round % 2 == 0 { all[1..].to_vec() } else { all[..3].to_vec() };
+        c.names = if round % 2 == 0 { all_names[1..].to_vec() } else { all_names[..3].to_vec() };
         let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
         thread::sleep(Duration::from_millis(random.u64(5..80)));
         killed += u32::from(rebalance.kill().code.is_none());
         assert_eq!(fields(&c.dump()), fields(&before));
     }
     println!("{killed} runs were killed");
-    c.names = all;
+    c.names = all_names;
     assert_rebalance_succeeds(&c);
     assert_eq!(c.blobs().len(), 2 * KEYS);
     c.assert_verified();
@@ -301,18 +302,18 @@ fn the_master_waits_until_copies_have_settled() {
     let mut rebalance = c.start_command(&["rebalance", "-settle", "60s"]);
     rebalance.wait_until_prints("waiting");
     rebalance.kill();
-    let there = c.disk_contents();
-    assert!(there.len() > KEYS);
+    let before = c.disk_contents();
+    assert!(before.len() > KEYS);
     c.start_master();
     // Trigger the cleaner with another key.
     c.replace("/new", "1").expect(201);
-    let gone = c.key_info("/new").path;
+    let old_path = c.key_info("/new").path;
     c.replace("/new", "2").expect(201);
     crate::support::http_client::wait_until("the cleaner has run", || {
-        c.blobs().keys().all(|blob| !blob.ends_with(&gone))
+        c.blobs().keys().all(|blob| !blob.ends_with(&old_path))
     });
     c.ask("DELETE", "/new").expect(204);
-    c.assert_disks(&there);
+    c.assert_disks(&before);
     c.stop_master();
     // With the old index, rebuild does not take the surplus replicas for replicas: they are still
     // debris.
@@ -389,10 +390,12 @@ fn rebalance_restores_a_lost_machine_without_contacting_it() {
     let names = c.names.clone();
     c.names.truncate(3);
     c.mkv(&["rebalance", "-settle", "0s"]).fails(&["could not be rebalanced"]).prints(&lost);
-    let asked = ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
+    let requests_before =
+        ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
     c.mkv(&["rebalance", "-settle", "0s", "-lost", &lost]).expect(0).prints(" 0 failed");
-    let again = ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
-    assert_eq!(asked, again);
+    let requests_after =
+        ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
+    assert_eq!(requests_before, requests_after);
     let after = c.dump();
     assert_eq!(fields(&after), fields(&before));
     assert!(!after.contains(&lost) && c.debris().is_empty());
@@ -423,9 +426,9 @@ fn rebalance_treats_a_lost_disk_as_empty() {
     let lost = format!("{}/sv02", c.names[1]);
     let disk = c.disk_folder(&lost);
     // The bytes on a lost disk do not matter.
-    let there: Vec<_> = disks.keys().filter(|file| file.starts_with(&disk)).collect();
-    assert!(!there.is_empty());
-    there.iter().for_each(|file| flip_a_bit(file));
+    let blobs: Vec<_> = disks.keys().filter(|file| file.starts_with(&disk)).collect();
+    assert!(!blobs.is_empty());
+    blobs.iter().for_each(|file| flip_a_bit(file));
     c.mkv(&["rebalance", "-settle", "0s", "-lost", &lost]).expect(0);
     assert_eq!(c.dump(), dump);
     c.assert_disks(&disks);
@@ -534,13 +537,14 @@ fn a_second_name_for_a_volume_is_detected() {
 
 /// Puts a key on the first of two volumes, where placement wants it on the second.
 fn put_key_that_moves(c: &mut Cluster) -> String {
-    let all = c.names.clone();
-    let moves = |key: &String| reference::place(key.as_bytes(), &all, 1, 1)[0] == all[1];
+    let all_names = c.names.clone();
+    let moves =
+        |key: &String| reference::place(key.as_bytes(), &all_names, 1, 1)[0] == all_names[1];
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(1);
     c.restart_master();
     c.put(&key, "value").expect(201);
-    c.names = all;
+    c.names = all_names;
     c.restart_master();
     key
 }
@@ -647,16 +651,17 @@ fn without_a_size_rebalance_skips_sources_with_the_wrong_hash() {
 #[test]
 fn rebalance_copies_a_large_value_in_little_memory() {
     let mut c = Setup::new().volumes(2).replicas(1).start();
-    let all = c.names.clone();
+    let all_names = c.names.clone();
     c.names.truncate(1);
     c.restart_master();
-    let moves =
-        |key: &String| reference::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[1]);
+    let moves = |key: &String| {
+        reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[1])
+    };
     let key = (0..).map(|n| format!("/large/{n}")).find(moves).unwrap();
     let value = vec![b'v'; 100 << 20];
     c.put(&key, &value).expect(201);
     c.stop_master();
-    c.names = all;
+    c.names = all_names;
     let (peak, result) = peak_memory(&c, &["rebalance", "-settle", "0s"]);
     result.expect(0).prints("1 moved, 1 copies, 104857600 bytes");
     println!("{peak} MiB");
@@ -714,15 +719,16 @@ fn a_shell_loop_rebalances_a_running_store() {
 #[test]
 fn rebalancing_a_key_fails_while_a_volume_is_down_or_the_key_is_locked() {
     let mut c = Setup::new().proxied().volumes(3).replicas(1).flags(&["-settle", "0s"]).start();
-    let all = c.names.clone();
-    let moves =
-        |key: &String| reference::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[2]);
+    let all_names = c.names.clone();
+    let moves = |key: &String| {
+        reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[2])
+    };
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(2);
     c.restart_master();
     c.put(&key, "value").expect(201);
     let old = c.holder(&key, 0);
-    c.names = all;
+    c.names = all_names;
     c.restart_master();
     // Both the current volume and the wanted one must be up.
     for (volume, method) in [(old, "HEAD"), (2, "PUT")] {

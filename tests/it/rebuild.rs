@@ -323,15 +323,15 @@ fn restore_index(c: &Cluster, index: &BTreeMap<PathBuf, Vec<u8>>) {
 #[test]
 fn rebuild_fails_when_an_indexed_volume_is_missing_from_volumes_unless_it_is_lost() {
     let (mut c, dump) = store(Setup::new());
-    let gone = c.names[2].clone();
+    let removed = c.names[2].clone();
     c.volumes[2].stop();
     let names = c.names.clone();
     c.names.truncate(2);
     let flags = ["rebuild", "-replicas", "2"];
-    c.mkv(&flags).fails(&[&gone, "-volumes", "-lost"]).does_not_print("mounted");
+    c.mkv(&flags).fails(&[&removed, "-volumes", "-lost"]).does_not_print("mounted");
     assert_eq!(c.dump(), dump);
-    c.mkv(&[&flags[..], &["-lost", &gone]].concat()).expect(0).prints("33 keys, 66 replicas");
-    assert!(!c.dump().contains(&gone));
+    c.mkv(&[&flags[..], &["-lost", &removed]].concat()).expect(0).prints("33 keys, 66 replicas");
+    assert!(!c.dump().contains(&removed));
     c.names = names;
     c.start_volumes();
     c.mkv(&["rebuild"]).expect(0);

@@ -185,16 +185,18 @@ fn rebuild_keeps_the_old_value_after_a_killed_replace() {
 fn rebuild_keeps_a_key_deleted_after_a_killed_rebalance() {
     // The master starts with three of four volumes. The fourth then takes over a replica.
     let mut c = Setup::new().volumes(4).proxied().start();
-    let all = c.names.clone();
+    let all_names = c.names.clone();
     c.names.truncate(3);
     c.restart_master();
     let key = (0..)
         .map(|n| format!("/{n}"))
-        .find(|key| reference::place(key.as_bytes(), &all, 3, 10)[0].starts_with(&all[3]))
+        .find(|key| {
+            reference::place(key.as_bytes(), &all_names, 3, 10)[0].starts_with(&all_names[3])
+        })
         .unwrap();
     c.put(&key, "value").expect(201);
     c.stop_master();
-    c.names = all;
+    c.names = all_names;
     c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
     let surplus =
@@ -226,15 +228,16 @@ fn rebuild_keeps_a_key_deleted_after_a_killed_rebalance() {
 #[test]
 fn rebuild_does_not_index_the_copies_of_a_killed_rebalance() {
     let mut c = Setup::new().volumes(2).replicas(1).proxied().start();
-    let all = c.names.clone();
-    let moves =
-        |key: &String| reference::place(key.as_bytes(), &all, 1, 10)[0].starts_with(&all[1]);
+    let all_names = c.names.clone();
+    let moves = |key: &String| {
+        reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[1])
+    };
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(1);
     c.restart_master();
     c.put(&key, "value").expect(201);
     c.stop_master();
-    c.names = all;
+    c.names = all_names;
     let before = c.dump();
     c.proxies[1].set("PUT", Fault::HoldAnswer);
     let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
@@ -257,10 +260,10 @@ fn the_next_rebuild_finishes_a_killed_one() {
     // Out of about 50 listings. Each release lets several pass.
     for listings in [1, 10, 30] {
         c.proxies[0].set("GET", Fault::HoldRequest);
-        let asked = c.proxies[0].seen("GET").len();
+        let listed_before = c.proxies[0].seen("GET").len();
         let rebuild = c.start_command(&["rebuild", "-rehash"]);
         c.proxies[0].wait_held("GET", 1);
-        while c.proxies[0].seen("GET").len() < asked + listings {
+        while c.proxies[0].seen("GET").len() < listed_before + listings {
             c.proxies[0].wait_held("GET", 1);
             c.proxies[0].release_held("GET");
             thread::sleep(Duration::from_millis(3));

@@ -138,15 +138,15 @@ fn random_write(c: &Cluster, model: &mut Model, key: &[u8], random: &mut fastran
 }
 
 /// Runs a random command on a store whose master was stopped or killed.
-fn run_random_command(c: &mut Cluster, all: &[String], random: &mut fastrand::Rng) -> String {
+fn run_random_command(c: &mut Cluster, all_names: &[String], random: &mut fastrand::Rng) -> String {
     match random.u32(..6) {
         0 => {
             c.mkv(&["rebuild", "-rehash"]).expect(0);
             "rebuild".into()
         }
         1 | 2 => {
-            let volumes = random.usize(2..=all.len());
-            c.names = all[..volumes].to_vec();
+            let volumes = random.usize(2..=all_names.len());
+            c.names = all_names[..volumes].to_vec();
             let (replicas, subvolumes) = (random.usize(1..=2), random.u32(1..4));
             c.setup = c.setup.clone().replicas(replicas).subvolumes(subvolumes);
             let kills = random.u32(..3);
@@ -185,7 +185,7 @@ fn run_random_command(c: &mut Cluster, all: &[String], random: &mut fastrand::Rn
 fn a_random_history_of_writes_kills_and_commands_ends_well() {
     let mut random = seeded_rng();
     let mut c = Setup::new().volumes(4).replicas(2).flags(&["-settle", "0s"]).start();
-    let (all, mut model) = (c.names.clone(), Model::new());
+    let (all_names, mut model) = (c.names.clone(), Model::new());
     let mut keys = unusual_keys();
     random.shuffle(&mut keys);
     keys.truncate(30);
@@ -200,7 +200,7 @@ fn a_random_history_of_writes_kills_and_commands_ends_well() {
         } else {
             c.stop_master()
         }
-        let done = run_random_command(&mut c, &all, &mut random);
+        let done = run_random_command(&mut c, &all_names, &mut random);
         println!("{round}: {}, {done}", if killed { "killed" } else { "stopped" });
         c.start_master();
         let listed = |wanted: bool| {

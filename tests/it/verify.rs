@@ -153,14 +153,14 @@ fn v_shows_all_names_instead_of_the_first_ones() {
     let lost = c.volumes[1].files();
     lost.values().for_each(|file| fs::remove_file(file).unwrap());
     let line = format!("replicas missing: {}", lost.len());
-    let few = c.mkv(&["verify"]).fails(&["not whole"]).prints(&line);
-    let all = c.mkv(&["verify", "-v"]).fails(&["not whole"]).prints(&line);
+    let short = c.mkv(&["verify"]).fails(&["not whole"]).prints(&line);
+    let verbose = c.mkv(&["verify", "-v"]).fails(&["not whole"]).prints(&line);
     let names = |result: &CommandOutput| {
         lost.keys().filter(|path| result.out.contains(&format!("{}{path}", c.names[1]))).count()
     };
-    assert!(lost.len() > 15 && names(&all) == lost.len(), "{all:?}");
-    assert!((1..=15).contains(&names(&few)), "{few:?}");
-    few.prints("-v shows all");
+    assert!(lost.len() > 15 && names(&verbose) == lost.len(), "{verbose:?}");
+    assert!((1..=15).contains(&names(&short)), "{short:?}");
+    short.prints("-v shows all");
     c.mkv(&["verify", "-repair"]).expect(0);
     c.assert_disks(&disks);
 }
@@ -211,11 +211,11 @@ fn verify_fails_and_changes_nothing_when_a_volume_is_down() {
     let (c, disks) = store(Setup::new().replicas(2));
     let mut c = c;
     c.store_blob(&misplaced_replica(&c, KEY), &reference::path(KEY.as_bytes(), 0), "value", 1000);
-    let with = c.disk_contents();
+    let damaged = c.disk_contents();
     c.volumes[1].stop();
     for flags in [vec!["verify"], vec!["verify", "-repair", "-deep", "-strays", "-grace", "0s"]] {
         c.mkv(&flags).fails(&[&format!("http://{}/", c.names[1])]);
-        c.assert_disks(&with);
+        c.assert_disks(&damaged);
     }
     c.start_volumes();
     c.mkv(&["verify", "-repair"]).expect(0);
@@ -405,7 +405,7 @@ fn repair_with_the_index_of_another_store_loses_no_blob() {
 #[test]
 fn repair_with_an_old_copy_of_the_index_loses_no_blob() {
     let mut c = Setup::new().proxied().volumes(4).replicas(2).flags(&["-settle", "0s"]).start();
-    let all = c.names.clone();
+    let all_names = c.names.clone();
     c.names.truncate(3);
     c.restart_master();
     let keys = numbered_keys("/n/", 40);
@@ -439,7 +439,7 @@ fn repair_with_an_old_copy_of_the_index_loses_no_blob() {
         c.put(format!("/new/{n}"), "new").expect(201);
     }
     c.wait_until_cleaned();
-    c.names = all;
+    c.names = all_names;
     c.restart_master();
     for key in &keys[10..30] {
         c.ask("REBALANCE", key).expect(204);
@@ -491,8 +491,8 @@ fn repair_never_removes_the_last_good_copy() {
         for file in &good[..3] {
             // The value is repaired or still in the surplus replica.
             let key = good.iter().position(|other| other == file).unwrap();
-            let there = [file, &files[key]].map(|file| fs::read(file).unwrap_or_default());
-            assert!(there.iter().any(|bytes| bytes == b"the good value"), "{}", file.display());
+            let contents = [file, &files[key]].map(|file| fs::read(file).unwrap_or_default());
+            assert!(contents.iter().any(|bytes| bytes == b"the good value"), "{}", file.display());
         }
         assert!(good[3].exists(), "the only readable blob is gone");
     }
@@ -598,20 +598,20 @@ fn repair_removes_strays_only_on_request_and_after_the_grace() {
     for (key, age) in ages {
         c.store_blob(&misplaced_replica(&c, key), &plain(key), "stray", now() - age);
     }
-    let there = || ages.map(|(key, _)| c.file(&misplaced_replica(&c, key), &plain(key)).exists());
+    let exist = || ages.map(|(key, _)| c.file(&misplaced_replica(&c, key), &plain(key)).exists());
     let line = "blobs of keys that the index does not know: ";
     c.mkv(&["verify"]).fails(&[]).prints(&format!("{line}3"));
     c.mkv(&["verify", "-repair"]).fails(&[]).prints(&format!("{line}3"));
-    assert_eq!(there(), [true, true, true]);
+    assert_eq!(exist(), [true, true, true]);
     c.mkv(&["verify", "-repair", "-strays"]).fails(&[]).prints(&format!("{line}2"));
-    assert_eq!(there(), [true, true, false]);
+    assert_eq!(exist(), [true, true, false]);
     c.mkv(&["verify", "-repair", "-strays", "-grace", "1h"]).fails(&[]).prints(&format!("{line}1"));
-    assert_eq!(there(), [true, false, false]);
+    assert_eq!(exist(), [true, false, false]);
     // A stray newer than everything in the index protects all strays, whatever the grace.
     let new = misplaced_replica(&c, "/new");
     c.store_blob(&new, &plain("/new"), "stray", now() + 1);
     c.mkv(&["verify", "-repair", "-strays", "-grace", "0s"]).fails(&[]).prints(&format!("{line}2"));
-    assert_eq!(there(), [true, false, false]);
+    assert_eq!(exist(), [true, false, false]);
     fs::remove_file(c.file(&new, &plain("/new"))).unwrap();
     c.mkv(&["verify", "-repair", "-strays", "-grace", "5m"]).expect(0);
     c.assert_disks(&disks);
