@@ -1,6 +1,7 @@
-//! The errors of mkv; the one place that maps them to HTTP statuses and to exit codes.
+//! The errors of mkv.
 //!
-//! Every text is one line that says what is wrong and, where that is not plain, what to do.
+//! Every text is one line that says what is wrong and, if that is not obvious, what to do. `api/status.rs` maps errors to
+//! HTTP statuses; `exit_code` maps them to the exit status of the process.
 
 use std::fmt;
 
@@ -10,71 +11,42 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// A wrong flag or command.
     Usage(String),
-    /// A request that no state of the store could make right.
+    /// A request that is wrong in every state of the store.
     BadRequest(String),
-    /// Credentials are missing or wrong.
+    /// The credentials are missing or wrong.
     Unauthorized,
-    /// A request that the state of the key or a flag of the server forbids.
+    /// The state of the key, or a flag of the server, forbids the request.
     Forbidden(&'static str),
     /// No such key.
     NotFound(&'static str),
-    /// A method that mkv does not have.
+    /// mkv does not have this method.
     Method,
-    /// Another writer holds the key.
+    /// Another request is writing the key.
     Locked,
-    /// The index has the key, the volumes have no replica of it.
+    /// The index has the key, but no volume has a replica.
     Gone,
-    /// An upload without a value.
+    /// The upload has no value.
     NoValue,
-    /// A list that needs a limit.
+    /// The list is too long without a limit.
     TooMany,
-    /// A key over 1,024 bytes.
+    /// The key is over 1,024 bytes; its length in bytes.
     KeyTooLong(usize),
-    /// A volume answered with a status that is none of the good ones.
+    /// A volume refused a request with this status.
     Refused { volume: String, status: u16 },
-    /// A volume gave no answer. `maybe_done`: it has the request, and may yet carry it out.
+    /// A volume did not answer. `maybe_done`: it has the request and may still carry it out.
     Unreachable { volume: String, why: String, maybe_done: bool },
-    /// The master is stopping or full, or another part that should answer does not.
+    /// The request cannot be carried out now; a later try may succeed.
     Unavailable(String),
-    /// The index could not be read or written, or holds what does not decode.
+    /// The index could not be read or written, or an entry does not decode.
     Index(String),
-    /// A command could not do all that it was asked.
+    /// A command could not do everything that it was asked to do.
     Failed(String),
 }
 
 impl Error {
-    /// The HTTP status (RFC 9110) that tells a client of this error.
-    pub fn status(&self) -> u16 {
-        match self {
-            Error::Usage(_) | Error::BadRequest(_) => 400,
-            Error::Unauthorized => 401,
-            Error::Forbidden(_) => 403,
-            Error::NotFound(_) => 404,
-            Error::Method => 405,
-            Error::Locked => 409,
-            Error::Gone => 410,
-            Error::NoValue => 411,
-            Error::TooMany => 413,
-            Error::KeyTooLong(_) => 414,
-            Error::Refused { .. } | Error::Index(_) | Error::Failed(_) => 500,
-            Error::Unreachable { .. } | Error::Unavailable(_) => 503,
-        }
-    }
+    pub const NOT_FOUND: Error = Error::NotFound("no such key");
 
-    /// A word for what went wrong, for the metrics.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Error::Refused { .. } => "volume_refused",
-            Error::Unreachable { .. } => "volume_unreachable",
-            Error::Index(_) => "index",
-            Error::Locked => "locked",
-            Error::Gone => "no_replica",
-            Error::Unavailable(_) | Error::Failed(_) => "unavailable",
-            _ => "client",
-        }
-    }
-
-    /// What the process exits with: 2 for a wrong command line, 1 for everything else.
+    /// The exit status of the process: 2 for a wrong command line, 1 for everything else.
     pub fn exit_code(&self) -> i32 {
         if matches!(self, Error::Usage(_)) { 2 } else { 1 }
     }
@@ -92,18 +64,12 @@ impl fmt::Display for Error {
             | Error::Failed(text) => f.write_str(text),
             Error::Forbidden(text) | Error::NotFound(text) => f.write_str(text),
             Error::Unauthorized => f.write_str("send a user and password that the volumes accept"),
-            Error::Method => f.write_str(
-                "unknown method: use GET, HEAD, PUT, REPLACE, DELETE, UNLINK, RELINK or REBALANCE",
-            ),
-            Error::Locked => {
-                f.write_str("another request is writing this key: try again when it is done")
+            Error::Method => {
+                f.write_str("unknown method: use GET, HEAD, PUT, REPLACE, DELETE, UNLINK, RELINK or REBALANCE")
             }
-            Error::Gone => f.write_str(
-                "no volume has a replica of this key: run mkv verify, check the volumes' disks",
-            ),
-            Error::NoValue => {
-                f.write_str("send a value of at least one byte, with Content-Length or chunked")
-            }
+            Error::Locked => f.write_str("another request is writing this key: try again when it is done"),
+            Error::Gone => f.write_str("no volume has a replica of this key: run mkv verify, check the volumes' disks"),
+            Error::NoValue => f.write_str("send a value of at least one byte, with Content-Length or chunked"),
             Error::TooMany => f.write_str("over 1,000,000 keys: add &limit=N and follow next"),
             Error::KeyTooLong(n) => write!(f, "the key has {n} bytes, 1024 are allowed"),
             Error::Refused { volume, status } => {

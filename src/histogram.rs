@@ -6,8 +6,7 @@
 use std::time::Duration;
 
 /// Upper bounds of the buckets, in seconds.
-const BOUNDS: [f64; 12] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
+const BOUNDS: [f64; 12] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
 
 #[derive(Debug, Default, Clone)]
 pub struct Histogram {

@@ -19,7 +19,6 @@ pub mod format;
 pub mod histogram;
 pub mod http;
 pub mod index;
-pub mod memory;
 pub mod ops;
 pub mod store;
 pub mod threads;

@@ -1,68 +1,79 @@
 //! The program: parses the command line, runs the command, prints the error once.
 
 use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
 
-use mkv::cli::{self, Mode, Options, USAGE};
+use mkv::cli::{self, Cli, Command};
 use mkv::error::Result;
-use mkv::index::{self, Index};
+use mkv::index::{Index, database, lock_dir};
 use mkv::ops::{dump, import, rebalance, rebuild, verify};
-use mkv::{http, memory, store};
-
-#[global_allocator]
-static ALLOCATOR: memory::Allocator = memory::Allocator;
+use mkv::store::{self, Store};
+use mkv::volumes::Volumes;
+use mkv::{api, http};
 
 fn main() {
-    let result = cli::parse(std::env::args().skip(1)).and_then(run);
-    if let Err(error) = result {
+    if let Err(error) = cli::parse(std::env::args().skip(1)).and_then(run) {
         eprintln!("mkv: {error}");
         std::process::exit(error.exit_code());
     }
 }
 
-fn run(options: Options) -> Result<()> {
-    let level = if options.verbose { log::LevelFilter::Info } else { log::LevelFilter::Warn };
+fn run(Cli { command, verbose, voltimeout }: Cli) -> Result<()> {
+    let level = if verbose { log::LevelFilter::Info } else { log::LevelFilter::Warn };
     env_logger::Builder::new().filter_module("mkv", level).init();
-    // One line in the log. tiny_http's threads panic where a client resets its connection at once.
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map_or("", |at| at.file());
-        // `println!`: what reads the output has ended, as `head` does.
-        if place.ends_with("std/src/io/stdio.rs") {
-            let _ = writeln!(std::io::stderr(), "mkv: the output cannot be written");
-            std::process::exit(1);
+    log_panics();
+    pin_mmap_threshold();
+    let volumes = || Volumes::new(voltimeout);
+    match command {
+        Command::Print(text) => println!("{text}"),
+        Command::Server { db, sync, store, http, api } => {
+            serve(&db, sync, store, volumes(), http, api)?;
         }
-        let quiet = place.contains("tiny_http");
-        log::log!(if quiet { log::Level::Debug } else { log::Level::Error }, "{panic}");
-    }));
-    memory::keep_malloc_from_hoarding();
-    schedule_as_batch();
-    match options.mode {
-        Mode::Help => println!("{USAGE}"),
-        Mode::Version => println!("mkv {}", env!("CARGO_PKG_VERSION")),
-        Mode::Server => {
-            let _lock = index::lock_dir(&options.db, true)?;
-            let index = Index::open(&index::folder(&options.db)?, true, options.sync)?;
-            http::serve(store::Store::new(options, index))?;
+        Command::Rebuild(config) => rebuild::run(config, volumes())?,
+        Command::Rebalance { db, store, dry_run } => {
+            let _lock = lock_dir(&db, false)?;
+            let index = Index::open(&database(&db)?, false, false)?;
+            rebalance::run(&Store::new(store, index, volumes()), dry_run, verbose)?;
         }
-        Mode::Rebuild => rebuild::run(&options)?,
-        Mode::Rebalance => {
-            let _lock = index::lock_dir(&options.db, false)?;
-            let index = Index::open(&index::folder(&options.db)?, false, options.sync)?;
-            rebalance::run(&store::Store::new(options, index))?;
-        }
-        Mode::Verify => verify::run(options)?,
-        Mode::Import => import::run(&options)?,
-        Mode::Dump => dump::run(&options)?,
+        Command::Verify { store, verify } => verify::run(verify, store, volumes())?,
+        Command::Import(config) => import::run(&config)?,
+        Command::Dump { db } => dump::run(&db)?,
     }
     Ok(())
 }
 
-/// A thread that is woken up waits until the one that runs has no more to do: requests go from
-/// thread to thread, and each hand-over would otherwise cost two switches. Threads inherit it.
-fn schedule_as_batch() {
-    // SAFETY: all fields of the struct are numbers.
-    let parameters: libc::sched_param = unsafe { std::mem::zeroed() };
-    // SAFETY: the struct outlives the call.
-    if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &parameters) } != 0 {
-        log::info!("sched_setscheduler: {}", std::io::Error::last_os_error());
-    }
+fn serve(
+    db: &Path,
+    sync: bool,
+    store: store::Config,
+    volumes: Arc<Volumes>,
+    http: http::Config,
+    api: api::Config,
+) -> Result<()> {
+    let _lock = lock_dir(db, true)?;
+    let index = Index::open(&database(db)?, true, sync)?;
+    api::serve(Store::new(store, index, volumes), api, http)
+}
+
+/// Logs each panic as one line.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let file = panic.location().map_or("", |at| at.file());
+        // `println!` panics when the reader of the output has ended, as `head` does.
+        if file.ends_with("std/src/io/stdio.rs") {
+            let _ = writeln!(std::io::stderr(), "mkv: the output cannot be written");
+            std::process::exit(1);
+        }
+        log::error!("{panic}");
+    }));
+}
+
+/// glibc raises its mmap threshold after large frees; pin it so that RocksDB's buffers return to the kernel.
+fn pin_mmap_threshold() {
+    // SAFETY: the call sets a number.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10)
+    };
 }

@@ -1,106 +1,78 @@
-//! Threads that are kept for the next job.
+//! A pool of threads without a limit, which keeps idle ones for the next job.
 //!
-//! Not a channel: a channel's receivers spin before they sleep, which on few cores takes the
-//! processor from nginx; a job here costs one wake-up.
+//! A job goes to a thread that waits, or to a new one; it never queues, so jobs may wait for each other.
+//! The channel has no room: sending succeeds only where a thread is receiving. Its receivers sleep at
+//! once, unlike those of channels with room, which spin before they sleep.
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
 use std::time::Duration;
 
-/// Locks what is whole after each change to it, so that a panic elsewhere does not matter.
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+
+/// Locks and ignores poisoning: the data is consistent after every statement.
 pub fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
     value.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 pub type Job = Box<dyn FnOnce() + Send>;
 
-/// How long a thread without work waits for some before it ends.
+/// How long a thread waits for a job before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How many threads may wait for work. The jobs go round among those that wait: without a limit a
-/// little work would keep as many threads as the most there has ever been.
+/// How many threads may wait. Jobs go round among those that wait: without a limit a few jobs would keep
+/// as many threads as there have ever been.
 const SPARE: usize = 16;
 
-#[derive(Clone)]
-pub struct Pool(Arc<Shared>);
+/// A thread's stack, in bytes of address space. RocksDB's writes need some 100 KiB.
+const STACK: usize = 1 << 20;
 
-struct Shared {
-    most: usize,
-    state: Mutex<State>,
-    work: Condvar,
+#[derive(Clone)]
+pub struct Pool {
+    give: Sender<Job>,
+    take: Receiver<Job>,
+    /// Threads that wait for a job.
+    spare: Arc<AtomicUsize>,
 }
 
-#[derive(Default)]
-struct State {
-    jobs: VecDeque<Job>,
-    threads: usize,
-    /// Threads that wait for a job, those included that were woken and are not awake yet: each of
-    /// them takes one of `jobs`.
-    waiting: usize,
+impl Default for Pool {
+    fn default() -> Pool {
+        let (give, take) = bounded(0);
+        Pool { give, take, spare: Arc::default() }
+    }
 }
 
 impl Pool {
-    /// At most `most` threads; what is more waits for one of them.
-    pub fn new(most: usize) -> Pool {
-        Pool(Arc::new(Shared { most, state: Mutex::default(), work: Condvar::new() }))
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.0.state)
-    }
-
-    /// Runs the job on a thread that waits, or on a new one. Gives the job back where the machine
-    /// has no thread for it.
+    /// Runs the job on a thread that waits, or on a new one. Gives the job back where the machine has no
+    /// thread for it.
     pub fn run(&self, job: Job) -> Result<(), Job> {
-        let mut state = self.state();
-        if state.waiting <= state.jobs.len() && state.threads < self.0.most {
-            let pool = self.clone();
-            let thread = std::thread::Builder::new().name("mkv-pool".into());
-            match thread.spawn(move || pool.work()) {
-                Ok(_) => state.threads += 1,
-                // A job of a pool without bound may wait for another job, so it cannot queue.
-                Err(_) if state.threads == 0 || self.0.most == usize::MAX => return Err(job),
-                Err(_) => {}
-            }
-        }
-        state.jobs.push_back(job);
-        let sleeping = state.waiting > 0;
-        drop(state);
-        if sleeping {
-            self.0.work.notify_one();
-        }
-        Ok(())
-    }
-
-    fn work(&self) {
-        let mut state = self.state();
-        loop {
-            if let Some(job) = state.jobs.pop_front() {
-                drop(state);
-                // A job that panics has told its own waiter, by what it drops; the thread goes on.
-                let _ = catch_unwind(AssertUnwindSafe(job));
-                state = self.state();
-                continue;
-            }
-            if state.waiting >= SPARE {
-                state.threads -= 1;
-                return;
-            }
-            state.waiting += 1;
-            let (back, waited) =
-                self.0.work.wait_timeout(state, IDLE).unwrap_or_else(|e| e.into_inner());
-            state = back;
-            state.waiting -= 1;
-            if waited.timed_out() && state.jobs.is_empty() {
-                state.threads -= 1;
-                return;
-            }
+        let Err(refused) = self.give.try_send(job) else { return Ok(()) };
+        let (give, first) = bounded(1);
+        let _ = give.send(refused.into_inner());
+        let (pool, taken) = (self.clone(), first.clone());
+        let builder = thread::Builder::new().name("mkv-pool".into()).stack_size(STACK);
+        match builder.spawn(move || taken.try_iter().for_each(|job| pool.work(job))) {
+            Ok(_) => Ok(()),
+            Err(_) => first.try_recv().map_or(Ok(()), Err),
         }
     }
 
-    /// Calls `f` with every item at the same time, and gives the results in the items' order. What
-    /// no thread can be had for is done here, one after the other.
+    /// Runs a job, and those that come after it.
+    fn work(&self, job: Job) {
+        let mut next = Some(job);
+        while let Some(job) = next {
+            // The panic hook has logged a panic.
+            let _ = catch_unwind(AssertUnwindSafe(job));
+            let waits = self.spare.fetch_add(1, Ordering::Relaxed) < SPARE;
+            next = self.take.recv_timeout(if waits { IDLE } else { Duration::ZERO }).ok();
+            self.spare.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Calls `f` with every item at the same time, and gives the results in the items' order. Where
+    /// there is no thread for an item, this thread takes it.
     pub fn each<I, T, F>(&self, items: Vec<I>, f: F) -> Vec<T>
     where
         I: Send + 'static,
@@ -109,12 +81,12 @@ impl Pool {
     {
         let count = items.len();
         let f = Arc::new(f);
-        let (done, results) = std::sync::mpsc::channel();
+        let (done, results) = unbounded();
         for (n, item) in items.into_iter().enumerate() {
             let (f, done) = (f.clone(), done.clone());
             let job = move || {
                 let result = f(item);
-                // What `f` holds is let go before the caller goes on: it may be the index.
+                // Drop `f` before signalling: it may hold the last Arc of the index.
                 drop(f);
                 let _ = done.send((n, result));
             };
@@ -140,7 +112,7 @@ mod tests {
 
     #[test]
     fn each_runs_all_at_once_and_keeps_the_order() {
-        let pool = Pool::new(usize::MAX);
+        let pool = Pool::default();
         for _ in 0..100 {
             let barrier = Arc::new(Barrier::new(20));
             let results = pool.each((0..20).collect(), move |n| {
@@ -152,34 +124,21 @@ mod tests {
     }
 
     #[test]
-    fn a_bounded_pool_runs_everything_in_the_end() {
-        let pool = Pool::new(2);
-        let (done, results) = std::sync::mpsc::channel();
-        for n in 0..1000 {
-            let done = done.clone();
-            pool.run(Box::new(move || done.send(n).unwrap())).ok().unwrap();
-        }
-        drop(done);
-        assert_eq!(results.iter().sum::<usize>(), 999 * 1000 / 2);
-        assert!(pool.state().threads <= 2);
-    }
-
-    #[test]
     fn little_work_keeps_few_threads() {
-        let pool = Pool::new(usize::MAX);
+        let pool = Pool::default();
         pool.each((0..100).collect(), |_: u32| std::thread::sleep(Duration::from_millis(100)));
         for _ in 0..200 {
-            let (done, result) = std::sync::mpsc::channel();
+            let (done, result) = unbounded();
             pool.run(Box::new(move || done.send(()).unwrap())).ok().unwrap();
             result.recv().unwrap();
         }
-        assert!(pool.state().threads <= SPARE + 1);
+        assert!(pool.spare.load(Ordering::Relaxed) <= SPARE + 1);
     }
 
     #[test]
     fn a_job_that_panics_does_not_cost_the_next_one() {
-        let pool = Pool::new(1);
-        let (done, results) = std::sync::mpsc::channel();
+        let pool = Pool::default();
+        let (done, results) = unbounded();
         pool.run(Box::new(|| panic!("on purpose"))).ok().unwrap();
         pool.run(Box::new(move || done.send(7).unwrap())).ok().unwrap();
         assert_eq!(results.recv(), Ok(7));

@@ -70,10 +70,10 @@ fn pass_on(mut from: TcpStream, mut to: TcpStream) {
 
 fn generate(folder: &Path, keys: u64) {
     std::fs::create_dir_all(folder).expect("the folder can be made");
-    let index = Index::fresh(&folder.join("index")).expect("it opens");
+    let index = Index::create(&folder.join("index")).expect("it opens");
     let mut random = fastrand::Rng::with_seed(1);
     for first in (0..keys).step_by(BATCH as usize) {
-        let mut change = index.change();
+        let mut batch = index.batch();
         for n in first..(first + BATCH).min(keys) {
             let record = Record {
                 state: if n % 2 == 0 { State::Live } else { State::Unlinked },
@@ -83,9 +83,9 @@ fn generate(folder: &Path, keys: u64) {
                 version: 0,
                 replicas: (1..=3).map(|v| format!("10.0.0.{v}:3001/sv{:02X}", n % 10)).collect(),
             };
-            change = change.put(format!("/bench/{n:010}").as_bytes(), &record);
+            batch = batch.put(format!("/bench/{n:010}").as_bytes(), &record);
         }
-        change.commit().expect("it is written");
+        batch.commit().expect("it is written");
     }
     index.sync().expect("it is on disk");
     index.close();

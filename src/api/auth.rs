@@ -1,4 +1,5 @@
-//! Basic authorization (RFC 7617): the volumes decide who is right, the master asks and remembers.
+//! Basic authorization (RFC 7617): the volumes decide which logins are right; the master asks them and caches the
+//! answers.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -12,29 +13,29 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use crate::error::{Error, Result};
 use crate::format::record::Hash;
 use crate::threads::lock;
-use crate::volumes::Volumes;
+use crate::volumes::{Volumes, basic_auth};
 
-/// How long a yes and a no are remembered.
-const YES: Duration = Duration::from_secs(30);
-const NO: Duration = Duration::from_secs(1);
+/// How long an accepted and a rejected login are cached.
+const ACCEPTED: Duration = Duration::from_secs(30);
+const REJECTED: Duration = Duration::from_secs(1);
 
-/// The most answers that are remembered.
-const MOST: usize = 10_000;
+/// The most logins in the cache.
+const CACHED_MAX: usize = 10_000;
 
-/// What is left as it is in the user part of a URL: RFC 3986's unreserved characters.
+/// The characters that stay as they are in the user part of a URL: RFC 3986's unreserved ones.
 const USER_SET: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// A client's credentials.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    /// The header's value, made anew.
+    /// The value of the `Authorization` header, in its canonical form.
     pub header: String,
-    /// `user:pass@`, percent-encoded, to stand in a URL.
+    /// `user:pass@`, percent-encoded for a URL.
     pub url: String,
 }
 
 impl Credentials {
-    /// `user:pass`, which may hold any bytes but control characters; `None`: there is no colon.
+    /// Parses `user:pass`. `None` if there is no colon, or a control character.
     pub fn new(userpass: &[u8]) -> Option<Credentials> {
         if userpass.iter().any(u8::is_ascii_control) {
             return None;
@@ -42,12 +43,12 @@ impl Credentials {
         let colon = userpass.iter().position(|byte| *byte == b':')?;
         let encoded = |part| percent_encode(part, USER_SET).to_string();
         Some(Credentials {
-            header: format!("Basic {}", STANDARD.encode(userpass)),
+            header: basic_auth(userpass),
             url: format!("{}:{}@", encoded(&userpass[..colon]), encoded(&userpass[colon + 1..])),
         })
     }
 
-    /// From an Authorization header; `None`: it is none of this kind.
+    /// Parses an `Authorization` header. `None` if it is not a valid one of basic authorization.
     pub fn parse(header: &str) -> Option<Credentials> {
         let (scheme, text) = header.split_once(' ')?;
         let userpass = STANDARD.decode(text.trim()).ok()?;
@@ -55,57 +56,60 @@ impl Credentials {
     }
 }
 
-/// Asks volumes who may come in, and remembers their answers under a salted digest.
-pub struct Gate {
+/// Asks volumes whether they accept a login, and caches their answers under a salted digest.
+pub struct Authenticator {
     volumes: Arc<Volumes>,
     names: Vec<String>,
     salt: [u8; 16],
-    known: Mutex<HashMap<Hash, (Instant, bool)>>,
+    cache: Mutex<HashMap<Hash, (Instant, bool)>>,
 }
 
-impl Gate {
-    pub fn new(volumes: Arc<Volumes>, names: &[String]) -> Gate {
-        let salt = std::array::from_fn(|_| fastrand::u8(..));
-        Gate { volumes, names: names.to_vec(), salt, known: Mutex::default() }
-    }
-
-    /// An error where a volume lets everybody in: any password would pass there.
-    pub fn check(&self) -> Result<()> {
-        for name in &self.names {
-            if matches!(self.volumes.accepts_login(name, None), Ok(true)) {
+impl Authenticator {
+    /// Fails if a volume accepts anonymous requests: it would accept every password.
+    pub fn new(volumes: Arc<Volumes>, names: &[String]) -> Result<Authenticator> {
+        for name in names {
+            if matches!(volumes.accepts_login(name, None), Ok(true)) {
                 return Err(Error::Failed(format!(
                     "-basicauth: volume {name} lets everybody in: start it with AUTH=/path/.htpasswd"
                 )));
             }
         }
-        Ok(())
+        let salt = std::array::from_fn(|_| fastrand::u8(..));
+        Ok(Authenticator { volumes, names: names.to_vec(), salt, cache: Mutex::default() })
     }
 
-    /// What is remembered of these credentials.
-    pub fn remembered(&self, credentials: &Credentials) -> Option<bool> {
-        let known = lock(&self.known);
-        let (at, right) = known.get(&self.digest(credentials))?;
-        (at.elapsed() < if *right { YES } else { NO }).then_some(*right)
+    /// The credentials of an `Authorization` header, or `Unauthorized` if the volumes reject them.
+    pub fn login(&self, header: Option<&str>) -> Result<Credentials> {
+        let credentials = header.and_then(Credentials::parse).ok_or(Error::Unauthorized)?;
+        let accepted = match self.cached(&credentials) {
+            Some(accepted) => accepted,
+            None => self.ask(&credentials)?,
+        };
+        if accepted { Ok(credentials) } else { Err(Error::Unauthorized) }
     }
 
-    /// Whether these credentials are right: asks one volume, or another where it does not answer.
-    pub fn ask(&self, credentials: &Credentials) -> Result<bool> {
-        let mut failed = Error::Unavailable("no volume says who may come in".into());
+    fn cached(&self, credentials: &Credentials) -> Option<bool> {
+        let cache = lock(&self.cache);
+        let (at, accepted) = cache.get(&self.digest(credentials))?;
+        (at.elapsed() < if *accepted { ACCEPTED } else { REJECTED }).then_some(*accepted)
+    }
+
+    /// Asks one volume, and the next one if it does not answer.
+    fn ask(&self, credentials: &Credentials) -> Result<bool> {
+        let mut failed = Error::Unavailable("no volume answers to check the login".into());
         for name in self.volumes.shuffled(&self.names) {
             match self.volumes.accepts_login(&name, Some(&credentials.header)) {
-                // A yes counts only from a volume that does not say yes to nobody.
+                // Ignore volumes that also accept anonymous requests.
                 Ok(true) if matches!(self.volumes.accepts_login(&name, None), Ok(true)) => {
-                    log::error!(
-                        "volume {name} lets everybody in: start it with AUTH=/path/.htpasswd"
-                    );
+                    log::error!("volume {name} lets everybody in: start it with AUTH=/path/.htpasswd");
                 }
-                Ok(right) => {
-                    let mut known = lock(&self.known);
-                    if known.len() >= MOST {
-                        known.clear();
+                Ok(accepted) => {
+                    let mut cache = lock(&self.cache);
+                    if cache.len() >= CACHED_MAX {
+                        cache.clear();
                     }
-                    known.insert(self.digest(credentials), (Instant::now(), right));
-                    return Ok(right);
+                    cache.insert(self.digest(credentials), (Instant::now(), accepted));
+                    return Ok(accepted);
                 }
                 Err(error) => failed = Error::Unavailable(error.to_string()),
             }
@@ -113,9 +117,9 @@ impl Gate {
         Err(failed)
     }
 
-    /// A volume has just said no to these credentials.
+    /// Drops a login from the cache, because a volume has just rejected it.
     pub fn forget(&self, credentials: &Credentials) {
-        lock(&self.known).remove(&self.digest(credentials));
+        lock(&self.cache).remove(&self.digest(credentials));
     }
 
     fn digest(&self, credentials: &Credentials) -> Hash {
@@ -128,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn credentials_of_every_kind_come_through() {
+    fn unusual_credentials_are_encoded() {
         for (userpass, url) in [
             ("me:secret", "me:secret@"),
             ("me:a:b@c/d%e f", "me:a%3Ab%40c%2Fd%25e%20f@"),
@@ -143,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_basic_header_is_nobody() {
+    fn other_headers_are_no_credentials() {
         for header in [
             "",
             "Basic",

@@ -2,32 +2,39 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::histogram::Histogram;
+use crate::http::Counters;
 use crate::threads::lock;
 use crate::volumes::Snapshot;
 
-#[derive(Default)]
 pub struct Metrics {
     requests: Mutex<BTreeMap<(&'static str, u16), u64>>,
     latencies: Mutex<BTreeMap<&'static str, Histogram>>,
     errors: Mutex<BTreeMap<&'static str, u64>>,
-    /// Bytes of values received, and of answers sent.
-    pub received: AtomicU64,
-    pub sent: AtomicU64,
-    /// Gauges.
+    /// Uploads under way.
     pub uploads: AtomicU64,
-    pub connections: AtomicU64,
+    /// What the HTTP server counts.
+    counters: Arc<Counters>,
 }
 
 impl Metrics {
+    pub fn new(counters: Arc<Counters>) -> Metrics {
+        Metrics {
+            requests: Mutex::default(),
+            latencies: Mutex::default(),
+            errors: Mutex::default(),
+            uploads: AtomicU64::new(0),
+            counters,
+        }
+    }
+
     /// Counts an answered request.
     pub fn count(&self, method: &str, status: u16, error: Option<&'static str>, time: Duration) {
-        const METHODS: [&str; 8] =
-            ["GET", "HEAD", "PUT", "REPLACE", "DELETE", "UNLINK", "RELINK", "REBALANCE"];
+        const METHODS: [&str; 8] = ["GET", "HEAD", "PUT", "REPLACE", "DELETE", "UNLINK", "RELINK", "REBALANCE"];
         let method = METHODS.into_iter().find(|known| *known == method).unwrap_or("other");
         *lock(&self.requests).entry((method, status)).or_default() += 1;
         lock(&self.latencies).entry(method).or_default().observe(time);
@@ -36,43 +43,53 @@ impl Metrics {
         }
     }
 
-    pub fn write(&self, text: &mut String) {
-        head(text, "mkv_requests_total", "counter", "Requests answered.");
+    /// All metrics. `locked`: keys that are being written; `keys`: an estimate of the keys in the index.
+    pub fn text(&self, volumes: &[Snapshot], locked: usize, keys: u64) -> String {
+        let mut text = String::new();
+        self.write_requests(&mut text);
+        let connections = self.counters.connections.load(Ordering::Relaxed) as u64;
+        for (name, kind, help, value) in [
+            ("received_bytes_total", "counter", "Bytes of values received.", get(&self.counters.received)),
+            ("sent_bytes_total", "counter", "Bytes of responses sent.", get(&self.counters.sent)),
+            ("uploads", "gauge", "Uploads under way.", get(&self.uploads)),
+            ("connections", "gauge", "Connections of clients.", connections),
+            ("locks", "gauge", "Keys that are being written.", locked as u64),
+            ("keys", "gauge", "Keys in the index, an estimate.", keys),
+        ] {
+            write_head(&mut text, &format!("mkv_{name}"), kind, help);
+            let _ = writeln!(text, "mkv_{name} {value}");
+        }
+        write_volumes(&mut text, volumes);
+        text
+    }
+
+    fn write_requests(&self, text: &mut String) {
+        write_head(text, "mkv_requests_total", "counter", "Requests answered.");
         for ((method, status), count) in &*lock(&self.requests) {
-            let _ = writeln!(
-                text,
-                "mkv_requests_total{{method=\"{method}\",status=\"{status}\"}} {count}"
-            );
+            let _ = writeln!(text, "mkv_requests_total{{method=\"{method}\",status=\"{status}\"}} {count}");
         }
-        head(text, "mkv_request_seconds", "histogram", "From a request's head to its answer.");
+        write_head(text, "mkv_request_seconds", "histogram", "From a request's head to its response.");
         for (method, histogram) in &*lock(&self.latencies) {
-            write_histogram(
-                text,
-                "mkv_request_seconds",
-                &format!("method=\"{method}\""),
-                histogram,
-            );
+            write_histogram(text, "mkv_request_seconds", &format!("method=\"{method}\""), histogram);
         }
-        head(text, "mkv_errors_total", "counter", "Errors answered, by kind.");
+        write_head(text, "mkv_errors_total", "counter", "Errors answered, by kind.");
         for (kind, count) in &*lock(&self.errors) {
             let _ = writeln!(text, "mkv_errors_total{{kind=\"{kind}\"}} {count}");
         }
-        let get = |value: &AtomicU64| value.load(Ordering::Relaxed);
-        let (received, sent) = (get(&self.received), get(&self.sent));
-        plain(text, "mkv_received_bytes_total", "counter", "Bytes of values received.", received);
-        plain(text, "mkv_sent_bytes_total", "counter", "Bytes of answers sent.", sent);
-        plain(text, "mkv_uploads", "gauge", "Uploads under way.", get(&self.uploads));
-        plain(text, "mkv_connections", "gauge", "Connections of clients.", get(&self.connections));
     }
 }
 
-/// What is known of each volume that was asked for something.
-pub fn write_volumes(text: &mut String, volumes: &[Snapshot]) {
-    head(text, "mkv_volume_up", "gauge", "Whether the volume answered when last asked.");
+fn get(value: &AtomicU64) -> u64 {
+    value.load(Ordering::Relaxed)
+}
+
+/// The state of each volume that was asked for something.
+fn write_volumes(text: &mut String, volumes: &[Snapshot]) {
+    write_head(text, "mkv_volume_up", "gauge", "Whether the volume answered when last asked.");
     for Snapshot { name, up, .. } in volumes {
         let _ = writeln!(text, "mkv_volume_up{{volume=\"{name}\"}} {}", u8::from(*up));
     }
-    head(text, "mkv_volume_seconds", "histogram", "From a request to its answer's head.");
+    write_head(text, "mkv_volume_seconds", "histogram", "From a request to its answer's head.");
     for Snapshot { name, latency, .. } in volumes {
         write_histogram(text, "mkv_volume_seconds", &format!("volume=\"{name}\""), latency);
     }
@@ -90,15 +107,8 @@ fn write_histogram(text: &mut String, name: &str, labels: &str, histogram: &Hist
     let _ = writeln!(text, "{name}_sum{{{labels}}} {seconds}\n{name}_count{{{labels}}} {count}");
 }
 
-/// A metric's first lines.
-pub fn head(text: &mut String, name: &str, kind: &str, help: &str) {
+fn write_head(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-}
-
-/// A metric of one number.
-pub fn plain(text: &mut String, name: &str, kind: &str, help: &str, value: u64) {
-    head(text, name, kind, help);
-    let _ = writeln!(text, "{name} {value}");
 }
 
 #[cfg(test)]

@@ -1,5 +1,90 @@
-//! Requests of the HTTP API: method and target to command, authorization, metrics.
+//! The HTTP API: parses a request, lets the store carry it out, and makes the response.
+//!
+//! - `route.rs`: method and target to command
+//! - `auth.rs`: basic authorization
+//! - `handlers.rs`: command to response
+//! - `status.rs`: error to status
+//! - `metrics.rs`: what the master counts, as Prometheus text
+//!
+//! All statuses and headers are made here and nowhere else. The room decides nothing about a key; it reaches past the
+//! store to index and volumes only for metrics, health and authorization.
 
 pub mod auth;
-pub mod metrics;
+pub mod handlers;
+mod metrics;
 pub mod route;
+mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::error::{Error, Result};
+use crate::http::{self, Counters, Server};
+use crate::store::Store;
+use auth::Authenticator;
+use handlers::Api;
+
+/// How long requests may go on after SIGTERM.
+const DRAIN: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to redirect a GET of a key that is not here: `host:port`.
+    pub fallback: Option<String>,
+    /// Whether every request needs a login that the volumes accept.
+    pub basicauth: bool,
+}
+
+/// Serves the store until SIGTERM or SIGINT. Then it accepts nothing more, waits up to 30 s for the requests under way,
+/// and flushes the index.
+pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()> {
+    raise_descriptor_limit();
+    store.check_volumes()?;
+    let authenticator = match config.basicauth {
+        true => Some(Authenticator::new(store.volumes.clone(), &store.config.placement.volumes)?),
+        false => None,
+    };
+    store.suspect_after_crash()?;
+    let cleans = authenticator.is_none() || store.own_auth().is_some();
+    let place = if http.host.is_empty() { "every address".into() } else { http.host.clone() };
+    let (port, counters) = (http.port, Arc::new(Counters::default()));
+    let api = Api::new(store.clone(), config, authenticator, counters.clone());
+    let server = Server::bind(http, counters, api).map_err(|e| {
+        Error::Failed(format!("cannot listen on {place}, port {port}: {e}: choose another -port or -host"))
+    })?;
+    let address = server.address().map_err(|e| Error::Failed(e.to_string()))?;
+    let front = server.clone();
+    spawn("mkv-accept", move || front.run())?;
+    if cleans {
+        let cleaner = store.clone();
+        spawn("mkv-cleaner", move || cleaner.clean())?;
+    } else {
+        log::warn!("without -userpass the cleaner cannot delete: debris waits");
+    }
+    let checker = store.clone();
+    spawn("mkv-check", move || checker.warn_if_index_lost())?;
+    let wrong = |e: std::io::Error| Error::Failed(format!("signals: {e}"));
+    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(wrong)?;
+    println!("mkv listens on {address}");
+    signals.wait().for_each(drop);
+    server.stop(DRAIN);
+    store.index.sync()?;
+    store.index.close();
+    Ok(())
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.into()).spawn(work);
+    thread.map(drop).map_err(|e| Error::Failed(format!("no thread can be started: {e}")))
+}
+
+/// Raises the soft limit of descriptors, which is meant for shells, to the hard limit: each connection needs a
+/// descriptor, and an upload one more for each replica.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}

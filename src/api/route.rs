@@ -1,18 +1,15 @@
-//! Method and request target to command. Pure: it reads nothing and changes nothing.
+//! Request routing: method and target to command. Pure: no I/O.
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str};
+use percent_encoding::percent_decode_str;
 
 use crate::error::{Error, Result};
 use crate::format::placement::KEY_MAX;
+use crate::store::{List, Listed};
 
-/// What is left as it is in a percent-encoded key: RFC 3986's unreserved characters, and `/`.
-pub const KEY_SET: &AsciiSet =
-    &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
-
-/// What a client asks for. A key is the percent-decoded path, with its leading `/`.
+/// A request of the API. A key is the percent-decoded path, with its leading `/`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
-    /// GET and HEAD; `path` is the target's path as it was sent, for the fallback server.
+    /// GET and HEAD. `path`: the target's path as it was sent, for the fallback server.
     Get {
         key: Vec<u8>,
         path: String,
@@ -28,27 +25,6 @@ pub enum Command {
     List(List),
     Metrics,
     Health,
-}
-
-/// A page of keys.
-#[derive(Debug, Clone, PartialEq)]
-pub struct List {
-    pub of: Listed,
-    pub prefix: Vec<u8>,
-    /// The first key of the page, or where it would stand.
-    pub start: Vec<u8>,
-    /// The most keys to give; 0: all.
-    pub limit: usize,
-    /// Whether keys are percent-encoded in the answer.
-    pub url: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Listed {
-    Live,
-    Unlinked,
-    /// Keys with debris.
-    Writing,
 }
 
 /// Parses a request's method and target (RFC 9112, origin or absolute form).
@@ -102,7 +78,7 @@ fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
     let mut list = List { of, prefix, start: Vec::new(), limit: 0, url: false };
     for option in options.filter(|option| !option.is_empty()) {
         match option.split_once('=').unwrap_or((option, "")) {
-            // As in a form, a plus is a space.
+            // A plus is a space, as in a form.
             ("start", key) => list.start = decode(&key.replace('+', " "))?,
             ("limit", "") => {}
             ("limit", n) => {
@@ -124,9 +100,7 @@ fn decode(text: &str) -> Result<Vec<u8>> {
     let bytes = text.as_bytes();
     let broken = |(at, _): (usize, &u8)| !(hex(bytes.get(at + 1)) && hex(bytes.get(at + 2)));
     if bytes.iter().enumerate().filter(|(_, byte)| **byte == b'%').any(broken) {
-        return Err(Error::BadRequest(
-            "a % is not followed by two hex digits: send a % as %25".into(),
-        ));
+        return Err(Error::BadRequest("a % is not followed by two hex digits: send a % as %25".into()));
     }
     Ok(percent_decode_str(text).collect())
 }
@@ -134,6 +108,7 @@ fn decode(text: &str) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::status;
 
     fn get(target: &str) -> Result<Command> {
         route("GET", target)
@@ -157,21 +132,13 @@ mod tests {
 
     #[test]
     fn an_absolute_target_may_have_no_path() {
-        assert!(
-            matches!(get("http://any.host?list"), Ok(Command::List(list)) if list.prefix == b"/")
-        );
+        assert!(matches!(get("http://any.host?list"), Ok(Command::List(list)) if list.prefix == b"/"));
         assert!(get("?list").is_err());
     }
 
     #[test]
     fn a_list_takes_its_options_in_any_order() {
-        let list = List {
-            of: Listed::Unlinked,
-            prefix: b"/p".into(),
-            start: b"/p/\xff q".into(),
-            limit: 7,
-            url: true,
-        };
+        let list = List { of: Listed::Unlinked, prefix: b"/p".into(), start: b"/p/\xff q".into(), limit: 7, url: true };
         let target = "/p?unlinked&encoding=url&limit=7&start=%2Fp%2F%FF+q";
         assert_eq!(get(target), Ok(Command::List(list)));
     }
@@ -184,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_gets_the_status_of_the_table() {
+    fn wrong_requests_get_the_documented_status() {
         for (method, target, status) in [
             ("GET", "/a?list&limit=x", 400),
             ("GET", "/a?list&limit=-1", 400),
@@ -205,26 +172,21 @@ mod tests {
             ("POST", "/a", 405),
             ("get", "/a", 405),
         ] {
-            assert_eq!(route(method, target).unwrap_err().status(), status, "{method} {target}");
+            assert_eq!(status::status(&route(method, target).unwrap_err()), status, "{method} {target}");
         }
         let long = format!("/{}", "k".repeat(KEY_MAX));
-        assert_eq!(get(&long).unwrap_err().status(), 414);
+        assert_eq!(status::status(&get(&long).unwrap_err()), 414);
         assert!(get(&long[..KEY_MAX]).is_ok());
     }
 
     #[test]
-    fn no_target_makes_it_panic() {
-        let seed =
-            std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
+    fn no_target_panics() {
+        let seed = std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
         println!("MKV_SEED={seed}");
         let mut random = fastrand::Rng::with_seed(seed);
-        let parts = [
-            "/", "%", "%4", "%41", "?", "&", "=", "list", "start", "limit", "http://", "é", "\0",
-            "+", "9",
-        ];
+        let parts = ["/", "%", "%4", "%41", "?", "&", "=", "list", "start", "limit", "http://", "é", "\0", "+", "9"];
         for _ in 0..200_000 {
-            let target: String =
-                (0..random.usize(..9)).map(|_| parts[random.usize(..parts.len())]).collect();
+            let target: String = (0..random.usize(..9)).map(|_| parts[random.usize(..parts.len())]).collect();
             let _ = get(&target);
         }
     }

@@ -7,13 +7,16 @@
 //! volumes = volume *( "," volume )
 //! ```
 //!
-//! Hex is lower case. `INIT` was written by one fork of the Go master for a write under way; mkv
-//! reads it and never writes it to a store of its own. A text that is not of this form is an error,
-//! never a guess: no volume may begin with a tag.
+//! Hex digits are lower case. One fork of the Go master wrote `INIT` for a write under way; mkv reads it and never
+//! writes it. A text that does not match the grammar is an error, never a guess; for that reason no volume's name may
+//! begin with a tag.
+//!
+//! *Debris* is the list of volumes that may hold an unwanted blob of one key and version. It is both the trace of a
+//! write under way and the to-do list of deletions.
 
 use std::fmt::Write;
 
-/// What stands at the beginning of a field, and so at the beginning of no volume's name.
+/// The tags that begin a field. No volume's name may begin with one.
 pub const TAGS: [&str; 7] = ["INIT", "DELETED", "HASH", "SIZE", "TIME", "VERS", "WAIT"];
 
 /// An md5 digest (RFC 1321).
@@ -24,7 +27,7 @@ pub enum State {
     #[default]
     Live,
     Unlinked,
-    /// A write of a Go master that did not end.
+    /// A write that a Go master did not finish.
     HalfWritten,
 }
 
@@ -38,19 +41,20 @@ pub struct Record {
     pub size: Option<u64>,
     /// When the value was written, in seconds since 1970.
     pub time: Option<u64>,
-    /// The version in the blob's name; 0: the plain name.
+    /// The version in the blob's name; 0 is the plain name.
     pub version: u64,
-    /// `host:port` or `host:port/svXX`, as placement ordered them when they were written.
+    /// `host:port` or `host:port/svXX`, in the order that placement gave them at the time of the write.
     pub replicas: Vec<String>,
 }
 
 /// Volumes that may hold an unwanted blob of one key and version.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Debris {
-    /// Until then, in seconds since 1970, a 404 does not prove that the blob is gone.
-    pub until: u64,
-    /// Until then, in seconds since 1970, the blobs stay: their successors may not be on disk yet.
-    pub wait: u64,
+    /// A 404 before this time (seconds since 1970) does not prove that the blob is gone: a request that was sent may
+    /// still create it.
+    pub doubtful_until: u64,
+    /// The blobs stay until this time (seconds since 1970): the copies that replace them may not be on disk yet.
+    pub keep_until: u64,
     pub replicas: Vec<String>,
 }
 
@@ -61,11 +65,11 @@ impl Record {
     }
 
     /// Whether the blob of this version on this replica is the value.
-    pub fn names(&self, version: u64, replica: &String) -> bool {
-        self.version == version && self.replicas.contains(replica)
+    pub fn is_at(&self, version: u64, replica: &str) -> bool {
+        self.version == version && self.replicas.iter().any(|known| known == replica)
     }
 
-    /// Decodes a record; `None`: it is none.
+    /// Decodes a record; `None` if the text does not match the grammar.
     pub fn decode(text: &[u8]) -> Option<Record> {
         let mut rest = std::str::from_utf8(text).ok()?;
         let half = take_tag(&mut rest, "INIT");
@@ -107,27 +111,27 @@ impl Record {
 }
 
 impl Debris {
-    /// Decodes an entry; `None`: it is none.
+    /// Decodes an entry; `None` if the text does not match the grammar.
     pub fn decode(text: &[u8]) -> Option<Debris> {
         let mut rest = std::str::from_utf8(text).ok()?;
         Some(Debris {
-            until: take_number(&mut rest, "TIME")?.unwrap_or(0),
-            wait: take_number(&mut rest, "WAIT")?.unwrap_or(0),
+            doubtful_until: take_number(&mut rest, "TIME")?.unwrap_or(0),
+            keep_until: take_number(&mut rest, "WAIT")?.unwrap_or(0),
             replicas: volumes(rest)?,
         })
     }
 
     pub fn encode(&self) -> String {
         let mut text = String::with_capacity(96);
-        put_number(&mut text, "TIME", Some(self.until).filter(|t| *t > 0));
-        put_number(&mut text, "WAIT", Some(self.wait).filter(|t| *t > 0));
+        put_number(&mut text, "TIME", Some(self.doubtful_until).filter(|t| *t > 0));
+        put_number(&mut text, "WAIT", Some(self.keep_until).filter(|t| *t > 0));
         text + &self.replicas.join(",")
     }
 
-    /// Makes this entry say what `other` says too.
-    pub fn grow(&mut self, other: &Debris) {
-        self.until = self.until.max(other.until);
-        self.wait = self.wait.max(other.wait);
+    /// Adds the other entry's replicas and takes the later times.
+    pub fn merge(&mut self, other: &Debris) {
+        self.doubtful_until = self.doubtful_until.max(other.doubtful_until);
+        self.keep_until = self.keep_until.max(other.keep_until);
         for replica in &other.replicas {
             if !self.replicas.contains(replica) {
                 self.replicas.push(replica.clone());
@@ -141,12 +145,12 @@ pub fn hex(hash: &Hash) -> String {
     format!("{:032x}", u128::from_be_bytes(*hash))
 }
 
-/// The digest that 32 lower-case hex digits stand for.
+/// Parses 32 lower-case hex digits.
 pub fn unhex(text: &str) -> Option<Hash> {
     digits(text, 32).map(u128::to_be_bytes)
 }
 
-/// The number that exactly 16 lower-case hex digits stand for.
+/// Parses exactly 16 lower-case hex digits.
 pub fn number(text: &str) -> Option<u64> {
     digits(text, 16).map(|number| number as u64)
 }
@@ -174,7 +178,7 @@ fn take<'a>(rest: &mut &'a str, length: usize) -> Option<&'a str> {
     Some(head)
 }
 
-/// An optional numeric field: the outer `None` is a field that does not decode.
+/// Takes an optional numeric field; the outer `None` means that it does not decode.
 fn take_number(rest: &mut &str, tag: &str) -> Option<Option<u64>> {
     if !take_tag(rest, tag) {
         return Some(None);
@@ -186,12 +190,12 @@ fn volumes(text: &str) -> Option<Vec<String>> {
     text.split(',').map(|name| is_volume(name).then(|| name.to_string())).collect()
 }
 
-/// The volume that a replica lies on.
+/// The volume of a replica: `host:port` without the subvolume.
 pub fn volume_of(replica: &str) -> &str {
     replica.split('/').next().unwrap_or(replica)
 }
 
-/// Whether a volume, with or without a subvolume, may have this name.
+/// Whether this is a valid name of a volume, with or without a subvolume.
 pub fn is_volume(name: &str) -> bool {
     !name.is_empty()
         && !TAGS.iter().any(|tag| name.starts_with(tag))
@@ -229,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_record_does_not_decode() {
+    fn malformed_records_do_not_decode() {
         for vector in vectors()["records_that_do_not_decode"].as_array().unwrap() {
             let text = vector.as_str().unwrap();
             assert_eq!(Record::decode(text.as_bytes()), None, "{text}");
@@ -239,9 +243,8 @@ mod tests {
     }
 
     #[test]
-    fn every_decodable_text_encodes_to_itself() {
-        let seed =
-            std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
+    fn decoding_an_encoded_record_gives_the_same_record() {
+        let seed = std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
         println!("MKV_SEED={seed}");
         let mut random = fastrand::Rng::with_seed(seed);
         let parts = [
@@ -261,10 +264,8 @@ mod tests {
             "b:2/sv01",
         ];
         for _ in 0..200_000 {
-            let text: String =
-                (0..random.usize(..8)).map(|_| parts[random.usize(..parts.len())]).collect();
+            let text: String = (0..random.usize(..8)).map(|_| parts[random.usize(..parts.len())]).collect();
             if let Some(record) = Record::decode(text.as_bytes()) {
-                // A version of zero is none, and what is half-written is not unlinked too.
                 assert_eq!(Record::decode(record.encode().as_bytes()), Some(record));
             }
             if let Some(debris) = Debris::decode(text.as_bytes()) {
@@ -274,9 +275,9 @@ mod tests {
     }
 
     #[test]
-    fn debris_grows_by_volumes_and_later_times() {
-        let mut entry = Debris { until: 5, wait: 0, replicas: vec!["a:1".into()] };
-        entry.grow(&Debris { until: 3, wait: 9, replicas: vec!["a:1".into(), "b:2/sv01".into()] });
+    fn merging_debris_adds_volumes_and_takes_the_later_times() {
+        let mut entry = Debris { doubtful_until: 5, keep_until: 0, replicas: vec!["a:1".into()] };
+        entry.merge(&Debris { doubtful_until: 3, keep_until: 9, replicas: vec!["a:1".into(), "b:2/sv01".into()] });
         assert_eq!(entry.encode(), "TIME0000000000000005WAIT0000000000000009a:1,b:2/sv01");
         assert_eq!(Debris::decode(entry.encode().as_bytes()), Some(entry));
     }

@@ -1,463 +1,252 @@
-//! The index: RocksDB with the records and the debris, and the locks of keys.
+//! The index: what lies where, what must be deleted, and which keys are being written.
 //!
-//! The only file that names rocksdb. On disk, under `-db`: `lock`, held by every command that
-//! writes, and `index/`, the database. Records lie under their key; debris lies in a column family
-//! of its own under the key and 8 bytes of version, big-endian.
+//! This file offers the store the verbs of its protocols: begin a write, claim a record for copies, flip, remove,
+//! update, hold debris, forget. Each verb changes the index in one batch or not at all. Locks, versions and deletions
+//! without an answer live behind the verbs, so that another engine can stand beside RocksDB.
+//!
+//! On disk, under `-db`: `lock`, which every command that writes holds, and `index/`, the database.
+//!
+//! The room knows nothing of volumes and sends no request. It may name `format`, `error` and `threads`.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::fs::File;
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+mod directory;
+mod locks;
+mod rocks;
 
-use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator,
-    DBRecoveryMode, LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch,
-    WriteOptions,
-};
-use rustix::fs::{FlockOperation, flock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+pub use directory::{DirLock, database, is_locked, lock_dir};
+pub use locks::Clearing;
+pub use rocks::{Batch, Index, View, record_of};
 
 use crate::error::{Error, Result};
 use crate::format::record::{Debris, Record};
-use crate::threads::lock;
+use locks::{KeyLock, Owner};
 
-const DEBRIS: &str = "debris";
-const VERSION_BYTES: usize = 8;
-
-/// How long a client waits where the cleaner holds its key, and the cleaner where a client does.
-const CLIENT_WAITS: Duration = Duration::from_secs(2);
-const CLEANER_WAITS: Duration = Duration::from_millis(200);
-
-pub struct Index {
-    db: DB,
-    sync: bool,
-    /// The keys that are being written, and whether it is the cleaner who holds them.
-    locks: Mutex<HashMap<Vec<u8>, bool>>,
-    /// It is another process's, and read beside it.
-    follower: bool,
+/// A key that only the owner of this value writes, until it is dropped.
+pub struct Held<'a> {
+    lock: KeyLock<'a>,
+    /// What the index holds for the key.
+    pub record: Option<Record>,
 }
 
-/// The folder's lock, held while this value lives (flock, so that it ends with the process).
-pub struct DirLock(#[allow(dead_code)] File);
-
-/// Locks `dir` against every other command that writes, making the folder if `create` says so.
-pub fn lock_dir(dir: &Path, create: bool) -> Result<DirLock> {
-    let wrong = |e: std::io::Error| Error::Failed(format!("-db {}: {e}", dir.display()));
-    if !create && !folder(dir)?.join("CURRENT").exists() {
-        return Err(Error::Failed(format!("-db {}: there is no index here", dir.display())));
+impl Held<'_> {
+    pub fn key(&self) -> &[u8] {
+        &self.lock.key
     }
-    if create {
-        std::fs::create_dir_all(dir).map_err(wrong)?;
-    }
-    let path = dir.join("lock");
-    let file = File::options().read(true).append(true).create(true).open(path);
-    let mut file = file.map_err(wrong)?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let mut holder = String::new();
-        let _ = file.read_to_string(&mut holder);
-        let text = format!(
-            "-db {}: another mkv (process {}) is using it: stop that one first",
-            dir.display(),
-            holder.trim()
-        );
-        return Err(Error::Failed(text));
-    }
-    // Whose lock it is, for the message above; the lock holds without it.
-    let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
-    Ok(DirLock(file))
 }
 
-/// Whether a command that writes, such as a running master, holds the lock of this folder.
-pub fn is_locked(dir: &Path) -> bool {
-    let file = File::open(dir.join("lock"));
-    file.is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err())
+/// The debris of one key and version.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    pub key: Vec<u8>,
+    pub version: u64,
+    pub debris: Debris,
 }
 
-/// The database's folder in `-db`; an error where a Go master's index lies there instead.
-pub fn folder(dir: &Path) -> Result<PathBuf> {
-    if dir.join("CURRENT").exists() {
-        let text = format!(
-            "-db {0} is the index of a Go minikeyvalue: import it with mkv -db NEW import -leveldb {0}",
-            dir.display()
-        );
-        return Err(Error::Failed(text));
-    }
-    Ok(dir.join("index"))
-}
-
-/// Whether tables or logs of a database lie in this folder.
-fn has_tables(folder: &Path) -> bool {
-    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut kinds = files.filter_map(|file| Some(file.path().extension()?.to_owned()));
-    kinds.any(|kind| kind == "sst" || kind == "log")
-}
-
-fn options() -> rocksdb::Options {
-    let mut options = rocksdb::Options::default();
-    options.create_missing_column_families(true);
-    // A log that is torn at its end is what a crash leaves; damage in its middle is an error, so
-    // that no acknowledged write vanishes in silence.
-    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
-    // A master's memory goes up and down with what is not in a table yet.
-    options.set_write_buffer_size(4 << 20);
-    options.set_max_total_wal_size(128 << 20);
-    options.set_keep_log_file_num(2);
-    options.set_max_log_file_size(1 << 20);
-    options.set_log_level(LogLevel::Warn);
-    options.set_stats_dump_period_sec(0);
-    // Batches of one or two entries: to share them out costs more wake-ups than it saves.
-    options.set_allow_concurrent_memtable_write(false);
-    options
-}
-
-fn families(cache: &Cache) -> Vec<ColumnFamilyDescriptor> {
-    let family = |name| {
-        let mut table = BlockBasedOptions::default();
-        table.set_block_cache(cache);
-        table.set_bloom_filter(10.0, false);
-        let mut options = options();
-        options.set_block_based_table_factory(&table);
-        ColumnFamilyDescriptor::new(name, options)
-    };
-    vec![family("default"), family(DEBRIS)]
-}
-
-fn cache() -> Cache {
-    Cache::new_lru_cache(64 << 20)
+/// A write under way. If it is dropped before `flip`, its debris entry stays and the cleaner deletes the blobs.
+pub struct Writing<'a> {
+    pub held: Held<'a>,
+    /// The debris of the version being written. It names every replica that may hold a blob of it.
+    pub entry: Entry,
+    /// The replicas that this write sends to.
+    pub replicas: Vec<String>,
 }
 
 impl Index {
-    /// Opens the database in this folder, making it if `create` says so. `sync`: a write is on
-    /// disk when it returns.
-    pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Index> {
-        let wrong = |e: &dyn std::fmt::Display| {
-            let text = format!(
-                "the index {} does not open ({e}): if this stays so, move it away and run mkv rebuild",
-                folder.display()
-            );
-            Error::Index(text)
-        };
-        // RocksDB would begin a new database there, and delete the tables of the one before.
-        if !folder.join("CURRENT").exists() && has_tables(folder) {
-            return Err(wrong(&"its file CURRENT is missing"));
-        }
-        let mut options = options();
-        options.create_if_missing(create);
-        let db =
-            DB::open_cf_descriptors(&options, folder, families(&cache())).map_err(|e| wrong(&e))?;
-        Ok(Index { db, sync, locks: Mutex::default(), follower: false })
-    }
-
-    /// Makes the database that a run fills with many keys, from larger buffers: in a third of the time.
-    pub fn fresh(folder: &Path) -> Result<Index> {
-        let index = Index::open(folder, true, false)?;
-        let buffer = (16 << 20).to_string();
-        index.db.set_options(&[("write_buffer_size", &buffer)]).map_err(index_error)?;
-        Ok(index)
-    }
-
-    /// Opens the database in this folder to read it, beside a running master too. It shows the
-    /// moment of the last `catch_up`.
-    pub fn follow(folder: &Path) -> Result<Index> {
-        let wrong = |e: &dyn std::fmt::Display| {
-            Error::Index(format!("the index {} cannot be read: {e}", folder.display()))
-        };
-        if !folder.join("CURRENT").exists() {
-            return Err(wrong(&"there is none: check -db"));
-        }
-        let scratch = std::env::temp_dir().join(format!("mkv-follow-{:x}", fastrand::u64(..)));
-        let no_scratch = |e| Error::Failed(format!("{}: {e}: set TMPDIR", scratch.display()));
-        std::fs::create_dir(&scratch).map_err(no_scratch)?;
-        // A follower has to keep open what the primary may delete.
-        let mut options = options();
-        options.set_max_open_files(-1);
-        let db =
-            DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families(&cache()));
-        // It holds RocksDB's log, which nobody reads.
-        let _ = std::fs::remove_dir_all(&scratch);
-        let db = db.map_err(|e| wrong(&e))?;
-        let index = Index { db, sync: false, locks: Mutex::default(), follower: true };
-        index.catch_up()?;
-        Ok(index)
-    }
-
-    /// Shows a follower what the running master has written since; the index's owner knows it.
-    pub fn catch_up(&self) -> Result<()> {
-        if !self.follower {
-            return Ok(());
-        }
-        self.db.try_catch_up_with_primary().map_err(index_error)
-    }
-
-    fn debris_family(&self) -> &ColumnFamily {
-        self.db.cf_handle(DEBRIS).expect("the database was opened with it")
-    }
-
-    /// What the index holds for a key.
-    pub fn get(&self, key: &[u8]) -> Result<Option<Record>> {
-        let found = self.db.get_pinned(key).map_err(index_error)?;
-        found.map(|text| decode(key, Record::decode(&text), &text)).transpose()
-    }
-
-    /// A key's debris, by version.
-    pub fn debris(&self, key: &[u8]) -> Result<Vec<(u64, Debris)>> {
-        let mut found = Vec::new();
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound([key, &[0xff; VERSION_BYTES + 1]].concat());
-        let mut rows = self.db.raw_iterator_cf_opt(self.debris_family(), options);
-        rows.seek([key, &[0; VERSION_BYTES]].concat());
-        while let Some((name, text)) = rows.item() {
-            // Between two versions of a key lie longer keys that begin with it.
-            if name.len() == key.len() + VERSION_BYTES {
-                let (key, version) = split_version(name)?;
-                found.push((version, decode(key, Debris::decode(text), text)?));
-            }
-            rows.next();
-        }
-        rows.status().map_err(index_error)?;
-        Ok(found)
-    }
-
-    /// One entry of debris.
-    pub fn debris_entry(&self, key: &[u8], version: u64) -> Result<Option<Debris>> {
-        let found = self.db.get_pinned_cf(self.debris_family(), debris_name(key, version));
-        let found = found.map_err(index_error)?;
-        found.map(|text| decode(key, Debris::decode(&text), &text)).transpose()
-    }
-
-    /// Takes a key's lock, which every writer of the key holds; `None`: another writer has it. The
-    /// cleaner is waited for: it is no writer that a client could know of.
-    pub fn lock(&self, key: &[u8]) -> Option<KeyLock<'_>> {
-        self.take_lock(key, false)
-    }
-
-    /// Takes a key's lock for the cleaner, which gives way to writers, and to its own other threads,
-    /// but waits a little for them.
-    pub fn lock_to_clean(&self, key: &[u8]) -> Option<KeyLock<'_>> {
-        self.take_lock(key, true)
-    }
-
-    fn take_lock(&self, key: &[u8], cleaner: bool) -> Option<KeyLock<'_>> {
-        let begun = Instant::now();
-        loop {
-            match lock(&self.locks).entry(key.to_vec()) {
-                Entry::Vacant(entry) => {
-                    entry.insert(cleaner);
-                    return Some(KeyLock { index: self, key: key.to_vec() });
-                }
-                Entry::Occupied(entry) if !cleaner && !*entry.get() => return None,
-                Entry::Occupied(_) => {}
-            }
-            if begun.elapsed() > if cleaner { CLEANER_WAITS } else { CLIENT_WAITS } {
-                return None;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// The number of keys that are locked now.
-    pub fn locked(&self) -> usize {
-        lock(&self.locks).len()
-    }
-
-    /// Begins a change: entries that are written together or not at all.
-    pub fn change(&self) -> Change<'_> {
-        Change { index: self, batch: WriteBatch::default() }
-    }
-
-    /// The index as it is now, for as long as the view lives.
-    pub fn view(&self) -> View<'_> {
-        // A follower has no snapshots; what it shows changes only when it catches up.
-        View { index: self, snapshot: (!self.follower).then(|| self.db.snapshot()) }
-    }
-
-    /// Whether there is neither a record nor debris.
-    pub fn is_empty(&self) -> Result<bool> {
-        let mut empty = true;
-        let view = self.view();
-        for family in [None, Some(self.debris_family())] {
-            let mut rows = view.rows(family, b"");
-            rows.seek_to_first();
-            rows.status().map_err(index_error)?;
-            empty &= !rows.valid();
-        }
-        Ok(empty)
-    }
-
-    /// Brings all that was written so far to the disk.
-    pub fn sync(&self) -> Result<()> {
-        self.db.flush_wal(true).map_err(index_error)
-    }
-
-    /// Whether the index takes a write: one that changes nothing.
-    pub fn probe(&self) -> Result<()> {
-        self.change().drop_debris(b"", 0).commit()
-    }
-
-    /// RocksDB's estimate of the number of keys.
-    pub fn estimate(&self) -> u64 {
-        self.db.property_int_value("rocksdb.estimate-num-keys").ok().flatten().unwrap_or(0)
-    }
-
-    /// Ends RocksDB's own threads, so that the process can exit.
-    pub fn close(&self) {
-        self.db.cancel_all_background_work(true);
-    }
-}
-
-pub struct KeyLock<'a> {
-    index: &'a Index,
-    key: Vec<u8>,
-}
-
-impl Drop for KeyLock<'_> {
-    fn drop(&mut self) {
-        lock(&self.index.locks).remove(&self.key);
-    }
-}
-
-pub struct Change<'a> {
-    index: &'a Index,
-    batch: WriteBatch,
-}
-
-impl Change<'_> {
-    pub fn put(mut self, key: &[u8], record: &Record) -> Self {
-        self.batch.put(key, record.encode());
-        self
-    }
-
-    pub fn remove(mut self, key: &[u8]) -> Self {
-        self.batch.delete(key);
-        self
-    }
-
-    /// Adds to the entry of this key and version, which the caller's lock on the key protects.
-    pub fn grow_debris(self, key: &[u8], version: u64, more: &Debris) -> Result<Self> {
-        let mut entry = self.index.debris_entry(key, version)?.unwrap_or_default();
-        entry.grow(more);
-        Ok(self.set_debris(key, version, &entry))
-    }
-
-    /// Replaces the entry of this key and version; one without volumes goes.
-    pub fn set_debris(mut self, key: &[u8], version: u64, entry: &Debris) -> Self {
-        let name = debris_name(key, version);
-        if entry.replicas.is_empty() {
-            self.batch.delete_cf(self.index.debris_family(), name);
-        } else {
-            self.batch.put_cf(self.index.debris_family(), name, entry.encode());
-        }
-        self
-    }
-
-    pub fn drop_debris(self, key: &[u8], version: u64) -> Self {
-        self.set_debris(key, version, &Debris::default())
-    }
-
-    /// Writes the change: it survives a killed process from here on, and a power cut where the
-    /// index was opened with `sync`.
-    pub fn commit(self) -> Result<()> {
-        let mut options = WriteOptions::default();
-        options.set_sync(self.index.sync);
-        self.index.db.write_opt(self.batch, &options).map_err(index_error)
-    }
-}
-
-pub struct View<'a> {
-    index: &'a Index,
-    snapshot: Option<SnapshotWithThreadMode<'a, DB>>,
-}
-
-impl View<'_> {
-    fn rows(&self, family: Option<&ColumnFamily>, prefix: &[u8]) -> DBRawIterator<'_> {
-        let db = &self.index.db;
-        match (&self.snapshot, family) {
-            (Some(snapshot), Some(family)) => snapshot.raw_iterator_cf_opt(family, within(prefix)),
-            (Some(snapshot), None) => snapshot.raw_iterator_opt(within(prefix)),
-            (None, Some(family)) => db.raw_iterator_cf_opt(family, within(prefix)),
-            (None, None) => db.raw_iterator_opt(within(prefix)),
-        }
-    }
-
-    /// Calls `f` with the keys that begin with `prefix` and are not below `start`, and the texts of
-    /// their records, in order, until it says `false`.
-    pub fn records(
+    /// Locks a key, chooses a version and records that these replicas may hold a blob of it. `check` sees the record
+    /// under the lock and can refuse the write. Fails with `Locked` if another request writes the key.
+    pub fn begin(
         &self,
-        prefix: &[u8],
-        start: &[u8],
-        mut f: impl FnMut(&[u8], &[u8]) -> Result<bool>,
-    ) -> Result<()> {
-        let mut rows = self.rows(None, prefix);
-        rows.seek(start.max(prefix));
-        while let Some((key, text)) = rows.item() {
-            if !f(key, text)? {
+        key: &[u8],
+        replicas: Vec<String>,
+        check: impl FnOnce(Option<&Record>) -> Result<()>,
+    ) -> Result<Writing<'_>> {
+        let held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        check(held.record.as_ref())?;
+        let version = self.new_version(key, held.record.as_ref())?;
+        let debris = Debris { replicas: replicas.clone(), ..Debris::default() };
+        self.batch().set_debris(key, version, &debris).commit()?;
+        Ok(Writing { held, entry: Entry { key: key.into(), version, debris }, replicas })
+    }
+
+    /// Locks a key for copies of its blob under the version it has. Fails with `Locked` or `NotFound`.
+    pub fn claim(&self, key: &[u8]) -> Result<Writing<'_>> {
+        let held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        let version = held.record.as_ref().ok_or(Error::NOT_FOUND)?.version;
+        let debris = self.debris_entry(key, version)?;
+        let entry = Entry { key: key.into(), version, debris };
+        Ok(Writing { held, entry, replicas: Vec::new() })
+    }
+
+    /// Records that a claimed key is about to be copied to these replicas. Fails with `Locked` while the cleaner
+    /// deletes blobs of the same name, and with `Unavailable` if such a deletion may still be carried out.
+    pub fn claim_copies(&self, writing: &mut Writing, copies: &[String]) -> Result<()> {
+        let key = writing.held.key();
+        if self.locks.is_clearing(key, writing.entry.version) {
+            return Err(Error::Locked);
+        }
+        if self.locks.has_unconfirmed_delete(key) {
+            let text = "a deletion of this key got no answer: try again in an hour";
+            return Err(Error::Unavailable(text.into()));
+        }
+        let Entry { version, debris, .. } = &mut writing.entry;
+        debris.merge(&Debris { replicas: copies.to_vec(), ..Debris::default() });
+        writing.replicas = copies.to_vec();
+        self.batch().set_debris(key, *version, debris).commit()
+    }
+
+    /// Records that blobs of this write may still appear until this time (seconds since 1970), although no volume
+    /// confirmed them.
+    pub fn doubt(&self, writing: &mut Writing, until: u64) -> Result<()> {
+        let Entry { key, version, debris } = &mut writing.entry;
+        debris.doubtful_until = debris.doubtful_until.max(until);
+        self.batch().set_debris(key, *version, debris).commit()
+    }
+
+    /// Ends a write: `new` becomes the record, the replicas it names are no debris any more, and `surplus`, the
+    /// replicas of the old record that are not needed any more, become debris that is kept until `keep_until`.
+    pub fn flip(&self, writing: Writing, new: &Record, surplus: Vec<String>, keep_until: u64) -> Result<()> {
+        let Writing { held, entry: Entry { key, version, mut debris }, .. } = writing;
+        debris.replicas.retain(|replica| !new.replicas.contains(replica));
+        let mut batch = self.batch().put(&key, new);
+        if let Some(old) = held.record.as_ref().filter(|_| !surplus.is_empty()) {
+            let surplus = Debris { keep_until, replicas: surplus, ..Debris::default() };
+            if old.version == version {
+                debris.merge(&surplus);
+            } else {
+                let mut entry = self.debris_entry(&key, old.version)?;
+                entry.merge(&surplus);
+                batch = batch.set_debris(&key, old.version, &entry);
+            }
+        }
+        batch.set_debris(&key, version, &debris).commit()
+    }
+
+    /// Removes a key's record and makes its blobs debris; `check` can refuse that. If there is no record, an earlier
+    /// removal may have left debris. Returns the debris that can be deleted now, and the key, which stays locked.
+    pub fn remove(&self, key: &[u8], check: impl FnOnce(&Record) -> Result<()>) -> Result<(Held<'_>, Vec<Entry>)> {
+        let mut held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        let entry = |(version, debris)| Entry { key: key.into(), version, debris };
+        let Some(record) = held.record.take() else {
+            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).collect();
+            return if entries.is_empty() { Err(Error::NOT_FOUND) } else { Ok((held, entries)) };
+        };
+        check(&record)?;
+        let version = record.version;
+        let mut debris = self.debris_entry(key, version)?;
+        debris.merge(&Debris { replicas: record.replicas, ..Debris::default() });
+        self.batch().remove(key).set_debris(key, version, &debris).commit()?;
+        Ok((held, vec![entry((version, debris))]))
+    }
+
+    /// Replaces a key's record by what `change` makes of it, under the key's lock.
+    pub fn update(&self, key: &[u8], change: impl FnOnce(Option<Record>) -> Result<Record>) -> Result<()> {
+        let mut held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        self.batch().put(key, &change(held.record.take())?).commit()
+    }
+
+    /// Calls `f` with all debris that may be deleted at this time (seconds since 1970). Entries of keys that are being
+    /// written are among them.
+    pub fn due(&self, now: u64, mut f: impl FnMut(Entry) -> Result<()>) -> Result<()> {
+        self.view().debris(b"", |key, version, debris| {
+            if debris.keep_until > now {
                 return Ok(());
             }
-            rows.next();
-        }
-        rows.status().map_err(index_error)
+            f(Entry { key: key.into(), version, debris })
+        })
     }
 
-    /// Calls `f` with every entry of debris whose key begins with `prefix`: key, version, entry.
-    /// They come in the order of key and version run together.
-    pub fn debris(
-        &self,
-        prefix: &[u8],
-        mut f: impl FnMut(&[u8], u64, Debris) -> Result<()>,
-    ) -> Result<()> {
-        let mut rows = self.rows(Some(self.index.debris_family()), prefix);
-        rows.seek(prefix);
-        while let Some((name, text)) = rows.item() {
-            let (key, version) = split_version(name)?;
-            if key.starts_with(prefix) {
-                f(key, version, decode(key, Debris::decode(text), text)?)?;
+    /// Locks the key of an entry for the cleaner and reads the entry again. `None` if another request writes the key.
+    pub fn hold_to_clean(&self, entry: &mut Entry) -> Result<Option<Held<'_>>> {
+        let held = self.hold(&entry.key, Owner::Cleaner)?;
+        if held.is_some() {
+            entry.debris = self.debris_entry(&entry.key, entry.version)?;
+        }
+        Ok(held)
+    }
+
+    /// Frees the key while the blobs of this entry are being deleted, so that a volume that hangs keeps no client
+    /// waiting. Until the guard is dropped no write uses the version of the entry.
+    pub fn release(&self, held: Held, entry: &Entry) -> Clearing<'_> {
+        let guard = self.locks.clear(held.key(), entry.version);
+        drop(held);
+        guard
+    }
+
+    /// Takes replicas from an entry, and those that the record names. The last replica takes the entry with it.
+    pub fn forget(&self, held: &Held, entry: &mut Entry, gone: &[String]) -> Result<()> {
+        let Entry { key, version, debris } = entry;
+        let is_record = |replica: &str| held.record.as_ref().is_some_and(|r| r.is_at(*version, replica));
+        let before = debris.replicas.len();
+        debris.replicas.retain(|replica| !gone.contains(replica) && !is_record(replica));
+        if debris.replicas.len() == before {
+            return Ok(());
+        }
+        self.batch().set_debris(key, *version, debris).commit()
+    }
+
+    /// A volume gave no answer to a DELETE of a blob of this key: it may carry it out within the hour.
+    pub fn note_unconfirmed_delete(&self, key: &[u8]) {
+        self.locks.note_unconfirmed_delete(key);
+        self.locks.drop_old_unconfirmed_deletes();
+    }
+
+    /// Writes from before a crash may still land: until this time (seconds since 1970) a 404 proves nothing for any
+    /// debris.
+    pub fn suspect_after_crash(&self, until: u64) -> Result<()> {
+        self.view().debris(b"", |key, version, mut debris| {
+            debris.doubtful_until = debris.doubtful_until.max(until);
+            self.locks.note_crash();
+            self.batch().set_debris(key, version, &debris).commit()
+        })
+    }
+
+    /// Takes the replicas of lost volumes from all debris. Returns the latest time (seconds since 1970) until which
+    /// debris is to be kept.
+    pub fn forget_lost(&self, is_lost: impl Fn(&str) -> bool) -> Result<u64> {
+        let mut keep_until = 0;
+        self.view().debris(b"", |key, version, mut debris| {
+            keep_until = keep_until.max(debris.keep_until);
+            let before = debris.replicas.len();
+            debris.replicas.retain(|replica| !is_lost(replica));
+            if debris.replicas.len() == before {
+                return Ok(());
             }
-            rows.next();
-        }
-        rows.status().map_err(index_error)
+            self.batch().set_debris(key, version, &debris).commit()
+        })?;
+        Ok(keep_until)
     }
-}
 
-/// Reads what begins with the prefix, and nothing behind it: a scan must not step over the
-/// tombstones of the whole index to find that its prefix has ended.
-fn within(prefix: &[u8]) -> ReadOptions {
-    let mut options = ReadOptions::default();
-    options.set_iterate_range(PrefixRange(prefix));
-    options
-}
+    /// How many keys are being written.
+    pub fn locked(&self) -> usize {
+        self.locks.count()
+    }
 
-/// What the text of a key's record or debris stands for, or an error that names the key.
-pub fn decode<T>(key: &[u8], decoded: Option<T>, text: &[u8]) -> Result<T> {
-    decoded.ok_or_else(|| {
-        Error::Index(format!(
-            "the record of key \"{}\" does not decode: \"{}\": rebuild the index",
-            key.escape_ascii(),
-            text.escape_ascii()
-        ))
-    })
-}
+    fn hold(&self, key: &[u8], owner: Owner) -> Result<Option<Held<'_>>> {
+        let Some(lock) = self.locks.lock(key, owner) else { return Ok(None) };
+        Ok(Some(Held { lock, record: self.get(key)? }))
+    }
 
-fn debris_name(key: &[u8], version: u64) -> Vec<u8> {
-    [key, &version.to_be_bytes()].concat()
-}
-
-fn split_version(name: &[u8]) -> Result<(&[u8], u64)> {
-    let (key, version) = name.split_last_chunk::<VERSION_BYTES>().ok_or_else(|| {
-        Error::Index(format!("an entry of debris has no version: \"{}\"", name.escape_ascii()))
-    })?;
-    Ok((key, u64::from_be_bytes(*version)))
-}
-
-fn index_error(e: rocksdb::Error) -> Error {
-    Error::Index(format!(
-        "the index failed ({e}): check its disk and restart the master; if it is damaged, move index/ away and run mkv rebuild"
-    ))
+    /// The version of a blob that is about to be written. No path ever holds two values: the plain name is used only if
+    /// no blob of the key can lie anywhere; otherwise the version is one that the key never had.
+    fn new_version(&self, key: &[u8], old: Option<&Record>) -> Result<u64> {
+        let debris = self.debris(key)?;
+        let versions = debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version));
+        let highest = match versions.max() {
+            Some(highest) => highest,
+            None if self.locks.is_plain_name_unsafe(key) => 0,
+            None => return Ok(0),
+        };
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let micros = since.map_or(0, |since| since.as_micros() as u64);
+        Ok(micros.max(highest + 1))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn index(name: &str) -> (Index, PathBuf) {
@@ -467,21 +256,14 @@ mod tests {
     }
 
     fn on(replica: &str) -> Debris {
-        Debris { until: 0, wait: 0, replicas: vec![replica.into()] }
+        Debris { replicas: vec![replica.into()], ..Debris::default() }
     }
 
     #[test]
-    fn debris_of_a_key_is_not_that_of_a_longer_key() {
+    fn the_debris_of_a_key_does_not_hold_that_of_a_longer_key() {
         let (index, folder) = index("debris");
-        for (key, version) in
-            [("/a", 0), ("/a", 7), ("/a/bcdefgh", 0), ("/a\0\0\0\0\0\0\0", 9), ("/", 1)]
-        {
-            index
-                .change()
-                .grow_debris(key.as_bytes(), version, &on("a:1"))
-                .unwrap()
-                .commit()
-                .unwrap();
+        for (key, version) in [("/a", 0), ("/a", 7), ("/a/bcdefgh", 0), ("/a\0\0\0\0\0\0\0", 9), ("/", 1)] {
+            index.batch().set_debris(key.as_bytes(), version, &on("a:1")).commit().unwrap();
         }
         assert_eq!(index.debris(b"/a").unwrap(), [(0, on("a:1")), (7, on("a:1"))]);
         let mut keys = Vec::new();
@@ -502,7 +284,7 @@ mod tests {
         let (index, folder) = index("scan");
         let record = Record { replicas: vec!["a:1".into()], ..Record::default() };
         for key in [b"/a".as_slice(), b"/b", b"/b/1", b"/b\xff", b"/c", b"\xff", b"\xff\xff"] {
-            index.change().put(key, &record).commit().unwrap();
+            index.batch().put(key, &record).commit().unwrap();
         }
         let scan = |prefix: &[u8], start: &[u8]| {
             let mut keys = Vec::new();
@@ -524,12 +306,23 @@ mod tests {
     }
 
     #[test]
-    fn a_key_has_one_lock() {
-        let (index, folder) = index("lock");
-        let lock = index.lock(b"/a");
-        assert!(lock.is_some() && index.lock(b"/a").is_none() && index.lock(b"/b").is_some());
-        drop(lock);
-        assert!(index.lock(b"/a").is_some());
+    fn a_flip_makes_the_new_blob_the_record_and_the_old_one_debris() {
+        let (index, folder) = index("flip");
+        let write = |replica: &str| {
+            let writing = index.begin(b"/a", vec![replica.into()], |_| Ok(())).unwrap();
+            let old = writing.held.record.clone();
+            let surplus = old.map_or(Vec::new(), |old| old.replicas);
+            let record = Record { version: writing.entry.version, replicas: vec![replica.into()], ..Record::default() };
+            assert_eq!(index.begin(b"/a", Vec::new(), |_| Ok(())).err(), Some(Error::Locked));
+            index.flip(writing, &record, surplus, 0).unwrap();
+            record
+        };
+        assert_eq!(write("a:1").version, 0);
+        assert_eq!(index.debris(b"/a").unwrap(), []);
+        let second = write("b:1");
+        assert!(second.version > 0);
+        assert_eq!(index.get(b"/a").unwrap(), Some(second));
+        assert_eq!(index.debris(b"/a").unwrap(), [(0, on("a:1"))]);
         drop(index);
         std::fs::remove_dir_all(folder).unwrap();
     }

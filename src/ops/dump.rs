@@ -3,20 +3,18 @@
 //! One line a key, sorted by key: the percent-encoded key, a tab, the record.
 
 use std::io::{BufWriter, Write};
+use std::path::Path;
 
-use percent_encoding::percent_encode;
-
-use crate::api::route::KEY_SET;
-use crate::cli::Options;
 use crate::error::{Error, Result};
-use crate::index::{Index, folder};
+use crate::format::percent_encoded;
+use crate::index::{Index, database};
 
-pub fn run(options: &Options) -> Result<()> {
-    let index = Index::follow(&folder(&options.db)?)?;
+pub fn run(db: &Path) -> Result<()> {
+    let index = Index::follow(&database(db)?)?;
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     let broken = |e: std::io::Error| Error::Failed(format!("the dump could not be written: {e}"));
     index.view().records(b"", b"", |key, text| {
-        write!(out, "{}\t", percent_encode(key, KEY_SET)).map_err(broken)?;
+        write!(out, "{}\t", percent_encoded(key)).map_err(broken)?;
         out.write_all(text).and_then(|()| out.write_all(b"\n")).map_err(broken)?;
         Ok(true)
     })?;

@@ -1,41 +1,71 @@
 //! Lists: pages of keys as JSON.
 //!
-//! `{"next":"","keys":["/a","/b"]}`: `next` is the key that the next page starts with, empty on the
-//! last page. A page is read twice from one view of the index, once for its `next` and its length in
-//! bytes and once to be written, so that its memory does not grow with it.
+//! `{"next":"","keys":["/a","/b"]}`: `next` is the first key of the next page, and empty on the last page. A page is read
+//! twice from one view of the index, once for its `next` and its length in bytes and once to be written, so that its
+//! memory does not grow with it.
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{self, Write};
 
-use percent_encoding::percent_encode;
-
-use crate::api::route::{KEY_SET, List, Listed};
+use super::Store;
 use crate::error::{Error, Result};
-use crate::format::record::{Record, State};
-use crate::index::{Index, View, decode};
+use crate::format::percent_encoded;
+use crate::format::record::State;
+use crate::index::{View, record_of};
 
-/// The most keys that a list without a limit gives.
-const MOST: usize = 1_000_000;
+/// The longest list without a limit, in keys.
+const MAX_KEYS: usize = 1_000_000;
+
+/// Which page of keys.
+#[derive(Debug, Clone, PartialEq)]
+pub struct List {
+    pub of: Listed,
+    pub prefix: Vec<u8>,
+    /// The page begins with this key or, if it does not exist, with the next one.
+    pub start: Vec<u8>,
+    /// The most keys of the page; 0: all.
+    pub limit: usize,
+    /// Whether keys are percent-encoded in the JSON.
+    pub url: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Listed {
+    Live,
+    Unlinked,
+    /// Keys with debris.
+    Writing,
+}
 
 pub struct Page<'a> {
     view: View<'a>,
-    list: &'a List,
+    list: List,
     next: String,
     count: usize,
     /// Bytes of the JSON text.
     pub length: u64,
 }
 
-impl<'a> Page<'a> {
-    pub fn new(index: &'a Index, list: &'a List) -> Result<Page<'a>> {
-        let mut page = Page { view: index.view(), list, next: "\"\"".into(), count: 0, length: 0 };
+impl Store {
+    /// A page of keys. Fails with `TooMany` if a list without a limit is longer than 1,000,000 keys.
+    pub fn page(&self, list: List) -> Result<Page<'_>> {
+        let view = self.index.view();
+        let mut page = Page { view, list, next: "\"\"".into(), count: 0, length: 0 };
+        page.measure()?;
+        Ok(page)
+    }
+}
+
+impl Page<'_> {
+    fn measure(&mut self) -> Result<()> {
+        let (list, page) = (&self.list, &*self);
         let (mut count, mut bytes, mut next) = (0, 0, None);
         page.keys(&mut |key| {
             if list.limit > 0 && count == list.limit {
                 next = Some(key.to_vec());
                 return Ok(false);
             }
-            if list.limit == 0 && count == MOST {
+            if list.limit == 0 && count == MAX_KEYS {
                 return Err(Error::TooMany);
             }
             count += 1;
@@ -48,41 +78,42 @@ impl<'a> Page<'a> {
                     "the next page starts with a key that is not UTF-8: add &encoding=url".into(),
                 ));
             }
-            page.next = page.text(&next);
+            self.next = self.text(&next);
         }
-        page.count = count;
+        self.count = count;
         let commas = count.saturating_sub(1);
-        page.length = (r#"{"next":,"keys":[]}"#.len() + page.next.len() + bytes + commas) as u64;
-        Ok(page)
+        self.length = (r#"{"next":,"keys":[]}"#.len() + self.next.len() + bytes + commas) as u64;
+        Ok(())
     }
 
-    pub fn write(&self, out: &mut dyn Write) -> Result<()> {
-        let broken =
-            |e: std::io::Error| Error::Failed(format!("the client takes no more of the list: {e}"));
-        write!(out, r#"{{"next":{},"keys":["#, self.next).map_err(broken)?;
-        let mut count = 0;
-        self.keys(&mut |key| {
+    /// Writes the JSON text, `length` bytes.
+    pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        write!(out, r#"{{"next":{},"keys":["#, self.next)?;
+        let (mut count, mut failed) = (0, None);
+        let read = self.keys(&mut |key| {
             if count == self.count {
                 return Ok(false);
             }
             let comma = if count > 0 { "," } else { "" };
             count += 1;
-            write!(out, "{comma}{}", self.text(key)).map_err(broken)?;
-            Ok(true)
-        })?;
-        out.write_all(b"]}").map_err(broken)
+            failed = write!(out, "{comma}{}", self.text(key)).err();
+            Ok(failed.is_none())
+        });
+        read.map_err(|e| io::Error::other(e.to_string()))?;
+        failed.map_or(Ok(()), Err)?;
+        out.write_all(b"]}")
     }
 
     /// A key as a JSON string.
     fn text(&self, key: &[u8]) -> String {
         if self.list.url {
-            format!("\"{}\"", percent_encode(key, KEY_SET))
+            format!("\"{}\"", percent_encoded(key))
         } else {
             serde_json::Value::from(String::from_utf8_lossy(key)).to_string()
         }
     }
 
-    /// Calls `f` with the keys from the page's start on, until it says `false`.
+    /// Calls `f` with the keys from the page's start on, until it returns `false`.
     fn keys(&self, f: &mut dyn FnMut(&[u8]) -> Result<bool>) -> Result<()> {
         let wanted = match self.list.of {
             Listed::Live => State::Live,
@@ -97,14 +128,13 @@ impl<'a> Page<'a> {
             }
         };
         self.view.records(&self.list.prefix, &self.list.start, |key, text| {
-            let record = decode(key, Record::decode(text), text)?;
-            if record.state == wanted { f(key) } else { Ok(true) }
+            if record_of(key, text)?.state == wanted { f(key) } else { Ok(true) }
         })
     }
 
-    /// The keys with debris of a page, and one more. Debris does not lie in the order of keys.
+    /// The keys with debris of a page, and one more. Debris is not in the order of keys.
     fn writing(&self) -> Result<BTreeSet<Vec<u8>>> {
-        let most = if self.list.limit == 0 { MOST } else { self.list.limit };
+        let most = if self.list.limit == 0 { MAX_KEYS } else { self.list.limit };
         let mut keys = BTreeSet::new();
         self.view.debris(&self.list.prefix, |key, _, _| {
             if key >= self.list.start.as_slice() {

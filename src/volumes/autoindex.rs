@@ -32,6 +32,19 @@ pub fn parse(text: &[u8]) -> serde_json::Result<Vec<Entry>> {
     Ok(lines.into_iter().map(entry).collect())
 }
 
+/// Whether this is a folder of blobs: two lower-case hex digits.
+pub fn is_hex_folder(entry: &Entry) -> bool {
+    let mut bytes = entry.name.bytes();
+    entry.folder && entry.name.len() == 2 && bytes.all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Whether this is a subvolume: `sv` and upper-case hex digits.
+pub fn is_subvolume(entry: &Entry) -> bool {
+    let digits = entry.name.strip_prefix("sv").unwrap_or_default();
+    let mut bytes = digits.bytes();
+    entry.folder && digits.len() >= 2 && bytes.all(|b| matches!(b, b'0'..=b'9' | b'A'..=b'F'))
+}
+
 /// Seconds since 1970 of an HTTP date (RFC 9110).
 pub fn http_date(text: &str) -> Option<u64> {
     let time = httpdate::parse_http_date(text).ok()?;
@@ -53,17 +66,9 @@ mod tests {
         let at = text.iter().position(|byte| *byte == b'?').unwrap();
         text[at] = 0xff;
         let entries = parse(&text).unwrap();
-        assert_eq!(
-            entries[0],
-            Entry { name: "sv01".into(), size: None, folder: true, time: 1795379538 }
-        );
-        assert_eq!(
-            entries[1],
-            Entry { name: "L2E=".into(), size: Some(9), folder: false, time: 7 }
-        );
-        assert!(
-            !entries[2].folder && entries[2].size.is_none() && entries[2].name.contains('\u{fffd}')
-        );
+        assert_eq!(entries[0], Entry { name: "sv01".into(), size: None, folder: true, time: 1795379538 });
+        assert_eq!(entries[1], Entry { name: "L2E=".into(), size: Some(9), folder: false, time: 7 });
+        assert!(!entries[2].folder && entries[2].size.is_none() && entries[2].name.contains('\u{fffd}'));
         for end in 0..text.len() - 1 {
             assert!(parse(&text[..end]).is_err(), "cut after {end}");
         }
@@ -71,8 +76,7 @@ mod tests {
 
     #[test]
     fn no_listing_makes_it_panic_and_a_name_is_read_as_it_was_written() {
-        let seed =
-            std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
+        let seed = std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
         println!("MKV_SEED={seed}");
         let mut random = fastrand::Rng::with_seed(seed);
         for _ in 0..20_000 {

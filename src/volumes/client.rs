@@ -119,6 +119,9 @@ pub struct Response {
     persistent: bool,
 }
 
+/// Bytes that are received at a time.
+const READ: usize = 8 << 10;
+
 /// A part of a request's body, in three pieces.
 pub type Part<'a> = [&'a [u8]; 3];
 
@@ -281,22 +284,24 @@ impl Call {
     /// Receives at least one byte into `input`.
     fn read_more(&mut self, deadline: Instant) -> io::Result<()> {
         let socket = self.socket.as_ref().ok_or(ErrorKind::NotConnected)?;
-        let mut buffer = [0; 8 << 10];
-        loop {
-            match recv(socket, &mut buffer, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => {
-                    let why = "it closed the connection";
-                    return Err(io::Error::new(ErrorKind::ConnectionReset, why));
-                }
-                Ok((n, _)) => {
-                    self.input.extend_from_slice(&buffer[..n]);
-                    return Ok(());
-                }
+        let before = self.input.len();
+        // On the heap: the stack of an idle connection's thread keeps what it once used.
+        self.input.resize(before + READ, 0);
+        let received = loop {
+            match recv(socket, &mut self.input[before..], RecvFlags::DONTWAIT) {
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => wait(&mut [PollFd::new(socket, PollFlags::IN)], deadline)?,
-                Err(e) => return Err(e.into()),
+                Err(Errno::AGAIN) => {
+                    if let Err(e) = wait(&mut [PollFd::new(socket, PollFlags::IN)], deadline) {
+                        break Err(e);
+                    }
+                }
+                Err(e) => break Err(e.into()),
+                Ok((0, _)) => break Err(io::Error::new(ErrorKind::ConnectionReset, "it closed the connection")),
+                Ok((count, _)) => break Ok(count),
             }
-        }
+        };
+        self.input.truncate(before + received.as_ref().copied().unwrap_or(0));
+        received.map(drop)
     }
 }
 

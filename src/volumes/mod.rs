@@ -22,6 +22,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use md5::{Digest, Md5};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{NextTimeout, TcpConnector};
@@ -58,7 +60,7 @@ struct Volume {
     latency: Mutex<Histogram>,
 }
 
-/// What is known of a volume that was asked for something.
+/// The state of a volume that was asked for something.
 pub struct Snapshot {
     pub name: String,
     /// Whether it answered when last asked.
@@ -71,7 +73,7 @@ impl Volumes {
     /// `timeout`: how long a HEAD, or a connection, may take.
     pub fn new(timeout: Duration) -> Arc<Volumes> {
         let known = RwLock::default();
-        Arc::new(Volumes { timeout, known, pool: Pool::new(usize::MAX) })
+        Arc::new(Volumes { timeout, known, pool: Pool::default() })
     }
 
     fn volume(&self, replica: &str) -> Arc<Volume> {
@@ -112,13 +114,7 @@ impl Volumes {
 
     /// Sends a request without a body to several replicas at the same time. The body of a GET's 200
     /// is collected in memory.
-    fn ask(
-        &self,
-        method: &str,
-        replicas: &[&str],
-        path: &str,
-        auth: Auth,
-    ) -> Vec<Result<Response>> {
+    fn ask(&self, method: &str, replicas: &[&str], path: &str, auth: Auth) -> Vec<Result<Response>> {
         let begun = Instant::now();
         let limit = match method {
             "GET" => STALL,
@@ -127,8 +123,7 @@ impl Volumes {
         };
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
-        let mut calls: Vec<_> =
-            targets.map(|(replica, volume)| volume.call(method, replica, path, auth, "")).collect();
+        let mut calls: Vec<_> = targets.map(|(replica, volume)| volume.call(method, replica, path, auth, "")).collect();
         for call in &mut calls {
             call.send(NO_BODY, true);
         }
@@ -139,7 +134,8 @@ impl Volumes {
             outcome.map_err(|e| Error::Unreachable {
                 volume: replica.to_string(),
                 why: e.to_string(),
-                // nginx deletes before it answers, so that a connection which ends decides it.
+                // nginx deletes before it answers: once the connection has ended, the blob is
+                // either gone or stays.
                 maybe_done: call.sent_whole && e.kind() == ErrorKind::TimedOut,
             })
         };
@@ -150,9 +146,7 @@ impl Volumes {
     pub fn head(&self, replica: &str, path: &str, auth: Auth) -> Result<Option<u64>> {
         match self.ask("HEAD", &[replica], path, auth).remove(0)? {
             Response { status: 200, length: Some(length), .. } => Ok(Some(length)),
-            Response { status: 200, .. } => {
-                Err(unreachable(replica, "its HEAD has no Content-Length"))
-            }
+            Response { status: 200, .. } => Err(unreachable(replica, "its HEAD has no Content-Length")),
             // 301: a folder.
             Response { status: 301 | 404, .. } => Ok(None),
             Response { status, .. } => Err(Error::Refused { volume: replica.into(), status }),
@@ -196,22 +190,13 @@ impl Volumes {
 
     /// Deletes a blob from several replicas at the same time. `patient`: also asks volumes that are
     /// down; otherwise they count as unreachable.
-    pub fn delete_all(
-        &self,
-        replicas: &[String],
-        path: &str,
-        patient: bool,
-        auth: Auth,
-    ) -> Vec<Result<bool>> {
+    pub fn delete_all(&self, replicas: &[String], path: &str, patient: bool, auth: Auth) -> Vec<Result<bool>> {
         let asked = |replica: &&String| patient || !self.is_down(replica);
         let asked: Vec<&str> = replicas.iter().filter(asked).map(String::as_str).collect();
         let mut answers = self.ask("DELETE", &asked, path, auth).into_iter();
         let outcome = |replica: &String| {
             let answer = if asked.contains(&replica.as_str()) { answers.next() } else { None };
-            match answer
-                .unwrap_or_else(|| Err(unreachable(replica, "it gave none just now")))?
-                .status
-            {
+            match answer.unwrap_or_else(|| Err(unreachable(replica, "it gave none just now")))?.status {
                 200..=299 => Ok(true),
                 // 409: the path leads below a plain file.
                 404 | 409 => Ok(false),
@@ -226,8 +211,7 @@ impl Volumes {
     pub fn check_silent(&self, replicas: &[String], auth: Auth) -> Result<()> {
         for replica in replicas {
             let silent = lock(&self.volume(replica).down).is_some();
-            if silent && let Err(e @ Error::Unreachable { .. }) = self.accepts_login(replica, auth)
-            {
+            if silent && let Err(e @ Error::Unreachable { .. }) = self.accepts_login(replica, auth) {
                 return Err(e);
             }
         }
@@ -293,10 +277,11 @@ impl Volumes {
     /// Lists a folder of several replicas; `folder` is a path that ends in `/`. nginx hides names
     /// that begin with a dot, and cuts a listing short when a file vanishes while it is made: then it
     /// is asked again.
-    pub fn list(&self, replicas: &[&str], folder: &str, auth: Auth) -> Result<Vec<Vec<Entry>>> {
+    pub fn list(&self, replicas: &[&str], folder: &str, auth: Auth) -> Vec<Result<Vec<Entry>>> {
         let read = |replica: &str, answer: Result<Response>| match answer? {
-            Response { status: 200, body, .. } => autoindex::parse(&body)
-                .map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}"))),
+            Response { status: 200, body, .. } => {
+                autoindex::parse(&body).map_err(|e| unreachable(replica, &format!("its listing is no JSON: {e}")))
+            }
             Response { status, .. } => Err(Error::Refused { volume: replica.into(), status }),
         };
         let listing = |(replica, answer): (&&str, Result<Response>)| {
@@ -307,11 +292,31 @@ impl Volumes {
                     listing = read(replica, self.ask("GET", &[replica], folder, auth).remove(0));
                 }
             }
-            let why = |e| Error::Failed(format!("no listing of http://{replica}{folder}: {e}"));
-            listing.map_err(why)
+            listing
         };
         replicas.iter().zip(self.ask("GET", replicas, folder, auth)).map(listing).collect()
     }
+
+    /// Whether there are folders of blobs on a volume or its subvolumes.
+    pub fn has_blobs(&self, volume: &str, auth: Auth) -> Result<bool> {
+        let mut places = vec![volume.to_string()];
+        while let Some(place) = places.pop() {
+            for entry in self.list(&[&place], "/", auth).remove(0)? {
+                if autoindex::is_hex_folder(&entry) {
+                    return Ok(true);
+                }
+                if place == volume && autoindex::is_subvolume(&entry) {
+                    places.push(format!("{volume}/{}", entry.name));
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// The `Authorization` header for `user:pass` (RFC 7617).
+pub fn basic_auth(userpass: &[u8]) -> String {
+    format!("Basic {}", STANDARD.encode(userpass))
 }
 
 /// A blob that is being read.
@@ -325,12 +330,12 @@ pub struct Opened {
 }
 
 impl Volume {
-    /// A request to a replica; `headers`: whole lines beside Host and Authorization.
-    fn call(&self, method: &str, replica: &str, path: &str, auth: Auth, headers: &str) -> Call {
+    /// A request to a replica. `lines`: headers beside Host and Authorization, each with its end.
+    fn call(&self, method: &str, replica: &str, path: &str, auth: Auth, lines: &str) -> Call {
         let folder = replica.find('/').map_or("", |at| &replica[at..]);
         let auth = auth.map_or(String::new(), |auth| format!("Authorization: {auth}\r\n"));
-        let headers = format!("{headers}{auth}");
-        Call::new(&self.connections, method, &format!("{folder}{path}"), &headers)
+        let target = format!("{folder}{path}");
+        Call::new(&self.connections, method, &target, &format!("{lines}{auth}"))
     }
 
     fn is_down(&self) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! A value is read in chunks of 512 KiB, and each chunk goes to every replica before the next one is
 //! read; at most two are in memory, whatever the value's size. The digest of a large value is
-//! computed on a thread of its own meanwhile.
+//! computed on a thread of its own.
 //!
 //! nginx publishes a file when its body is complete. So the last byte goes out only when the value
 //! is known to be as long as the client said, with the digest that it gave, and a body that fails is
@@ -93,9 +93,8 @@ impl Volumes {
         let headers = format!("Date: {time}\r\n{}", chunks.framing());
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
-        let mut calls: Vec<_> = targets
-            .map(|(replica, volume)| volume.call("PUT", replica, path, auth, &headers))
-            .collect();
+        let mut calls: Vec<_> =
+            targets.map(|(replica, volume)| volume.call("PUT", replica, path, auth, &headers)).collect();
         let sent = send_all(&mut calls, &mut chunks);
         client::await_all(&mut calls, chunks.part(), Instant::now() + STALL, AFTER_FAILURE);
         let (mut error, mut maybe_stored) = (sent.err(), Vec::new());
@@ -122,9 +121,7 @@ impl Volume {
                 self.note(replica, begun.elapsed(), None);
                 Ok(())
             }
-            Some(Ok(Response { status, .. })) => {
-                Err(Error::Refused { volume: replica.into(), status: *status })
-            }
+            Some(Ok(Response { status, .. })) => Err(Error::Refused { volume: replica.into(), status: *status }),
             Some(Err(e)) => {
                 self.note(replica, begun.elapsed(), Some(e));
                 Err(unreachable(replica, &e.to_string()))
@@ -135,8 +132,8 @@ impl Volume {
     }
 }
 
-/// Sends the chunks until the last one, or until a volume fails: then the other ones are not sent the
-/// rest. An error is one of the client's body.
+/// Sends the chunks until the last one, or until a volume fails: then none is sent the rest. An error
+/// is one of the client's body.
 fn send_all(calls: &mut [Call], chunks: &mut Chunks) -> Result<()> {
     while calls.iter_mut().all(|call| call.send(chunks.part(), chunks.ended)) && !chunks.ended {
         chunks.read()?;
@@ -306,11 +303,7 @@ mod tests {
     use super::*;
 
     /// The value's framing and body as they would be sent, up to an error.
-    fn sent(
-        value: &[u8],
-        length: Option<u64>,
-        content_md5: Option<Hash>,
-    ) -> (Vec<u8>, Result<(String, Hash)>) {
+    fn sent(value: &[u8], length: Option<u64>, content_md5: Option<Hash>) -> (Vec<u8>, Result<(String, Hash)>) {
         let mut reader = value;
         let mut upload = Upload { reader: &mut reader, length, content_md5 };
         let mut chunks = Chunks::new(&mut upload, true);

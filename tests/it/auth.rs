@@ -14,9 +14,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_e
 use rustix::process::Signal;
 
 use crate::support::cluster::{child_command, first_line, reserve_address, signal, wait};
-use crate::support::http_client::{
-    self, Answer, Conn, find, head, target, wait_at_most, wait_until,
-};
+use crate::support::http_client::{self, Answer, Conn, find, head, target, wait_at_most, wait_until};
 use crate::support::reference;
 
 const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -60,8 +58,7 @@ impl Store {
         let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).expect("the temporary folder can be created");
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))
-            .expect("the folder's mode can be set");
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).expect("the folder's mode can be set");
         let names = (1..=3).map(|n| format!("{host}:{}", 3000 + n)).collect();
         let mut store = Store {
             names,
@@ -221,8 +218,7 @@ impl Store {
 
     /// Checks that nothing has panicked.
     fn check(&self) {
-        let panics: Vec<String> =
-            self.log().lines().filter(|l| l.contains("panicked")).map(String::from).collect();
+        let panics: Vec<String> = self.log().lines().filter(|l| l.contains("panicked")).map(String::from).collect();
         assert!(panics.is_empty(), "{panics:?}");
     }
 }
@@ -302,10 +298,8 @@ fn without_date(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>) {
 fn curl_redirect_flags() -> Vec<&'static str> {
     let text = Command::new("curl").args(["-q", "--version"]).output().expect("curl starts").stdout;
     let text = String::from_utf8_lossy(&text).into_owned();
-    let version: Vec<u32> = text
-        .split_whitespace()
-        .nth(1)
-        .map_or(Vec::new(), |version| version.split('.').flat_map(str::parse).collect());
+    let version: Vec<u32> =
+        text.split_whitespace().nth(1).map_or(Vec::new(), |version| version.split('.').flat_map(str::parse).collect());
     let new = version.as_slice() >= [8, 2].as_slice();
     if new { vec!["--location-trusted", "-L"] } else { vec!["--location-trusted"] }
 }
@@ -332,12 +326,10 @@ fn every_request_without_valid_credentials_gets_the_same_401() {
     s.put(USER, "/unlinked", "value").expect(201);
     s.ask(Some(USER), "UNLINK", "/unlinked", None).expect(204);
     let before = s.blobs();
-    let wrong =
-        ["me:Secret", "me:", "me:secret ", "me:secre", "Me:secret", "you:secret", ":", "nobody:x"];
+    let wrong = ["me:Secret", "me:", "me:secret ", "me:secre", "Me:secret", "you:secret", ":", "nobody:x"];
     for user in std::iter::once(None).chain(wrong.map(Some)) {
         let mut answers = Vec::new();
-        let methods =
-            if user.is_none() || user == Some("me:") { &METHODS[..] } else { &METHODS[..3] };
+        let methods = if user.is_none() || user == Some("me:") { &METHODS[..] } else { &METHODS[..3] };
         for method in methods {
             let body = ["PUT", "REPLACE"].contains(method).then_some(b"new".as_slice());
             for key in ["/live", "/unlinked", "/absent", "/", "/%zz"] {
@@ -348,15 +340,7 @@ fn every_request_without_valid_credentials_gets_the_same_401() {
                 }
             }
         }
-        for query in [
-            "/?list",
-            "/?unlinked",
-            "/?writing",
-            "/?metrics",
-            "/?health",
-            "/live?x",
-            "/?list&limit=x",
-        ] {
+        for query in ["/?list", "/?unlinked", "/?writing", "/?metrics", "/?health", "/live?x", "/?list&limit=x"] {
             let answer = s.ask(user, "GET", query, None);
             assert_401(&answer);
             answers.push(without_date(answer));
@@ -427,10 +411,8 @@ fn a_malformed_authorization_header_gets_401() {
         }
     }
     // Unusual but valid headers.
-    for header in [format!("basic {token}"), format!("BASIC {token}"), format!("Basic   {token}  ")]
-    {
-        http_client::ask(&s.address(), "GET", "/live", &[("Authorization", &header)], None)
-            .expect(302);
+    for header in [format!("basic {token}"), format!("BASIC {token}"), format!("Basic   {token}  ")] {
+        http_client::ask(&s.address(), "GET", "/live", &[("Authorization", &header)], None).expect(302);
     }
     s.ask(Some("empty:"), "GET", "/live", None).expect(302);
 }
@@ -443,13 +425,9 @@ fn unusual_users_and_passwords_work_end_to_end() {
         s.put(user, &key, &value).expect(201);
         let answer = s.ask(Some(user), "GET", &target(&key), None).expect(302);
         let volumes = answer.header("Key-Volumes").unwrap();
-        let places = volumes.split(',').map(|replica| {
-            format!(
-                "http://{}{replica}{}",
-                url_credentials(user),
-                reference::path(key.as_bytes(), 0)
-            )
-        });
+        let places = volumes
+            .split(',')
+            .map(|replica| format!("http://{}{replica}{}", url_credentials(user), reference::path(key.as_bytes(), 0)));
         let location = answer.header("Location").unwrap();
         assert!(places.into_iter().any(|place| place == location), "{user}: {location}");
         assert_eq!(answer.header("Cache-Control"), Some("no-store"));
@@ -499,9 +477,7 @@ fn curl_works_with_basic_authorization() {
         assert!(ok(&["-u", USER, &format!("{}?list", s.url("/"))]).contains("/wehave"));
         for args in [vec![], vec!["-u", "me:wrong"]] {
             let result = s.curl(&[&[flag], &args[..], &[&s.url("/wehave")]].concat());
-            assert!(
-                !result.status.success() && String::from_utf8_lossy(&result.stderr).contains("401")
-            );
+            assert!(!result.status.success() && String::from_utf8_lossy(&result.stderr).contains("401"));
         }
         ok(&["-u", USER, "-X", "DELETE", &s.url("/wehave")]);
         ok(&["-u", USER, "-X", "DELETE", &s.url("/file")]);
@@ -527,8 +503,7 @@ fn the_reachable_volumes_decide_and_without_any_all_requests_fail() {
         assert_401(&s.ask(Some(&format!("{user}x")), "GET", "/absent", None));
     }
     s.stop_volume(2);
-    for (method, target) in [("GET", "/live"), ("GET", "/absent"), ("GET", "/?list"), ("PUT", "/x")]
-    {
+    for (method, target) in [("GET", "/live"), ("GET", "/absent"), ("GET", "/?list"), ("PUT", "/x")] {
         let body = (method == "PUT").then_some(b"new".as_slice());
         for user in [users[10], users[11], "user10:wrong", "nobody:x"] {
             let answer = s.ask(Some(user), method, target, body).expect(503);
@@ -614,10 +589,7 @@ fn the_master_does_not_start_with_a_volume_that_accepts_anonymous_requests() {
         let result = s.run(&[&flags[..], &["-host", &s.host, "-port", "0", "server"]].concat());
         let text = String::from_utf8_lossy(&result.stderr);
         assert_eq!(result.status.code(), Some(1), "{result:?}");
-        assert!(
-            text.contains(&s.names[1]) && text.contains("AUTH") && result.stdout.is_empty(),
-            "{text}"
-        );
+        assert!(text.contains(&s.names[1]) && text.contains("AUTH") && result.stdout.is_empty(), "{text}");
     }
     s.stop_volume(1);
     // A volume that is down does not prevent the start.
@@ -659,10 +631,7 @@ fn rebuild_rebalance_and_verify_send_userpass_to_the_volumes() {
         for flags in [vec![], vec!["-userpass", "me:wrong"]] {
             let result = s.run(&[&flags[..], &[command, "-settle", "0s"]].concat());
             let text = String::from_utf8_lossy(&result.stderr);
-            assert!(
-                result.status.code() == Some(1) && text.contains("401"),
-                "{command}: {result:?}"
-            );
+            assert!(result.status.code() == Some(1) && text.contains("401"), "{command}: {result:?}");
             assert!(text.contains(&format!("{}:300", s.host)) && !text.contains("wrong"), "{text}");
             assert_eq!(s.run(&["dump"]).stdout, dump);
         }
@@ -678,9 +647,7 @@ fn rebuild_rebalance_and_verify_send_userpass_to_the_volumes() {
     // A -userpass without a colon is an error on the command line.
     let result = s.run(&["-userpass", "secret", "verify"]);
     let text = String::from_utf8_lossy(&result.stderr);
-    assert!(
-        result.status.code() == Some(2) && text.contains("-userpass") && !text.contains("secret")
-    );
+    assert!(result.status.code() == Some(2) && text.contains("-userpass") && !text.contains("secret"));
 }
 
 #[test]

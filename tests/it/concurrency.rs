@@ -51,10 +51,7 @@ fn delete_removes_its_blobs_in_parallel() {
         conn.head("DELETE", &key, &[]);
         held.wait_held("DELETE", 1);
         wait_until("the other two are deleted", || c.blobs().len() == 1);
-        assert!(
-            !conn.readable(Duration::from_millis(20)),
-            "answered before the last blob is deleted"
-        );
+        assert!(!conn.readable(Duration::from_millis(20)), "answered before the last blob is deleted");
         held.release("DELETE");
         conn.answer().expect(204);
         assert!(c.blobs().is_empty());
@@ -185,10 +182,7 @@ fn concurrent_writers_and_readers_see_only_whole_values() {
     let assert_whole = |read: &[u8]| {
         let writer = usize::from(read[0] - b'a') / 3;
         assert!(read.iter().all(|byte| *byte == read[0]), "a mix of two values");
-        assert!(
-            writer < 8 && [3, 700, 5000, 300_000].contains(&(read.len() - writer)),
-            "a truncated value"
-        );
+        assert!(writer < 8 && [3, 700, 5000, 300_000].contains(&(read.len() - writer)), "a truncated value");
     };
     let counts = thread::scope(|scope| {
         let writers: Vec<_> = (0..8)
@@ -246,11 +240,9 @@ fn concurrent_writers_and_readers_see_only_whole_values() {
                 })
             })
             .collect();
-        let counts: Vec<_> =
-            writers.into_iter().map(|w| w.join().expect("the thread does not panic")).collect();
+        let counts: Vec<_> = writers.into_iter().map(|w| w.join().expect("the thread does not panic")).collect();
         stop.store(true, Ordering::Relaxed);
-        let read: usize =
-            readers.into_iter().map(|r| r.join().expect("the thread does not panic")).sum();
+        let read: usize = readers.into_iter().map(|r| r.join().expect("the thread does not panic")).sum();
         println!("stored and locked: {counts:?}, read {read}");
         counts
     });

@@ -74,9 +74,7 @@ impl OtherClients {
 
     #[track_caller]
     fn assert_served(&mut self, c: &Cluster) {
-        for (method, key, status) in
-            [("GET", "/there", 302), ("GET", "/none", 404), ("UNLINK", "/none", 404)]
-        {
+        for (method, key, status) in [("GET", "/there", 302), ("GET", "/none", 404), ("UNLINK", "/none", 404)] {
             let started = Instant::now();
             self.keep_alive.ask(method, key, &[], None).expect(status);
             self.slowest = self.slowest.max(started.elapsed());
@@ -84,11 +82,7 @@ impl OtherClients {
             c.ask(method, key).expect(status);
             self.slowest = self.slowest.max(started.elapsed());
         }
-        assert!(
-            self.slowest < Duration::from_secs(3),
-            "other clients waited for {:?}",
-            self.slowest
-        );
+        assert!(self.slowest < Duration::from_secs(3), "other clients waited for {:?}", self.slowest);
     }
 }
 
@@ -98,7 +92,7 @@ impl OtherClients {
 fn clients_that_never_read_do_not_delay_others() {
     // Keys of the maximum length have the longest answers.
     let long = |first: &str| format!("/{first}{}", "k".repeat(1000));
-    let c = Setup::new().volumes(1).start();
+    let c = Setup::new().volumes(1).flags(&["-stalltimeout", "1s"]).start();
     c.put("/there", "value").expect(201);
     c.put(long("there"), "value").expect(201);
     let requests = [("GET", long("none")), ("GET", long("there")), ("UNLINK", long("none"))];
@@ -116,12 +110,7 @@ fn clients_that_never_read_do_not_delay_others() {
         });
         // Clients that send slightly less: their connections stay open.
         let mut clients: Vec<_> = (0..60)
-            .map(|n| {
-                (
-                    max_requests[n % 3],
-                    NonReader::new(&c, packet, requests[n % 3].0, &requests[n % 3].1),
-                )
-            })
+            .map(|n| (max_requests[n % 3], NonReader::new(&c, packet, requests[n % 3].0, &requests[n % 3].1)))
             .collect();
         for _ in 0..max_requests.iter().max().unwrap() / BATCH {
             for (max_requests, client) in &mut clients {
@@ -132,16 +121,14 @@ fn clients_that_never_read_do_not_delay_others() {
             others.assert_served(&c);
         }
         let closed = clients.iter().filter(|(_, client)| client.closed).count();
-        println!(
-            "segments of {packet} bytes: closed after {max_requests:?} requests, {closed} of 60 closed early"
-        );
+        println!("segments of {packet} bytes: closed after {max_requests:?} requests, {closed} of 60 closed early");
     }
     println!("other clients waited for at most {:?}", others.slowest);
 }
 
 /// Opens this many connections, sends a request on each, and returns the longest wait.
 #[track_caller]
-fn burst(c: &Cluster, count: usize) -> (Vec<Conn>, Duration) {
+pub fn burst(c: &Cluster, count: usize) -> (Vec<Conn>, Duration) {
     let mut conns: Vec<(Instant, Conn)> = (0..count)
         .map(|_| {
             let started = Instant::now();
@@ -164,8 +151,7 @@ fn every_connection_of_a_burst_is_answered_within_250_ms() {
     for count in [16, 50, 100, 200] {
         // A busy machine may delay a few of them, but not on four servers in a row.
         let mut servers = Vec::new();
-        while servers.len() < 4 && servers.iter().all(|worst| *worst >= Duration::from_millis(250))
-        {
+        while servers.len() < 4 && servers.iter().all(|worst| *worst >= Duration::from_millis(250)) {
             c.restart_master();
             let mut held = Vec::new();
             let rounds = (0..6).map(|round| {
@@ -188,7 +174,7 @@ fn every_connection_of_a_burst_is_answered_within_250_ms() {
 
 /// Sets a soft limit of the master process. prlimit must run as the master's user.
 #[track_caller]
-fn set_limit(c: &Cluster, user: Option<&str>, limit: &str) {
+pub fn set_limit(c: &Cluster, user: Option<&str>, limit: &str) {
     let pid = c.master_pid().to_string();
     let set = ["prlimit", "--pid", &pid, limit];
     let mut command = Command::new(if user.is_some() { "setpriv" } else { set[0] });
@@ -200,8 +186,8 @@ fn set_limit(c: &Cluster, user: Option<&str>, limit: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Raises this process's descriptor limit, for tests with thousands of connections.
-fn raise_descriptor_limit() {
+/// More descriptors for the test itself than a shell gives.
+pub fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
 }
@@ -226,9 +212,7 @@ fn time_until_answered(c: &Cluster) -> Duration {
             && conn.readable(Duration::from_millis(200))
             && matches!(conn.next_answer("GET"), Ok(Some(answer)) if answer.status == 404)
     };
-    wait_at_most(Duration::from_secs(2), "new connections are answered again", || {
-        (0..5).all(|_| answered())
-    });
+    wait_at_most(Duration::from_secs(2), "new connections are answered again", || (0..5).all(|_| answered()));
     started.elapsed()
 }
 
@@ -272,9 +256,7 @@ fn the_master_recovers_when_threads_are_available_again() {
         keep_alive.ask("GET", "/none", &[], None).expect(404);
         set_limit(&c, user, "--nproc=1:");
         let conns = open_many(&c, 100);
-        wait_until("no thread can be started", || {
-            c.log().matches("failed to spawn thread").count() > round
-        });
+        wait_until("no thread can be started", || c.log().matches("no thread can be started").count() > round);
         for _ in 0..20 {
             keep_alive.ask("GET", "/none", &[], None).expect(404);
         }
@@ -339,8 +321,8 @@ fn closed_connections_do_not_count_towards_maxconns() {
     }
 }
 
-/// Processor time, in ticks of 10 ms.
-fn cpu_ticks(c: &Cluster) -> u64 {
+/// Time on the processor, in ticks of 10 ms.
+pub fn cpu_ticks(c: &Cluster) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{}/stat", c.master_pid())).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
@@ -355,7 +337,7 @@ fn two_thousand_idle_connections_use_little_memory_and_delay_nobody() {
     for conn in idle.iter_mut().step_by(2) {
         conn.ask("GET", "/none", &[], None).expect(404);
     }
-    wait_until("all connections are accepted", || c.open_descriptors() > 4000);
+    wait_until("all are accepted", || c.open_descriptors() > 2000);
     let each = c.memory_kib("VmRSS").saturating_sub(before) / 2000;
     let mut slowest = Duration::ZERO;
     for _ in 0..50 {
@@ -366,19 +348,18 @@ fn two_thousand_idle_connections_use_little_memory_and_delay_nobody() {
     let started = cpu_ticks(&c);
     std::thread::sleep(Duration::from_secs(3));
     let used = cpu_ticks(&c) - started;
-    println!(
-        "{each} KiB per connection, new ones wait for at most {slowest:?}, {used} ticks in 3 s"
-    );
-    assert!(slowest < Duration::from_secs(1), "a new connection waited for {slowest:?}");
-    assert!(each < 64, "{each} KiB per connection");
+    println!("{each} KiB each, new ones wait {slowest:?} at most, {used} ticks in 3 s");
+    assert!(slowest < Duration::from_secs(1), "a new connection waited {slowest:?}");
+    assert!(used < 3, "{used} ticks in 3 s");
+    assert!(each < 40, "{each} KiB for each connection");
     for conn in &mut idle {
         conn.ask("GET", "/none", &[], None).expect(404);
     }
 }
 
 #[test]
-fn connections_without_progress_close_after_a_minute() {
-    let c = Setup::new().volumes(1).start();
+fn what_makes_no_progress_is_closed() {
+    let c = Setup::new().volumes(1).flags(&["-idletimeout", "3s", "-stalltimeout", "3s"]).start();
     let open = || {
         let conn = c.conn();
         conn.socket.set_read_timeout(Some(Duration::from_secs(100))).unwrap();
@@ -401,32 +382,24 @@ fn connections_without_progress_close_after_a_minute() {
             scope.spawn(move || {
                 let last = conn.read_until_closed();
                 let after = started.elapsed();
-                println!(
-                    "{after:?}: {}",
-                    String::from_utf8_lossy(&last).lines().next().unwrap_or("closed")
-                );
-                assert!((55..75).contains(&after.as_secs()), "closed after {after:?}");
+                println!("{after:?}: {}", String::from_utf8_lossy(&last).lines().next().unwrap_or("closed"));
+                assert!((2900..6000).contains(&after.as_millis()), "closed after {after:?}");
             });
         }
         // This client sends one byte a second.
         scope.spawn(move || {
             while !dribble.readable(Duration::from_secs(1)) {
                 dribble.send("d");
-                assert!(
-                    started.elapsed() < Duration::from_secs(75),
-                    "the connection is still open"
-                );
+                assert!(started.elapsed() < Duration::from_secs(8), "it goes on");
             }
-            assert!(started.elapsed() > Duration::from_secs(55));
+            assert!(started.elapsed() > Duration::from_secs(2));
         });
-        // This client sends a request every ten seconds for more than a minute.
+        // One that asks now and then, for longer than that.
         for _ in 0..7 {
-            std::thread::sleep(Duration::from_secs(10));
+            std::thread::sleep(Duration::from_millis(700));
             busy.ask("GET", "/none", &[], None).expect(404);
         }
     });
-    // The listener has not run into its own timeout either.
-    assert!(!c.log().contains("accepting connections failed"), "{}", c.log());
     for key in ["/length", "/chunked", "/dribble"] {
         c.assert_absent(key);
         c.put(key, "value").expect(201);
@@ -449,14 +422,14 @@ fn pipelined_requests_do_not_grow_the_stack() {
 }
 
 #[test]
-fn a_head_that_takes_5_minutes_closes_its_connection() {
-    let c = Setup::new().volumes(1).start();
+fn a_head_that_takes_too_long_ends_its_connection() {
+    let c = Setup::new().volumes(1).flags(&["-headtimeout", "3s"]).start();
     let (mut first, mut later, mut upload) = (c.conn(), c.conn(), c.conn());
     later.ask("GET", "/none", &[], None).expect(404);
     let begin = "GET /none HTTP/1.1\r\nDribble: ";
     let mut heads = vec![first.send(begin), later.send(begin)];
-    // An upload may take longer than a head.
-    let value = random_bytes(&mut seeded_rng(), 315 << 10);
+    // An upload may take longer.
+    let value = random_bytes(&mut seeded_rng(), 6 << 10);
     upload.head("PUT", "/slow", &[("Content-Length", &value.len().to_string())]);
     let started = Instant::now();
     for (part, second) in value.chunks(1 << 10).zip(1..) {
@@ -464,11 +437,11 @@ fn a_head_that_takes_5_minutes_closes_its_connection() {
         upload.send(part);
         heads.retain_mut(|head| {
             let closed = head.readable(Duration::ZERO) || head.try_send(b"d").is_err();
-            assert!(!closed || second >= 299, "closed after {second} s");
+            assert!(!closed || second >= 3, "closed after {second} s");
             !closed
         });
     }
-    assert!(heads.is_empty(), "{} of two connections are still open after 310 s", heads.len());
+    assert!(heads.is_empty(), "{} of two heads go on for more than 6 s", heads.len());
     upload.answer().expect(201);
     c.assert_value("/slow", value);
 }

@@ -22,8 +22,7 @@ fn store() -> Cluster {
 fn start_write(c: &Cluster, method: &str, value: &str) -> Conn {
     let mut conn = c.conn();
     let length = value.len().to_string();
-    conn.head(method, &crate::support::http_client::target(KEY), &[("Content-Length", &length)])
-        .send(value);
+    conn.head(method, &crate::support::http_client::target(KEY), &[("Content-Length", &length)]).send(value);
     conn
 }
 
@@ -46,8 +45,7 @@ fn assert_cleaner_deletes(c: &mut Cluster, version: Option<u64>, left: usize) {
     c.each_proxy(|proxy| proxy.wait_held("DELETE", 1));
     assert_eq!(c.keys_with_debris(), [KEY.as_bytes()]);
     for replica in c.placement(KEY) {
-        let deleted_path =
-            c.proxies[c.volume_index(&replica)].seen("DELETE").pop().expect("a request is held");
+        let deleted_path = c.proxies[c.volume_index(&replica)].seen("DELETE").pop().expect("a request is held");
         let below = replica.split_once('/').map_or("", |(_, subvolume)| subvolume);
         let path = deleted_path.strip_prefix(&format!("/{below}")).expect("the replica's folder");
         let found = reference::version_of(path);
@@ -116,18 +114,14 @@ fn a_put_killed_in_the_middle_of_its_body_publishes_nothing() {
     let mut writer = c.conn();
     let target = crate::support::http_client::target(KEY);
     writer.head("PUT", &target, &[("Content-Length", "2000000")]).send(vec![b'v'; 1_500_000]);
-    wait_until("every volume has received data", || {
-        c.volumes.iter().all(|volume| volume.temporary_files() > 0)
-    });
+    wait_until("every volume has received data", || c.volumes.iter().all(|volume| volume.temporary_files() > 0));
     kill_and_restart(&mut c);
     c.get(KEY).expect(404);
     assert_cleaner_deletes(&mut c, Some(0), 0);
     let mut writer = c.conn();
     writer.head("PUT", &target, &[("Transfer-Encoding", "chunked")]);
     writer.send(crate::support::http_client::chunks(&vec![b'v'; 1_500_000], &[100_000]));
-    wait_until("every volume has received data", || {
-        c.volumes.iter().all(|volume| volume.temporary_files() > 0)
-    });
+    wait_until("every volume has received data", || c.volumes.iter().all(|volume| volume.temporary_files() > 0));
     kill_and_restart(&mut c);
     c.get(KEY).expect(404);
     c.each_proxy(|proxy| proxy.release("DELETE"));
@@ -216,10 +210,7 @@ fn acknowledged_writes_survive_repeated_kills() {
             wait_until("there are enough writes", || known.load(Ordering::Relaxed) >= enough);
             c.kill_master();
             stop.store(true, Ordering::Relaxed);
-            writers
-                .into_iter()
-                .map(|writer| writer.join().expect("the thread does not panic"))
-                .collect()
+            writers.into_iter().map(|writer| writer.join().expect("the thread does not panic")).collect()
         });
         c.start_master();
         for (key, value, known) in results.into_iter().flatten() {
@@ -442,10 +433,7 @@ fn a_path_never_holds_two_values() {
         let version = c.assert_value(KEY, &value).version;
         assert!(version > last, "{version} after {last}");
         let micros = std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
-        assert!(
-            version <= micros && micros - version < 600_000_000,
-            "{version} is not the current time"
-        );
+        assert!(version <= micros && micros - version < 600_000_000, "{version} is not the current time");
         last = version;
         assert_eq!(c.blobs().len(), 3 * (round + 1));
         assert_eq!(c.keys_with_debris(), [KEY.as_bytes()]);
@@ -549,8 +537,7 @@ fn a_blob_that_appears_after_a_kill_is_deleted_and_never_served() {
     c.put(KEY, "the second").expect(201);
     c.assert_value(KEY, "the second");
     c.proxies[late].release("PUT");
-    let late_blob_exists =
-        |c: &Cluster| c.blobs().into_keys().any(|blob| blob.ends_with(&plain_path()));
+    let late_blob_exists = |c: &Cluster| c.blobs().into_keys().any(|blob| blob.ends_with(&plain_path()));
     wait_until("the late blob exists", || late_blob_exists(&c));
     c.assert_value(KEY, "the second");
     wait_until("the late blob is deleted", || !late_blob_exists(&c));
@@ -600,9 +587,7 @@ fn the_cleaner_deletes_late_blobs_of_several_versions() {
     c.proxies[late].wait_held("PUT", VERSIONS);
     wait_until("the other replicas are deleted", || c.blobs().is_empty());
     // The cleaner gets a 404 before the blobs appear.
-    wait_until("the cleaner has asked for all versions", || {
-        c.proxies[late].answered("DELETE") >= VERSIONS
-    });
+    wait_until("the cleaner has asked for all versions", || c.proxies[late].answered("DELETE") >= VERSIONS);
     // Some requests arrived twice: the master retries when a connection closes without an answer.
     let received = c.proxies[late].seen("PUT").len();
     c.proxies[late].set("DELETE", Fault::HoldAnswer);

@@ -136,9 +136,7 @@ fn an_aborted_upload_leaves_nothing() {
         }
     }
     for (_, name, key) in &keys {
-        wait_until(&format!("the lock of {key} is free: {name}"), || {
-            c.ask("RELINK", key).status != 409
-        });
+        wait_until(&format!("the lock of {key} is free: {name}"), || c.ask("RELINK", key).status != 409);
     }
     c.wait_until_cleaned();
     for (state, name, key) in keys {
@@ -165,11 +163,7 @@ fn an_upload_with_a_wrong_digest_leaves_nothing() {
             c.send("REPLACE", &key, &digest, value).expect_error(400, "Content-MD5");
             let mut conn = c.conn();
             let digest = md5(b"something else");
-            conn.head(
-                "REPLACE",
-                &key,
-                &[("Transfer-Encoding", "chunked"), ("Content-MD5", &digest)],
-            );
+            conn.head("REPLACE", &key, &[("Transfer-Encoding", "chunked"), ("Content-MD5", &digest)]);
             conn.send(chunks(value, &[1000])).send(LAST_CHUNK);
             conn.answer().expect_error(400, "Content-MD5");
             state.assert_untouched(&c, &key);
@@ -413,9 +407,7 @@ fn the_error_for_a_full_disk_names_the_volume() {
         let _ = conn.try_send(&chunks(&value, &[50_000]));
         let _ = conn.try_send(LAST_CHUNK);
         conn.answer().expect_error(500, &name);
-        wait_until("the volumes have dropped the upload", || {
-            c.volumes.iter().all(|v| v.temporary_files() == 0)
-        });
+        wait_until("the volumes have dropped the upload", || c.volumes.iter().all(|v| v.temporary_files() == 0));
         c.proxies[0].release("PUT");
         state.assert_untouched(&c, &key);
     }
@@ -446,7 +438,6 @@ fn the_error_for_a_full_disk_names_the_volume() {
     c.restart_master();
 }
 
-/// tiny_http allocates memory for the unread part of a body.
 #[test]
 fn refused_uploads_use_little_memory() {
     let mut c = Cluster::new();

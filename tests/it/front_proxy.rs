@@ -31,8 +31,7 @@ impl FrontProxy {
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let address = format!("{}:3443", c.host);
         let conf = file_path(&folder, "front.conf");
-        fs::write(&conf, front_configuration(c, &address, &certificate, &key))
-            .expect("the file can be written");
+        fs::write(&conf, front_configuration(c, &address, &certificate, &key)).expect("the file can be written");
         let log = fs::File::create(folder.join("log")).expect("the log can be written");
         let pid = file_path(&folder, "pid");
         let nginx = child_command("TERM")
@@ -99,7 +98,7 @@ fn file_path(folder: &Path, name: &str) -> String {
 
 /// front.conf with its lines marked HERE filled in, and with its own temporary folders.
 fn front_configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> String {
-    let text = fs::read_to_string("front.conf").expect("front.conf exists");
+    let text = fs::read_to_string("deploy/front.conf").expect("deploy/front.conf exists");
     let mut set = 0;
     let mut lines: Vec<String> = Vec::new();
     for line in text.lines() {
@@ -139,8 +138,7 @@ fn the_front_proxy_passes_valid_requests_and_refuses_oversized_ones() {
     let (status, _) = front.curl(&["-T", &file, "--path-as-is"], "//a/../%2Fkey%3F");
     assert!(status.starts_with("201 "), "{status}");
     c.assert_value("//a/..//key?", &value);
-    let (status, _) =
-        front.curl(&["-X", "REPLACE", "-H", "Transfer-Encoding: chunked", "-T", &file], "/chunked");
+    let (status, _) = front.curl(&["-X", "REPLACE", "-H", "Transfer-Encoding: chunked", "-T", &file], "/chunked");
     assert!(status.starts_with("201 "), "{status}");
     c.assert_value("/chunked", &value);
 
@@ -148,10 +146,7 @@ fn the_front_proxy_passes_valid_requests_and_refuses_oversized_ones() {
     let (status, body) = front.curl(&["-I"], "/chunked");
     let location = c.get("/chunked").expect(302).header("Key-Volumes").map(String::from);
     let volumes = location.expect("the answer has Key-Volumes");
-    assert!(
-        status.starts_with("302 http://") && volumes.split(',').any(|r| status.contains(r)),
-        "{status}"
-    );
+    assert!(status.starts_with("302 http://") && volumes.split(',').any(|r| status.contains(r)), "{status}");
     let headers = String::from_utf8_lossy(&body).to_ascii_lowercase();
     assert!(headers.contains("content-md5: ") && headers.contains("key-volumes: "), "{headers}");
     let (status, body) = front.curl(&["-L"], "/chunked");
@@ -162,7 +157,7 @@ fn the_front_proxy_passes_valid_requests_and_refuses_oversized_ones() {
     c.assert_absent("/chunked");
 
     // Requests that the proxy refuses do not reach the master.
-    let requests = || c.log().lines().filter(|line| line.contains("mkv::http]")).count();
+    let requests = || c.log().lines().filter(|line| line.contains("mkv::api::handlers]")).count();
     let before = requests();
     let large = format!("X-Large: {}", "a".repeat(9 << 10));
     let (status, _) = front.curl(&["-H", &large], "/head");
@@ -172,7 +167,6 @@ fn the_front_proxy_passes_valid_requests_and_refuses_oversized_ones() {
     assert_eq!(requests(), before, "{}", c.log());
 }
 
-/// tiny_http hides some malformed requests from the master. The front proxy refuses them.
 #[test]
 fn the_front_proxy_refuses_malformed_requests() {
     let c = Setup::new().volumes(1).start();
@@ -186,9 +180,7 @@ fn the_front_proxy_refuses_malformed_requests() {
             "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: \x0bchunked\r\n\r\n{length:x}\r\n{body}\r\n0\r\n\r\n"
         ),
         format!("PUT /k HTTP/1.1 x\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}"),
-        format!(
-            "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n+{length:x}\r\n{body}\r\n0\r\n\r\n"
-        ),
+        format!("PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n+{length:x}\r\n{body}\r\n0\r\n\r\n"),
     ] {
         let answer = front.send_raw(&request);
         let status = answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3));

@@ -136,16 +136,12 @@ fn import_lists_records_that_do_not_decode_and_imports_the_others() {
     let folder = TestFolder::new("odd");
     let output = folder.import();
     assert_eq!(output.status.code(), Some(1));
-    assert_eq!(
-        text(&output.stdout),
-        "imported 1 live and 1 unlinked keys, 0 half-written, 121 that do not decode\n"
-    );
+    assert_eq!(text(&output.stdout), "imported 1 live and 1 unlinked keys, 0 half-written, 121 that do not decode\n");
     let errors = text(&output.stderr);
     let listed: Vec<_> = errors.lines().collect();
     assert_eq!(listed.len(), 102, "{errors}");
     assert!(listed[..100].iter().all(|line| line.contains("key \"/")), "{errors}");
-    let binary =
-        r#"key "/\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e/\xe3\x82\xad\xe3\x83\xbc/2", record "HASH2""#;
+    let binary = r#"key "/\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e/\xe3\x82\xad\xe3\x83\xbc/2", record "HASH2""#;
     assert!(errors.contains(binary), "{errors}");
     assert!(listed[100].contains("21 more"), "{errors}");
     let dump = text(&folder.dump().stdout);

@@ -236,11 +236,7 @@ fn assert_answers_correctly(c: &Cluster, live: &[Vec<u8>], others: &[Vec<u8>]) {
             c.put(key, "another value").expect_error(500, "index");
             c.ask("DELETE", key).expect_error(500, "index");
         } else {
-            assert_same_bytes(
-                &follow(&answer.expect(302)).expect(200).body,
-                &value_of(key),
-                "a value",
-            );
+            assert_same_bytes(&follow(&answer.expect(302)).expect(200).body, &value_of(key), "a value");
         }
     }
     for key in others {

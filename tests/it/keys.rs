@@ -283,22 +283,12 @@ fn random_requests_on_random_keys_match_a_map() {
     }
 }
 
-fn compare_list(
-    c: &Cluster,
-    model: &BTreeMap<Vec<u8>, ModelEntry>,
-    prefix: &[u8],
-    start: &[u8],
-    limit: usize,
-) {
-    let query = format!(
-        "{}?list&encoding=url&limit={limit}&start={}",
-        target(prefix),
-        target(start).replace('+', "%2B")
-    );
+fn compare_list(c: &Cluster, model: &BTreeMap<Vec<u8>, ModelEntry>, prefix: &[u8], start: &[u8], limit: usize) {
+    let query =
+        format!("{}?list&encoding=url&limit={limit}&start={}", target(prefix), target(start).replace('+', "%2B"));
     let answer = c.ask_target("GET", &query).expect(200);
     let page: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
-    let decoded =
-        |key: &serde_json::Value| percent_decode_str(key.as_str().unwrap()).collect::<Vec<u8>>();
+    let decoded = |key: &serde_json::Value| percent_decode_str(key.as_str().unwrap()).collect::<Vec<u8>>();
     let mut wanted = model
         .iter()
         .filter(|(key, entry)| entry.live && key.starts_with(prefix) && key.as_slice() >= start)

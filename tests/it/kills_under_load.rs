@@ -33,12 +33,7 @@ struct Writer {
 
 impl Writer {
     fn new(number: usize, random: fastrand::Rng) -> Writer {
-        let key = |n| Key {
-            name: format!("/{number}/{n}"),
-            stored: None,
-            maybe_stored: None,
-            touched: false,
-        };
+        let key = |n| Key { name: format!("/{number}/{n}"), stored: None, maybe_stored: None, touched: false };
         Writer { random, keys: (0..KEYS).map(key).collect(), acknowledged: 0, unanswered: 0 }
     }
 
@@ -49,9 +44,7 @@ impl Writer {
             let key = &mut self.keys[self.random.usize(..KEYS)];
             let method = ["PUT", "REPLACE", "DELETE", "UNLINK"][self.random.usize(..4)];
             let value = match method {
-                "PUT" | "REPLACE" if self.random.u32(..20) == 0 => {
-                    random_bytes(&mut self.random, 300_000)
-                }
+                "PUT" | "REPLACE" if self.random.u32(..20) == 0 => random_bytes(&mut self.random, 300_000),
                 "PUT" | "REPLACE" => {
                     let length = self.random.usize(1..5000);
                     random_bytes(&mut self.random, length)
@@ -108,13 +101,7 @@ impl Writer {
 }
 
 /// The status of the answer, or `None` if there is none.
-fn ask(
-    conn: &mut Option<Conn>,
-    address: &str,
-    method: &str,
-    key: &str,
-    value: &[u8],
-) -> Option<u16> {
+fn ask(conn: &mut Option<Conn>, address: &str, method: &str, key: &str, value: &[u8]) -> Option<u16> {
     let mut open = conn.take().or_else(|| Conn::try_open(address).ok())?;
     let length = value.len().to_string();
     let head = head(method, &target(key), &[("Content-Length", &length)]);

@@ -10,6 +10,8 @@ mod connections;
 mod front_proxy;
 mod hostile_requests;
 mod http;
+mod http_differential;
+mod http_limits;
 mod keys;
 mod lists;
 mod model;

@@ -20,11 +20,7 @@ pub struct StoredValue {
 }
 
 /// The status that a healthy store answers with, and the key's state afterwards.
-pub fn expected(
-    stored: Option<&StoredValue>,
-    method: &str,
-    value: &[u8],
-) -> (u16, Option<StoredValue>) {
+pub fn expected(stored: Option<&StoredValue>, method: &str, value: &[u8]) -> (u16, Option<StoredValue>) {
     let with_state = |live: bool| stored.map(|stored| StoredValue { live, ..stored.clone() });
     match (method, stored.map(|stored| stored.live)) {
         ("PUT", Some(true)) => (403, stored.cloned()),
@@ -71,13 +67,10 @@ impl StoreAndModel {
         let (status, stored) = match expected(self.model.get(key), method, &value) {
             (403, _) if length == 0 && !chunked => (411, None),
             (201, _) if length == 0 => (411, None),
-            (201, _) if digest.as_ref().is_some_and(|d| *d != reference::md5_base64(&value)) => {
-                (400, None)
-            }
+            (201, _) if digest.as_ref().is_some_and(|d| *d != reference::md5_base64(&value)) => (400, None),
             answer => answer,
         };
-        let headers: Vec<_> =
-            digest.iter().map(|digest| ("Content-MD5", digest.as_str())).collect();
+        let headers: Vec<_> = digest.iter().map(|digest| ("Content-MD5", digest.as_str())).collect();
         let answer = match chunked {
             true => self.send_chunked(method, key, headers, &value),
             false => self.c.send(method, key, &headers, &value),
@@ -90,11 +83,7 @@ impl StoreAndModel {
         );
         if status == 201 {
             self.replicas.insert(key.to_vec(), self.c.placement(key));
-            if self
-                .model
-                .insert(key.to_vec(), stored.expect("an upload with 201 has a value"))
-                .is_some()
-            {
+            if self.model.insert(key.to_vec(), stored.expect("an upload with 201 has a value")).is_some() {
                 self.maybe_debris.insert(key.to_vec());
             }
         } else if status != 403 {
@@ -102,13 +91,7 @@ impl StoreAndModel {
         }
     }
 
-    fn send_chunked(
-        &mut self,
-        method: &str,
-        key: &[u8],
-        mut headers: Vec<(&str, &str)>,
-        value: &[u8],
-    ) -> Answer {
+    fn send_chunked(&mut self, method: &str, key: &[u8], mut headers: Vec<(&str, &str)>, value: &[u8]) -> Answer {
         headers.push(("Transfer-Encoding", "chunked"));
         let lengths = [1, self.random.usize(1..5000), 70_000];
         let mut conn = self.c.conn();
@@ -148,11 +131,7 @@ impl StoreAndModel {
         let answer = answer.expect(302);
         assert!(answer.body.is_empty());
         assert_eq!(answer.header("Content-Md5"), Some(&*reference::md5(&stored.value)));
-        assert_same_bytes(
-            &follow(&answer).expect(200).body,
-            &stored.value,
-            "the value that a client reads",
-        );
+        assert_same_bytes(&follow(&answer).expect(200).body, &stored.value, "the value that a client reads");
         assert_eq!(self.c.key_info(key).replicas, self.replicas[key]);
     }
 
@@ -200,24 +179,16 @@ impl StoreAndModel {
 
     /// Checks a page of `?writing`: only keys that were written may have debris.
     fn check_debris_page(&self, page: &Value, limit: usize, inside: impl Fn(&[u8]) -> bool) {
-        let maybe_debris: Vec<String> =
-            self.maybe_debris.iter().filter(|key| inside(key)).map(target).collect();
-        let keys: Vec<&str> = page["keys"]
-            .as_array()
-            .expect("a list of keys")
-            .iter()
-            .filter_map(Value::as_str)
-            .collect();
+        let maybe_debris: Vec<String> = self.maybe_debris.iter().filter(|key| inside(key)).map(target).collect();
+        let keys: Vec<&str> =
+            page["keys"].as_array().expect("a list of keys").iter().filter_map(Value::as_str).collect();
         let next = page["next"].as_str().expect("next is a string");
         assert!(limit == 0 || keys.len() <= limit, "{limit}: {page}");
         assert!(next.is_empty() || limit > 0 && keys.len() == limit, "{limit}: {page}");
         // The page is in key order, each key once.
         let mut rest = maybe_debris.iter();
         for key in keys.into_iter().chain(Some(next).filter(|next| !next.is_empty())) {
-            assert!(
-                rest.any(|maybe_debris| maybe_debris == key),
-                "{key} of {page}, written: {maybe_debris:?}"
-            );
+            assert!(rest.any(|maybe_debris| maybe_debris == key), "{key} of {page}, written: {maybe_debris:?}");
         }
     }
 

@@ -25,8 +25,7 @@ impl Metrics {
     #[track_caller]
     fn get(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let fits = |sample: &&prometheus_parse::Sample| {
-            sample.metric == name
-                && labels.iter().all(|(label, value)| sample.labels.get(label) == Some(value))
+            sample.metric == name && labels.iter().all(|(label, value)| sample.labels.get(label) == Some(value))
         };
         let found: Vec<_> = self.0.samples.iter().filter(fits).collect();
         assert!(found.len() < 2, "{name} {labels:?}: {found:?}");
@@ -91,10 +90,8 @@ fn metrics_count_requests_bytes_and_errors() {
     c.get("/l").expect(302);
     c.get("/none").expect(404);
     let after = Metrics::fetch(&c);
-    let grown =
-        |name: &str, labels: &[(&str, &str)]| after.get(name, labels) - before.get(name, labels);
-    let requests =
-        |method, status| grown("mkv_requests_total", &[("method", method), ("status", status)]);
+    let grown = |name: &str, labels: &[(&str, &str)]| after.get(name, labels) - before.get(name, labels);
+    let requests = |method, status| grown("mkv_requests_total", &[("method", method), ("status", status)]);
     assert_eq!(requests("PUT", "201"), 1.0);
     assert_eq!(requests("PUT", "403"), 0.0);
     assert_eq!(requests("GET", "302"), 1.0);
@@ -114,9 +111,7 @@ fn metrics_count_requests_bytes_and_errors() {
         let now = Metrics::fetch(&c);
         now.get("mkv_uploads", &[]) == 1.0 && now.get("mkv_locks", &[]) == 1.0
     });
-    wait_until("the connection is counted", || {
-        Metrics::fetch(&c).get("mkv_connections", &[]) >= 1.0
-    });
+    wait_until("the connection is counted", || Metrics::fetch(&c).get("mkv_connections", &[]) >= 1.0);
     drop(upload);
     wait_until("the upload is over", || {
         let now = Metrics::fetch(&c);
@@ -124,8 +119,7 @@ fn metrics_count_requests_bytes_and_errors() {
     });
 
     c.volumes[0].stop();
-    let errors =
-        |m: &Metrics| m.0.samples.iter().filter(|s| s.metric == "mkv_errors_total").count();
+    let errors = |m: &Metrics| m.0.samples.iter().filter(|s| s.metric == "mkv_errors_total").count();
     let kinds = errors(&Metrics::fetch(&c));
     c.put("/n", "value").expect(503);
     let down = Metrics::fetch(&c);
@@ -170,11 +164,7 @@ fn the_log_has_one_line_per_request_without_its_query() {
     c.ask_target("GET", "/odd?password=secret").expect(403);
     let log = c.log();
     for line in ["PUT /logged 201", "GET /logged 302", "GET / 200", "GET /odd 403"] {
-        assert_eq!(
-            log.lines().filter(|l| l.contains(&format!("] {line} "))).count(),
-            1,
-            "{line}: {log}"
-        );
+        assert_eq!(log.lines().filter(|l| l.contains(&format!("] {line} "))).count(), 1, "{line}: {log}");
     }
     assert!(!log.contains("secret"), "{log}");
 }

@@ -64,9 +64,7 @@ fn curl_works() {
     c.assert_value("/small", &value);
     // nginx answers range requests.
     assert_eq!(curl(&["-L", "-r", "10-19", &url]), &value[10..20]);
-    for (method, code) in
-        [("UNLINK", "204"), ("RELINK", "204"), ("DELETE", "204"), ("RELINK", "404")]
-    {
+    for (method, code) in [("UNLINK", "204"), ("RELINK", "204"), ("DELETE", "204"), ("RELINK", "404")] {
         assert_eq!(status(&["-X", method, &url]), code);
     }
     let list = curl(&[&format!("{base}/large?list")]);
@@ -80,9 +78,7 @@ fn wget_works() {
     let value = random_bytes(&mut seeded_rng(), 300_000);
     let body = format!("--body-file={}", path_text(&write_file(&c, "value", &value)));
     let url = format!("http://{}/a/value", c.address());
-    let wget = |arguments: &[&str]| {
-        run("wget", &[&["-q", "--no-config", "--tries=1", "-O", "-"], arguments].concat())
-    };
+    let wget = |arguments: &[&str]| run("wget", &[&["-q", "--no-config", "--tries=1", "-O", "-"], arguments].concat());
     wget(&["--method=PUT", &body, &url]);
     assert_eq!(wget(&[&url]), value);
     c.assert_value("/a/value", &value);

@@ -120,9 +120,7 @@ fn rebalance_replaces_replicas_of_the_wrong_size() {
     for (replica, text) in replicas(&dump, KEY).iter().zip(["cut", "longer than it was"]) {
         fs::write(c.file(replica, &path), text).unwrap();
     }
-    c.mkv(&["rebalance", "-settle", "0s"])
-        .expect(0)
-        .prints("1 moved, 2 copies, 10 bytes, 0 failed");
+    c.mkv(&["rebalance", "-settle", "0s"]).expect(0).prints("1 moved, 2 copies, 10 bytes, 0 failed");
     assert_eq!(c.dump(), dump);
     c.assert_disks(&disks);
     assert_intact(&mut c);
@@ -134,9 +132,7 @@ fn a_second_rebalance_changes_nothing() {
     assert_rebalance_succeeds(&c);
     let (dump, disks) = (c.dump(), c.disk_contents());
     let result = c.mkv(&["rebalance"]).expect(0);
-    result
-        .prints(&format!("{KEYS} keys: 0 moved, 0 copies, 0 bytes, 0 failed"))
-        .does_not_print("waiting");
+    result.prints(&format!("{KEYS} keys: 0 moved, 0 copies, 0 bytes, 0 failed")).does_not_print("waiting");
     assert_eq!(c.dump(), dump);
     c.assert_disks(&disks);
     c.assert_verified();
@@ -154,8 +150,7 @@ fn a_dry_run_prints_the_same_counts_and_changes_nothing() {
     // The expected copies, by the reference placement.
     let (mut copies, mut bytes, mut moved) = ([0; 4], [0; 4], 0);
     for line in dump.lines() {
-        let key: Vec<u8> =
-            percent_encoding::percent_decode_str(line.split('\t').next().unwrap()).collect();
+        let key: Vec<u8> = percent_encoding::percent_decode_str(line.split('\t').next().unwrap()).collect();
         let (current, wanted) = (&line[line.find("127.").unwrap()..], c.placement(&key));
         moved += usize::from(current != wanted.join(","));
         let size = line.split_once("SIZE").unwrap().1;
@@ -172,8 +167,7 @@ fn a_dry_run_prints_the_same_counts_and_changes_nothing() {
     let mut real = real.prints(&format!("{KEYS} keys: {moved} moved, {counts}"));
     for volume in [2, 3] {
         assert!(copies[volume] > 0 && copies[volume - 2] == 0);
-        let text =
-            format!("{}: {} copies, {} bytes", c.names[volume], copies[volume], bytes[volume]);
+        let text = format!("{}: {} copies, {} bytes", c.names[volume], copies[volume], bytes[volume]);
         assert!(dry.out.contains(&text), "{text} is missing: {dry:?}");
         real = real.prints(&text);
     }
@@ -226,9 +220,10 @@ fn the_next_rebalance_finishes_a_killed_one() {
     ] {
         c.names = all_names[..known].to_vec();
         // A volume where some of the requests are needed.
-        let index = c.proxies.iter().position(|proxy| {
-            proxy.address == all_names[if (known == 3) == (method == "PUT") { 2 } else { 0 }]
-        });
+        let index = c
+            .proxies
+            .iter()
+            .position(|proxy| proxy.address == all_names[if (known == 3) == (method == "PUT") { 2 } else { 0 }]);
         let proxy = &c.proxies[index.unwrap()];
         proxy.set(method, fault);
         let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
@@ -238,10 +233,7 @@ fn the_next_rebalance_finishes_a_killed_one() {
         c.each_proxy(FaultyProxy::remove_faults);
         // Nothing is lost: all replicas of the index exist.
         let verify = c.mkv(&["verify", "-deep", "-volumes", &all_names.join(",")]);
-        verify
-            .does_not_print("replicas missing")
-            .does_not_print("wrong")
-            .does_not_print("does not know");
+        verify.does_not_print("replicas missing").does_not_print("wrong").does_not_print("does not know");
         assert_eq!(fields(&c.dump()), fields(&before));
         assert_rebalance_succeeds(&c);
         assert_eq!(c.blobs().len(), 2 * KEYS, "{method} {fault:?}");
@@ -390,11 +382,9 @@ fn rebalance_restores_a_lost_machine_without_contacting_it() {
     let names = c.names.clone();
     c.names.truncate(3);
     c.mkv(&["rebalance", "-settle", "0s"]).fails(&["could not be rebalanced"]).prints(&lost);
-    let requests_before =
-        ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
+    let requests_before = ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
     c.mkv(&["rebalance", "-settle", "0s", "-lost", &lost]).expect(0).prints(" 0 failed");
-    let requests_after =
-        ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
+    let requests_after = ["HEAD", "GET", "PUT", "DELETE"].map(|method| c.proxies[3].seen(method).len());
     assert_eq!(requests_before, requests_after);
     let after = c.dump();
     assert_eq!(fields(&after), fields(&before));
@@ -407,8 +397,7 @@ fn rebalance_restores_a_lost_machine_without_contacting_it() {
     c.proxies[3].remove_faults();
     c.start_volumes();
     c.names = names;
-    let stray =
-        c.blobs().into_iter().find(|(blob, _)| blob.ends_with(&reference::path(&deleted, 0)));
+    let stray = c.blobs().into_iter().find(|(blob, _)| blob.ends_with(&reference::path(&deleted, 0)));
     c.mkv(&["verify"]).fails(&[]).prints("surplus").prints("that the index does not know: 1");
     fs::remove_file(stray.expect("the deleted key's blob still exists").1).unwrap();
     // Repair leaves surplus replicas where placement wants them, because a newer index may refer to
@@ -538,8 +527,7 @@ fn a_second_name_for_a_volume_is_detected() {
 /// Puts a key on the first of two volumes, where placement wants it on the second.
 fn put_key_that_moves(c: &mut Cluster) -> String {
     let all_names = c.names.clone();
-    let moves =
-        |key: &String| reference::place(key.as_bytes(), &all_names, 1, 1)[0] == all_names[1];
+    let moves = |key: &String| reference::place(key.as_bytes(), &all_names, 1, 1)[0] == all_names[1];
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(1);
     c.restart_master();
@@ -597,9 +585,7 @@ fn without_a_hash_differing_replicas_are_not_removed() {
     flip_a_bit(&files[0]);
     let disks = c.disk_contents();
     c.setup = c.setup.clone().replicas(2);
-    c.mkv(&["rebalance", "-settle", "0s"])
-        .fails(&["1 keys"])
-        .prints("no hash tells which is right");
+    c.mkv(&["rebalance", "-settle", "0s"]).fails(&["1 keys"]).prints("no hash tells which is right");
     c.assert_disks(&disks);
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
     c.mkv(&["rebalance", "-settle", "0s"]).expect(0);
@@ -654,9 +640,7 @@ fn rebalance_copies_a_large_value_in_little_memory() {
     let all_names = c.names.clone();
     c.names.truncate(1);
     c.restart_master();
-    let moves = |key: &String| {
-        reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[1])
-    };
+    let moves = |key: &String| reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[1]);
     let key = (0..).map(|n| format!("/large/{n}")).find(moves).unwrap();
     let value = vec![b'v'; 100 << 20];
     c.put(&key, &value).expect(201);
@@ -720,9 +704,7 @@ fn a_shell_loop_rebalances_a_running_store() {
 fn rebalancing_a_key_fails_while_a_volume_is_down_or_the_key_is_locked() {
     let mut c = Setup::new().proxied().volumes(3).replicas(1).flags(&["-settle", "0s"]).start();
     let all_names = c.names.clone();
-    let moves = |key: &String| {
-        reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[2])
-    };
+    let moves = |key: &String| reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[2]);
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(2);
     c.restart_master();

@@ -395,12 +395,7 @@ fn for_unknown_keys_the_version_with_the_most_replicas_wins_then_the_newest() {
         c.store_blob(&names[replica], &path("/most", version), format!("version {version}"), 1000);
     }
     for (replica, version) in [(0, 0), (1, 9), (2, 5)] {
-        c.store_blob(
-            &names[replica],
-            &path("/newest", version),
-            format!("version {version}"),
-            1000,
-        );
+        c.store_blob(&names[replica], &path("/newest", version), format!("version {version}"), 1000);
     }
     for (replica, version) in [(0, 0), (1, 0), (2, 7)] {
         c.store_blob(&names[replica], &path("/plain", version), format!("version {version}"), 1000);
@@ -509,8 +504,7 @@ fn among_different_sizes_under_one_name_the_majority_wins_then_the_newest() {
         .prints(&format!("11 on {}", names[1]))
         .prints(&format!("3 on {}", names[2]));
     let dump = c.dump();
-    let fields =
-        |value: &str| format!("HASH{}SIZE{:016x}", reference::md5(value.as_bytes()), value.len());
+    let fields = |value: &str| format!("HASH{}SIZE{:016x}", reference::md5(value.as_bytes()), value.len());
     let majority = record(&dump, "/majority").unwrap();
     assert!(majority.starts_with(&fields("right")) && !majority.contains(&names[1]), "{dump}");
     let newest = record(&dump, "/newest").unwrap();
@@ -565,17 +559,15 @@ fn rebuild_lists_names_that_are_not_blobs() {
         &format!("/sv01{}~L2E", &path[..7]),
     ];
     strays.iter().for_each(|stray| c.store_blob(&name, stray, "stray", 1000));
-    let result =
-        c.mkv(&["rebuild", "-v"]).expect(0).prints("33 keys, 66 replicas, 0 under-replicated");
+    let result = c.mkv(&["rebuild", "-v"]).expect(0).prints("33 keys, 66 replicas, 0 under-replicated");
     assert!(result.number_before(" skipped") >= strays.len() as u64 - 2, "{result:?}");
     let out = result.out.clone();
     assert!(out.contains("names that are no blob, not indexed"));
     for stray in strays {
         // A folder that cannot hold blobs is reported without its contents.
         let parts: Vec<&str> = stray.split('/').collect();
-        let reported = (2..=parts.len()).any(|n| {
-            out.lines().any(|line| line.trim() == format!("{name}{}", parts[..n].join("/")))
-        });
+        let reported =
+            (2..=parts.len()).any(|n| out.lines().any(|line| line.trim() == format!("{name}{}", parts[..n].join("/"))));
         assert!(reported, "{stray} is missing:\n{out}");
     }
     assert_eq!(c.dump(), dump);
@@ -632,8 +624,7 @@ fn misplaced_replicas_come_last_in_the_record() {
     let mut c = Setup::new().volumes(4).replicas(2).subvolumes(1).start();
     c.put(KEY, "value").expect(201);
     let (placed, file) = (c.placement(KEY), c.files(KEY)[0].clone());
-    let others: Vec<String> =
-        c.names.iter().filter(|name| !placed.contains(name)).cloned().collect();
+    let others: Vec<String> = c.names.iter().filter(|name| !placed.contains(name)).cloned().collect();
     c.stop_master();
     fs::remove_dir_all(c.db()).unwrap();
     let time = mtime(&file) as u64;

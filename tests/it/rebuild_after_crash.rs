@@ -190,17 +190,14 @@ fn rebuild_keeps_a_key_deleted_after_a_killed_rebalance() {
     c.restart_master();
     let key = (0..)
         .map(|n| format!("/{n}"))
-        .find(|key| {
-            reference::place(key.as_bytes(), &all_names, 3, 10)[0].starts_with(&all_names[3])
-        })
+        .find(|key| reference::place(key.as_bytes(), &all_names, 3, 10)[0].starts_with(&all_names[3]))
         .unwrap();
     c.put(&key, "value").expect(201);
     c.stop_master();
     c.names = all_names;
     c.each_proxy(|proxy| proxy.set("DELETE", Fault::HoldRequest));
     let rebalance = c.start_command(&["rebalance", "-settle", "0s"]);
-    let surplus =
-        (0..3).find(|n| !c.placement(&key).iter().any(|r| c.volume_index(r) == *n)).unwrap();
+    let surplus = (0..3).find(|n| !c.placement(&key).iter().any(|r| c.volume_index(r) == *n)).unwrap();
     c.proxies[surplus].wait_held("DELETE", 1);
     rebalance.kill();
     c.each_proxy(|proxy| {
@@ -229,9 +226,7 @@ fn rebuild_keeps_a_key_deleted_after_a_killed_rebalance() {
 fn rebuild_does_not_index_the_copies_of_a_killed_rebalance() {
     let mut c = Setup::new().volumes(2).replicas(1).proxied().start();
     let all_names = c.names.clone();
-    let moves = |key: &String| {
-        reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[1])
-    };
+    let moves = |key: &String| reference::place(key.as_bytes(), &all_names, 1, 10)[0].starts_with(&all_names[1]);
     let key = (0..).map(|n| format!("/{n}")).find(moves).unwrap();
     c.names.truncate(1);
     c.restart_master();

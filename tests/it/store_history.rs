@@ -91,10 +91,7 @@ fn a_store_with_unusual_keys_survives_all_maintenance() {
     let (replica, path) = replica_of_replaced_key(&expected.dump);
     flip_a_bit(&c.file(&replica, &path));
     c.mkv(&["verify"]).expect(0);
-    c.mkv(&["verify", "-deep"])
-        .fails(&["not whole"])
-        .prints("with the wrong bytes: 1")
-        .prints(&path);
+    c.mkv(&["verify", "-deep"]).fails(&["not whole"]).prints("with the wrong bytes: 1").prints(&path);
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);
     expected.assert_dump_unchanged(&c, "a flipped bit");
     expected.assert_matches(&mut c);

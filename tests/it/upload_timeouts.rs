@@ -62,9 +62,7 @@ fn a_stalled_upload_delays_shutdown_by_30_seconds() {
     c.ask("UNLINK", "/unlinked").expect(204);
     let mut conn = c.conn();
     conn.send(head("PUT", "/k", &[("Content-Length", "600000")])).send([b'v'; 500_000]);
-    crate::support::http_client::wait_until("the upload has begun", || {
-        c.keys_with_debris() == [b"/k"]
-    });
+    crate::support::http_client::wait_until("the upload has begun", || c.keys_with_debris() == [b"/k"]);
     c.terminate_master();
     let started = Instant::now();
     std::thread::sleep(Duration::from_secs(20));

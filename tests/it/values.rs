@@ -156,8 +156,7 @@ fn every_replica_has_the_time_of_the_write_as_mtime() {
     conn.send(vec![b'v'; 100_000]).answer().expect(201);
     let after = seconds(SystemTime::now());
     assert!(after - before >= 2);
-    let times: Vec<i64> =
-        c.files("/k").iter().map(|file| fs::metadata(file).unwrap().mtime()).collect();
+    let times: Vec<i64> = c.files("/k").iter().map(|file| fs::metadata(file).unwrap().mtime()).collect();
     assert_eq!(times, [times[0]; 3]);
     // By itself, nginx would set each mtime to the moment of publication.
     assert!((before..after).contains(&times[0]), "{} in {before}..{after}", times[0]);

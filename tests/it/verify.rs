@@ -8,8 +8,7 @@ use std::thread;
 
 use crate::support::cluster::{Cluster, Setup};
 use crate::support::commands::{
-    CommandOutput, DiskContents, copy_folder, files_below, flip_a_bit, now, numbered_keys,
-    replicas, value_of,
+    CommandOutput, DiskContents, copy_folder, files_below, flip_a_bit, now, numbered_keys, replicas, value_of,
 };
 use crate::support::faulty_proxy::{Fault, FaultyProxy};
 use crate::support::http_client::{Conn, target};
@@ -39,8 +38,7 @@ fn store(setup: Setup) -> (Cluster, DiskContents) {
 #[track_caller]
 fn assert_no_blob_lost(c: &Cluster, before: &DiskContents) {
     let after = c.disk_contents();
-    let lost: Vec<_> =
-        before.iter().filter(|(file, text)| after.get(*file) != Some(text)).collect();
+    let lost: Vec<_> = before.iter().filter(|(file, text)| after.get(*file) != Some(text)).collect();
     assert!(lost.is_empty(), "lost or changed: {lost:#?}");
 }
 
@@ -236,11 +234,9 @@ fn verify_has_no_findings_while_a_master_writes() {
                 let mut conn = Conn::open(&c.address());
                 while !stop.load(Ordering::Relaxed) {
                     let key = format!("/{writer}/{}", random.u32(..8));
-                    let method = ["PUT", "REPLACE", "REPLACE", "DELETE", "UNLINK", "RELINK"]
-                        [random.usize(..6)];
+                    let method = ["PUT", "REPLACE", "REPLACE", "DELETE", "UNLINK", "RELINK"][random.usize(..6)];
                     let body = [b'v'; 3000];
-                    let body =
-                        method.ends_with(['T', 'E']).then_some(&body[..random.usize(1..3000)]);
+                    let body = method.ends_with(['T', 'E']).then_some(&body[..random.usize(1..3000)]);
                     let body = body.filter(|_| method != "DELETE");
                     let answer = conn.ask(method, &key, &[], body);
                     if answer.header("Connection") == Some("close") {
@@ -375,8 +371,7 @@ fn repair_fails_with_an_empty_index() {
 #[test]
 fn repair_with_the_index_of_another_store_loses_no_blob() {
     for (ours, theirs, replaced) in [(0..20, 0..20, 0), (0..30, 0..22, 9), (0..20, 5..40, 3)] {
-        let (mut c, mut other) =
-            (Setup::new().replicas(2).start(), Setup::new().replicas(2).start());
+        let (mut c, mut other) = (Setup::new().replicas(2).start(), Setup::new().replicas(2).start());
         let keys = numbered_keys("/n/", 40);
         c.fill(&keys[ours]);
         other.fill(&keys[theirs]);
@@ -421,9 +416,7 @@ fn repair_with_an_old_copy_of_the_index_loses_no_blob() {
             conn
         })
         .collect();
-    crate::support::http_client::wait_until("both writes have begun", || {
-        c.keys_with_debris().len() == 2
-    });
+    crate::support::http_client::wait_until("both writes have begun", || c.keys_with_debris().len() == 2);
     copy_folder(&c.db(), &c.folder.join("copy"));
     c.each_proxy(FaultyProxy::remove_faults);
     pending.into_iter().for_each(|mut conn| drop(conn.answer().expect(201)));
@@ -637,8 +630,7 @@ fn repair_restores_a_lost_disk_larger_than_one_batch() {
     c.store_blob(&first, &reference::path(b"/n/0000", 0), value_of(&keys[0]), 1000);
     c.store_blob(&c.names[1], &last, "newer", now() + 1);
     let unknown = "that the index does not know: 1";
-    let result =
-        c.mkv(&REPAIR_ALL).fails(&["not whole"]).prints("Nothing is removed").prints(unknown);
+    let result = c.mkv(&REPAIR_ALL).fails(&["not whole"]).prints("Nothing is removed").prints(unknown);
     result.prints("surplus replicas: 1").prints("2 with findings").does_not_print("missing");
     fs::remove_file(c.file(&c.names[1], &last)).unwrap();
     c.mkv(&["verify", "-deep", "-repair"]).expect(0);

@@ -109,8 +109,7 @@ fn assert_survives(failure: Failure) {
     let plain = matches!(failure, Failure::Killed | Failure::Frozen | Failure::Emptied);
     let mut c = Cluster::start_with(if plain { setup } else { setup.proxied() }, |c| {
         let disk = c.volumes[0].folder.clone();
-        own_disk =
-            matches!(failure, Failure::Full | Failure::ReadOnly) && c.mount_small_disk(&disk, "4m");
+        own_disk = matches!(failure, Failure::Full | Failure::ReadOnly) && c.mount_small_disk(&disk, "4m");
     });
     println!("the volume has its own disk: {own_disk}");
     let (name, master) = (c.names[0].clone(), c.master_pid());
@@ -118,9 +117,7 @@ fn assert_survives(failure: Failure) {
     let (mut on_volume, mut elsewhere): (Vec<_>, Vec<_>) =
         numbered_keys("/k", 60).into_iter().partition(|key| is_on(&c, key));
     c.fill(&[&on_volume[..], &elsewhere[..]].concat());
-    let unlinked =
-        [on_volume.split_off(on_volume.len() - 2), elsewhere.split_off(elsewhere.len() - 2)]
-            .concat();
+    let unlinked = [on_volume.split_off(on_volume.len() - 2), elsewhere.split_off(elsewhere.len() - 2)].concat();
     unlinked.iter().for_each(|key| drop(c.ask("UNLINK", key).expect(204)));
     let (new_on_volume, new_elsewhere): (Vec<_>, Vec<_>) =
         numbered_keys("/new", 12).into_iter().partition(|key| is_on(&c, key));
@@ -147,8 +144,7 @@ fn assert_survives(failure: Failure) {
     c.ask("UNLINK", &on_volume[1]).expect(204);
     c.ask("RELINK", &on_volume[1]).expect(204);
     // The key is deleted even if a blob must wait for its volume. A slow volume gets enough time.
-    let (deleted_on_volume, deleted_elsewhere) =
-        (on_volume.pop().unwrap(), elsewhere.pop().unwrap());
+    let (deleted_on_volume, deleted_elsewhere) = (on_volume.pop().unwrap(), elsewhere.pop().unwrap());
     if matches!(failure, Failure::Slow | Failure::Full | Failure::Emptied) {
         c.ask("DELETE", &deleted_on_volume).expect(204);
     } else {
@@ -157,8 +153,7 @@ fn assert_survives(failure: Failure) {
     }
     c.get(&deleted_on_volume).expect(404);
     c.ask("DELETE", &deleted_elsewhere).expect(204);
-    let mut live: BTreeSet<_> =
-        [&on_volume[..], &elsewhere[..], &new_elsewhere[..]].concat().into_iter().collect();
+    let mut live: BTreeSet<_> = [&on_volume[..], &elsewhere[..], &new_elsewhere[..]].concat().into_iter().collect();
     live.extend(new_on_volume[..3].iter().filter(|_| status == 201).cloned());
     assert!(c.live().iter().eq(&live), "{:?}", c.live());
     let live: Vec<_> = live.into_iter().collect();

@@ -101,8 +101,9 @@ impl Client<'_> {
     pub fn perform(&self, operation: Operation, key: &str, value: &Value) -> Result<(), String> {
         let mut targets = self.options.targets.iter().map(|target| target.at(key));
         match operation {
-            Operation::Write => targets
-                .try_for_each(|t| drain(self.send(Method::PUT, &t, Some(value.clone()), 201)?)),
+            Operation::Write => {
+                targets.try_for_each(|t| drain(self.send(Method::PUT, &t, Some(value.clone()), 201)?))
+            }
             Operation::Read => {
                 let target = fastrand::choice(targets).ok_or("no target")?;
                 let blob = match self.options.server {
@@ -113,9 +114,7 @@ impl Client<'_> {
                 let compared = value.clone().compare(response.body_mut().as_reader());
                 compared.map_err(|e| format!("{}: {e}", blob.url))
             }
-            Operation::Delete => {
-                targets.try_for_each(|t| drain(self.send(Method::DELETE, &t, None, 204)?))
-            }
+            Operation::Delete => targets.try_for_each(|t| drain(self.send(Method::DELETE, &t, None, 204)?)),
         }
     }
 
@@ -171,12 +170,7 @@ fn drain(mut response: Response<Body>) -> Result<(), String> {
 struct Addresses(Mutex<HashMap<Authority, ResolvedSocketAddrs>>);
 
 impl Resolver for Addresses {
-    fn resolve(
-        &self,
-        uri: &Uri,
-        config: &Config,
-        timeout: NextTimeout,
-    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+    fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let authority = uri.authority().ok_or(ureq::Error::HostNotFound)?;
         let mut known = self.0.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(addresses) = known.get(authority) {
@@ -224,14 +218,14 @@ impl Value {
             let m = self.read(&mut expected).map_err(|e| e.to_string())?;
             if got[..n] != expected[..m] {
                 let same = got[..n].iter().zip(&expected[..m]).take_while(|(a, b)| a == b).count();
-                let what = if same == n {
+                let verb = if same == n {
                     "ends"
                 } else if same == m {
                     "goes on"
                 } else {
                     "differs"
                 };
-                return Err(format!("value {what} at byte {} of {len}", at + same as u64));
+                return Err(format!("value {verb} at byte {} of {len}", at + same as u64));
             }
             if n == 0 {
                 return Ok(());
@@ -288,7 +282,7 @@ mod tests {
         for len in [25, 64 << 10, 200_000] {
             let good = bytes(Value::new(1, len), 1 << 20);
             let compare = |bytes: &[u8]| Value::new(1, len).compare(bytes);
-            let error = |what, at| Err(format!("value {what} at byte {at} of {len}"));
+            let error = |verb, at| Err(format!("value {verb} at byte {at} of {len}"));
             assert_eq!(compare(&good), Ok(()));
             assert_eq!(compare(&good[..24]), error("ends", 24));
             assert_eq!(compare(&[&good[..], b"x"].concat()), error("goes on", len));

@@ -185,9 +185,8 @@ impl Worker<'_> {
 
     fn reads(&mut self, key: u64) -> Result<(), String> {
         self.time(Operation::Read, key)?;
-        (0..self.options.additional_reads(fastrand::f64())).try_for_each(|_| {
-            self.time(Operation::Read, self.written[fastrand::usize(..self.written.len())])
-        })
+        (0..self.options.additional_reads(fastrand::f64()))
+            .try_for_each(|_| self.time(Operation::Read, self.written[fastrand::usize(..self.written.len())]))
     }
 
     /// Performs an operation and records its latency. An error names the operation and the key.
@@ -250,9 +249,7 @@ mod tests {
 
     #[test]
     fn additional_reads_have_the_requested_share() {
-        for (line, expected) in
-            [("", 0.0), ("--reads 0.9", 18.0), ("--reads 0.9 --keep", 9.0), ("--reads 0.2", 0.5)]
-        {
+        for (line, expected) in [("", 0.0), ("--reads 0.9", 18.0), ("--reads 0.9 --keep", 9.0), ("--reads 0.2", 0.5)] {
             let options = options(line);
             let reads: u64 = (0..1000).map(|i| options.additional_reads(i as f64 / 1000.0)).sum();
             assert!((reads as f64 / 1000.0 - expected).abs() < 0.01, "{line}: {reads}");

@@ -85,12 +85,8 @@ impl Options {
             threads: option(&mut args, "--threads", 16, |s| integer(s, 1..=4096))?,
             size: option(&mut args, "--size", 25..=25, size_range)?,
             reads: option(&mut args, "--reads", 0.0, share)?,
-            timeout: Duration::from_secs(option(&mut args, "--timeout", 30, |s| {
-                integer(s, 1..=86_400)
-            })?),
-            seed: option(&mut args, "--seed", fastrand::u64(..1 << 32), |s| {
-                integer(s, 0..=u64::MAX)
-            })?,
+            timeout: Duration::from_secs(option(&mut args, "--timeout", 30, |s| integer(s, 1..=86_400))?),
+            seed: option(&mut args, "--seed", fastrand::u64(..1 << 32), |s| integer(s, 0..=u64::MAX))?,
             keep: args.contains("--keep"),
             json: args.contains("--json"),
         };
@@ -192,8 +188,7 @@ mod tests {
 
     #[test]
     fn sizes_have_units_of_1024() {
-        for (text, bytes) in [("1", 1), ("25", 25), ("1K", 1024), ("3m", 3 << 20), ("2G", 2 << 30)]
-        {
+        for (text, bytes) in [("1", 1), ("25", 25), ("1K", 1024), ("3m", 3 << 20), ("2G", 2 << 30)] {
             assert_eq!(size_range(text), Ok(bytes..=bytes), "{text}");
         }
         assert_eq!(size_range("1K-10M"), Ok(1024..=10 << 20));

@@ -106,10 +106,7 @@ impl Report {
             let [p50, p90, p99, max] = tally.percentiles().map(show);
             let (n, rate) = (tally.latencies.len(), self.per_second(tally.bytes) / 1e6);
             let plot = plot(&tally.latencies, fastest, slowest);
-            writeln!(
-                out,
-                "{name:6} {n:10} {rate:6.1} {p50:>7} {p90:>7} {p99:>7} {max:>7}   {plot}"
-            )?;
+            writeln!(out, "{name:6} {n:10} {rate:6.1} {p50:>7} {p90:>7} {p99:>7} {max:>7}   {plot}")?;
         }
         Ok(())
     }

@@ -54,8 +54,7 @@ pub fn read(folder: &Path, mut f: impl FnMut(Newest) -> Result<()>) -> Result<()
     let Manifest { mut tables, oldest_log, other_log } = load(folder, &current, manifest)?;
     tables.sort_by(|a, b| a.smallest.cmp(&b.smallest));
     let names = fs::read_dir(folder).map_err(|e| wrong(folder, e))?.flatten();
-    let mut logs: Vec<u64> =
-        names.filter_map(|n| n.file_name().to_str()?.strip_suffix(".log")?.parse().ok()).collect();
+    let mut logs: Vec<u64> = names.filter_map(|n| n.file_name().to_str()?.strip_suffix(".log")?.parse().ok()).collect();
     logs.retain(|n| *n >= oldest_log || *n == other_log);
     if oldest_log > 0 && logs.is_empty() {
         return Err(wrong(folder, "its log is missing: copy all of it, with the master stopped"));
@@ -100,8 +99,7 @@ pub fn log_records(data: &[u8]) -> Option<Vec<Vec<u8>>> {
         }
         let rest = &data[at..];
         let Some((kind, body)) = chunk(rest).filter(|(kind, _)| begun == (*kind > 2)) else {
-            let end =
-                rest.get(4..6).map_or(7, |n| 7 + usize::from(n[0]) + (usize::from(n[1]) << 8));
+            let end = rest.get(4..6).map_or(7, |n| 7 + usize::from(n[0]) + (usize::from(n[1]) << 8));
             let unwritten = end > rest.len() || rest.iter().all(|byte| *byte == 0);
             let last = (1..rest.len()).all(|n| chunk(&rest[n..]).is_none());
             return (unwritten && last).then(|| {
@@ -123,8 +121,7 @@ pub fn log_records(data: &[u8]) -> Option<Vec<Vec<u8>>> {
 fn chunk(rest: &[u8]) -> Option<(u8, &[u8])> {
     let ([crc @ .., low, high, kind], body) = rest.split_first_chunk::<CHUNK_HEADER>()?;
     let body = body.get(..usize::from(u16::from_le_bytes([*low, *high])))?;
-    let whole = (1..=4).contains(kind)
-        && masked_crc(&rest[6..CHUNK_HEADER + body.len()]) == u32::from_le_bytes(*crc);
+    let whole = (1..=4).contains(kind) && masked_crc(&rest[6..CHUNK_HEADER + body.len()]) == u32::from_le_bytes(*crc);
     whole.then_some((*kind, body))
 }
 

@@ -6,21 +6,26 @@ pub mod leveldb;
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use rustix::fs::{FlockOperation, flock};
 
-use crate::cli::Options;
 use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::record::{Debris, Record, State};
-use crate::index::{self, Index};
+use crate::index::{Index, database, lock_dir};
 use leveldb::{read, wrong};
 
 /// The records that do not decode and are listed; the others are only counted.
 const LISTED: u64 = 100;
+
+pub struct Config {
+    pub db: PathBuf,
+    /// The folder of the Go master's index.
+    pub leveldb: PathBuf,
+}
 
 #[derive(Default)]
 struct Counts {
@@ -34,21 +39,20 @@ struct Counts {
 
 /// Carries out `mkv -db NEW import -leveldb OLD`. The index is filled as `index.new` and becomes
 /// `index` as its last step, so that an import that was stopped leaves none.
-pub fn run(options: &Options) -> Result<()> {
-    let text = "-leveldb: give the folder of the Go master's index";
-    let old = options.leveldb.as_deref().ok_or_else(|| Error::Usage(text.into()))?;
+pub fn run(config: &Config) -> Result<()> {
+    let Config { db, leveldb: old } = config;
     let _held = hold(old)?;
-    keep_apart(&options.db, old)?;
-    let folder = index::folder(&options.db)?;
-    let _lock = index::lock_dir(&options.db, true)?;
+    keep_apart(db, old)?;
+    let folder = database(db)?;
+    let _lock = lock_dir(db, true)?;
     refuse_used(&folder)?;
     let new = folder.with_extension("new");
     let publish = || {
         remove(&folder)?;
         fs::rename(&new, &folder)?;
-        File::open(&options.db)?.sync_all()
+        File::open(db)?.sync_all()
     };
-    let in_db = |e: io::Error| Error::Failed(format!("-db {}: {e}", options.db.display()));
+    let in_db = |e: io::Error| Error::Failed(format!("-db {}: {e}", db.display()));
     remove(&new).map_err(in_db)?;
     let counts = fill(&new, old).inspect_err(|_| drop(remove(&new)))?;
     publish().map_err(in_db)?;
@@ -125,29 +129,26 @@ fn remove(folder: &Path) -> io::Result<()> {
 
 /// Makes an index of what the LevelDB holds.
 fn fill(folder: &Path, old: &Path) -> Result<Counts> {
-    let index = Index::fresh(folder)?;
+    let index = Index::create(folder)?;
     let mut counts = Counts::default();
     read(old, |rows| {
-        let mut change = index.change();
+        let mut batch = index.batch();
         for (key, (_, text)) in rows {
             let Some(text) = text else { continue };
-            change = match Record::decode(&text) {
+            batch = match Record::decode(&text) {
                 Some(record) if record.state == State::HalfWritten => {
                     counts.half_written += 1;
                     let blobs = Debris { replicas: record.replicas, ..Debris::default() };
-                    change.set_debris(&key, 0, &blobs)
+                    batch.set_debris(&key, 0, &blobs)
                 }
                 Some(record) => {
                     *if record.live() { &mut counts.live } else { &mut counts.unlinked } += 1;
                     if let Some(there) = elsewhere(&key) {
                         counts.elsewhere += 1;
                         let key = key.escape_ascii();
-                        eprintln!(
-                            "store again: key \"{key}\", its blob is http://{}{there}",
-                            record.replicas[0]
-                        );
+                        eprintln!("store again: key \"{key}\", its blob is http://{}{there}", record.replicas[0]);
                     }
-                    change.put(&key, &record)
+                    batch.put(&key, &record)
                 }
                 None => {
                     counts.undecodable += 1;
@@ -155,11 +156,11 @@ fn fill(folder: &Path, old: &Path) -> Result<Counts> {
                         let (key, text) = (key.escape_ascii(), text.escape_ascii());
                         eprintln!("does not decode: key \"{key}\", record \"{text}\"");
                     }
-                    change
+                    batch
                 }
             };
         }
-        change.commit()
+        batch.commit()
     })?;
     if counts.undecodable > LISTED {
         eprintln!("does not decode: {} more", counts.undecodable - LISTED);
@@ -188,8 +189,7 @@ mod tests {
     }
 
     fn import(old: &Path, new: &Path) -> Result<()> {
-        let words = ["-db", new.to_str().unwrap(), "import", "-leveldb", old.to_str().unwrap()];
-        run(&crate::cli::parse(words.map(String::from).into_iter())?)
+        run(&Config { db: new.into(), leveldb: old.into() })
     }
 
     /// What goleveldb read in a fixture.
@@ -266,8 +266,7 @@ mod tests {
     /// What is cut off a log's end may go: nothing tells it from what was never written.
     #[test]
     fn damage_is_an_error_that_names_the_file_or_changes_nothing() {
-        let seed =
-            std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
+        let seed = std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
         println!("MKV_SEED={seed}");
         let mut random = fastrand::Rng::with_seed(seed);
         let copy = folder("damage");

@@ -49,8 +49,7 @@ impl CommandOutput {
     #[track_caller]
     pub fn fails(self, words: &[&str]) -> CommandOutput {
         let result = self.expect(1);
-        let errors: Vec<&str> =
-            result.err.lines().filter(|line| line.starts_with("mkv: ")).collect();
+        let errors: Vec<&str> = result.err.lines().filter(|line| line.starts_with("mkv: ")).collect();
         assert_eq!(errors.len(), 1, "not exactly one error: {result:#?}");
         for word in words {
             assert!(errors[0].contains(word), "{word:?} is missing: {result:#?}");
@@ -64,10 +63,7 @@ impl CommandOutput {
     pub fn expect_success_except_debris(self) {
         if self.code != Some(0) {
             let result = self.expect(1).prints("debris").does_not_print(" 1 failed");
-            result
-                .does_not_print("replicas")
-                .does_not_print("versions")
-                .does_not_print("does not know");
+            result.does_not_print("replicas").does_not_print("versions").does_not_print("does not know");
         }
     }
 
@@ -135,10 +131,8 @@ impl RunningCommand {
     }
 
     fn result(&mut self) -> CommandOutput {
-        let read = |path: &Path| {
-            String::from_utf8_lossy(&fs::read(path).expect("the output file can be read"))
-                .into_owned()
-        };
+        let read =
+            |path: &Path| String::from_utf8_lossy(&fs::read(path).expect("the output file can be read")).into_owned();
         let code = self.child.wait().expect("the exit status is available").code();
         CommandOutput { code, out: read(&self.out), err: read(&self.err) }
     }
@@ -258,12 +252,7 @@ impl Cluster {
     #[track_caller]
     pub fn assert_index_files(&self, before: &BTreeMap<PathBuf, Vec<u8>>) {
         let after = self.index_files();
-        assert!(
-            after.keys().eq(before.keys()),
-            "files before: {:?}, now: {:?}",
-            before.keys(),
-            after.keys()
-        );
+        assert!(after.keys().eq(before.keys()), "files before: {:?}, now: {:?}", before.keys(), after.keys());
         let differ: Vec<_> = before.keys().filter(|file| after[*file] != before[*file]).collect();
         assert!(differ.is_empty(), "changed files: {differ:?}");
     }
@@ -272,14 +261,12 @@ impl Cluster {
     pub fn debris(&self) -> Vec<(String, u64, String)> {
         let families = ["default", "debris"];
         let index = self.db().join("index");
-        let index = DB::open_cf_for_read_only(&Options::default(), index, families, false)
-            .expect("the index opens");
+        let index = DB::open_cf_for_read_only(&Options::default(), index, families, false).expect("the index opens");
         let family = index.cf_handle("debris").expect("the column family exists");
         let rows = index.iterator_cf(family, IteratorMode::Start);
         rows.map(|row| {
             let (name, entry) = row.expect("an entry can be read");
-            let (key, version) =
-                name.split_last_chunk::<8>().expect("a debris name ends with a version");
+            let (key, version) = name.split_last_chunk::<8>().expect("a debris name ends with a version");
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
             (text(key), u64::from_be_bytes(*version), text(&entry))
         })
@@ -308,16 +295,14 @@ impl Cluster {
     pub fn simulate_unmount(&self, disk: &Path) {
         fs::create_dir(disk.join(".away")).expect("the folder can be created");
         for name in visible_names(disk) {
-            fs::rename(disk.join(&name), disk.join(".away").join(&name))
-                .expect("the entry can be moved");
+            fs::rename(disk.join(&name), disk.join(".away").join(&name)).expect("the entry can be moved");
         }
     }
 
     pub fn simulate_mount(&self, disk: &Path) {
         for name in visible_names(&disk.join(".away")) {
             let _ = fs::remove_dir_all(disk.join(&name));
-            fs::rename(disk.join(".away").join(&name), disk.join(&name))
-                .expect("the entry can be moved");
+            fs::rename(disk.join(".away").join(&name), disk.join(&name)).expect("the entry can be moved");
         }
         fs::remove_dir(disk.join(".away")).expect("the folder is empty");
     }
@@ -343,10 +328,7 @@ pub fn files_below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     for entry in fs::read_dir(folder).expect("the folder can be read").flatten() {
         match entry.file_type().expect("the file type is known").is_dir() {
             true => files.extend(files_below(&entry.path())),
-            false => {
-                _ = files
-                    .insert(entry.path(), fs::read(entry.path()).expect("the file can be read"))
-            }
+            false => _ = files.insert(entry.path(), fs::read(entry.path()).expect("the file can be read")),
         }
     }
     files

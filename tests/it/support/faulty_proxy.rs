@@ -358,8 +358,9 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
         });
         let passed = match (whole, cut) {
             (Some(body), _) => to.write_all(&body),
-            (None, Some(bytes)) => pass(&mut requests, &mut to, bytes)
-                .and_then(|()| Err(io::Error::other("cut by the test"))),
+            (None, Some(bytes)) => {
+                pass(&mut requests, &mut to, bytes).and_then(|()| Err(io::Error::other("cut by the test")))
+            }
             (None, None) => pass_body(&mut requests, &mut to, head.body),
         };
         // If the volume stopped reading, its answer says why. If the body was cut short, no answer
@@ -379,19 +380,10 @@ fn serve(shared: &Arc<Shared>, client: &TcpStream, volume: &str) -> io::Result<(
 /// Answers without reading the rest of the request.
 fn refuse(shared: &Shared, mut client: &TcpStream, status: u16) -> io::Result<()> {
     shared.park(client);
-    client.write_all(
-        format!("HTTP/1.1 {status} Refused\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            .as_bytes(),
-    )
+    client.write_all(format!("HTTP/1.1 {status} Refused\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes())
 }
 
-fn pass_answer(
-    shared: &Shared,
-    from: TcpStream,
-    to: &mut TcpStream,
-    method: &str,
-    hold: bool,
-) -> io::Result<()> {
+fn pass_answer(shared: &Shared, from: TcpStream, to: &mut TcpStream, method: &str, hold: bool) -> io::Result<()> {
     let mut from = BufReader::with_capacity(64 << 10, from);
     loop {
         let Some(mut head) = read_head(&mut from, Length::Open)? else {

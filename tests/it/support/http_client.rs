@@ -9,8 +9,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 /// How long to wait for an answer.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
-const KEY_SET: &AsciiSet =
-    &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+const KEY_SET: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 
 /// A key as a request target.
 pub fn target(key: impl AsRef<[u8]>) -> String {
@@ -44,15 +43,20 @@ impl Answer {
         self
     }
 
-    /// Checks for an error with this status and a one-line text that contains `word`.
+    /// GET and HEAD of a missing key are answered as the Go master answers them.
+    #[track_caller]
+    pub fn expect_missing(self) -> Answer {
+        let answer = self.expect(404);
+        assert_eq!((answer.header("Content-Length"), answer.text().as_str()), (Some("0"), ""));
+        answer
+    }
+
+    /// The answer is an error of this status whose text is one line that holds `word`.
     #[track_caller]
     pub fn expect_error(self, status: u16, word: &str) -> Answer {
         let answer = self.expect(status);
         let text = answer.text();
-        assert!(
-            text.ends_with('\n') && text.lines().count() == 1 && text.len() > 10,
-            "not one line: {text:?}"
-        );
+        assert!(text.ends_with('\n') && text.lines().count() == 1 && text.len() > 10, "not one line: {text:?}");
         assert!(text.contains(word), "{word} is missing: {text}");
         answer
     }
@@ -95,13 +99,7 @@ impl Conn {
 
     /// Sends a request and waits for its answer. Adds the Content-Length of a body.
     #[track_caller]
-    pub fn ask(
-        &mut self,
-        method: &str,
-        target: &str,
-        headers: &[(&str, &str)],
-        body: Option<&[u8]>,
-    ) -> Answer {
+    pub fn ask(&mut self, method: &str, target: &str, headers: &[(&str, &str)], body: Option<&[u8]>) -> Answer {
         let length = body.map_or(0, <[u8]>::len).to_string();
         let mut headers = headers.to_vec();
         if body.is_some() {
@@ -145,8 +143,7 @@ impl Conn {
                 Err(e) => return Err(e.to_string()),
             }
         };
-        let text =
-            String::from_utf8(self.unread.drain(..end + 4).collect()).map_err(|e| e.to_string())?;
+        let text = String::from_utf8(self.unread.drain(..end + 4).collect()).map_err(|e| e.to_string())?;
         let mut lines = text.trim_end().split("\r\n");
         let first = lines.next().unwrap_or_default();
         let status = first
@@ -269,8 +266,7 @@ pub fn chunks(body: &[u8], lengths: &[usize]) -> Vec<u8> {
     let mut rest = body;
     let mut lengths = lengths.iter().cycle();
     while !rest.is_empty() {
-        let (chunk, tail) =
-            rest.split_at(rest.len().min(*lengths.next().expect("lengths is not empty")));
+        let (chunk, tail) = rest.split_at(rest.len().min(*lengths.next().expect("lengths is not empty")));
         coded.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
         coded.extend_from_slice(chunk);
         coded.extend_from_slice(b"\r\n");
@@ -283,13 +279,7 @@ pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
 /// Sends one request on a connection of its own.
 #[track_caller]
-pub fn ask(
-    address: &str,
-    method: &str,
-    target: &str,
-    headers: &[(&str, &str)],
-    body: Option<&[u8]>,
-) -> Answer {
+pub fn ask(address: &str, method: &str, target: &str, headers: &[(&str, &str)], body: Option<&[u8]>) -> Answer {
     Conn::open(address).ask(method, target, headers, body)
 }
 

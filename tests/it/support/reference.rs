@@ -14,10 +14,8 @@ pub fn path(key: &[u8], version: u64) -> String {
         base64
     } else {
         let text = format!("~{}", URL_SAFE_NO_PAD.encode(key));
-        let parts: Vec<&str> = (0..text.len())
-            .step_by(PART)
-            .map(|from| &text[from..text.len().min(from + PART)])
-            .collect();
+        let parts: Vec<&str> =
+            (0..text.len()).step_by(PART).map(|from| &text[from..text.len().min(from + PART)]).collect();
         parts.join("/")
     };
     let digest = md5(key);
@@ -27,8 +25,7 @@ pub fn path(key: &[u8], version: u64) -> String {
 
 /// The version in a blob's path.
 pub fn version_of(path: &str) -> u64 {
-    path.split_once('.')
-        .map_or(0, |(_, version)| u64::from_str_radix(version, 16).expect("16 hex digits"))
+    path.split_once('.').map_or(0, |(_, version)| u64::from_str_radix(version, 16).expect("16 hex digits"))
 }
 
 /// The volumes that should hold a key, highest score first, each with its subvolume.
@@ -60,19 +57,14 @@ pub fn md5_base64(bytes: &[u8]) -> String {
 
 #[test]
 fn the_reference_matches_the_golden_vectors() {
-    let vectors: serde_json::Value =
-        serde_json::from_str(include_str!("../../vectors.json")).unwrap();
+    let vectors: serde_json::Value = serde_json::from_str(include_str!("../../vectors.json")).unwrap();
     let rows = |name: &str| vectors[name].as_array().unwrap().clone();
     let unhex = |text: &serde_json::Value| -> Vec<u8> {
         let digits = text.as_str().unwrap();
-        (0..digits.len())
-            .step_by(2)
-            .map(|n| u8::from_str_radix(&digits[n..n + 2], 16).unwrap())
-            .collect()
+        (0..digits.len()).step_by(2).map(|n| u8::from_str_radix(&digits[n..n + 2], 16).unwrap()).collect()
     };
     for row in ["paths", "second_form", "versioned"].into_iter().flat_map(rows) {
-        let version =
-            row["version_hex"].as_str().map_or(0, |hex| u64::from_str_radix(hex, 16).unwrap());
+        let version = row["version_hex"].as_str().map_or(0, |hex| u64::from_str_radix(hex, 16).unwrap());
         let golden = row["path"].as_str().unwrap();
         assert_eq!(path(&unhex(&row["key_hex"]), version), golden);
         assert_eq!(version_of(golden), version);

@@ -1,0 +1,187 @@
+//! Answers requests: runs each command on the store, and makes, counts and logs the response.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use super::auth::{Authenticator, Credentials};
+use super::metrics::Metrics;
+use super::route::{Command, route};
+use super::{Config, status};
+use crate::error::{Error, Result};
+use crate::format::record::{Hash, hex, unhex};
+use crate::http::{Body, Content, Counters, Handler, Refusal, Request, Response};
+use crate::store::{List, Located, Store};
+use crate::volumes::Auth;
+use crate::volumes::upload::Upload;
+
+/// A body that a command has no use for is accepted up to this length, in bytes: some clients send one with every
+/// request.
+const IGNORED_BODY: u64 = 1024;
+
+pub struct Api {
+    store: Arc<Store>,
+    config: Config,
+    /// `None`: every client is anonymous.
+    authenticator: Option<Authenticator>,
+    metrics: Metrics,
+}
+
+impl Handler for Api {
+    fn handle<'a>(&'a self, request: &Request<'_>, body: &mut Body<'_>) -> Response<'a> {
+        let begun = Instant::now();
+        let (response, error) = match self.answer(request, body) {
+            Ok(response) => (response, None),
+            // The Go master sends no body either.
+            Err(Error::NotFound(_)) if matches!(request.method, "GET" | "HEAD") => (status::empty(404), Some("client")),
+            Err(error) => (status::failure(&error), Some(status::kind(&error))),
+        };
+        let path = request.target.split('?').next().unwrap_or_default();
+        self.count(request.method, path, &response, error, begun.elapsed());
+        response
+    }
+
+    fn refuse(&self, refusal: Refusal) -> Response<'_> {
+        let response = status::refusal(refusal);
+        let kind = if response.status == 503 { "unavailable" } else { "client" };
+        self.count("-", "-", &response, Some(kind), Duration::ZERO);
+        response
+    }
+}
+
+impl Api {
+    pub fn new(
+        store: Arc<Store>,
+        config: Config,
+        authenticator: Option<Authenticator>,
+        counters: Arc<Counters>,
+    ) -> Api {
+        Api { store, config, authenticator, metrics: Metrics::new(counters) }
+    }
+
+    fn answer(&self, request: &Request, body: &mut Body) -> Result<Response<'_>> {
+        let client = match &self.authenticator {
+            Some(authenticator) => Some(authenticator.login(request.header("Authorization"))?),
+            None => None,
+        };
+        let command = route(request.method, request.target)?;
+        let is_upload = matches!(command, Command::Put { .. });
+        if !is_upload && body.length().is_none_or(|length| length > IGNORED_BODY) {
+            return Err(Error::BadRequest("only PUT and REPLACE take a body".into()));
+        }
+        let content_md5 = request.header("Content-MD5").map(content_md5).transpose()?;
+        let upload = Upload { length: body.length(), content_md5, reader: body };
+        let response = self.run(command, upload, client.as_ref());
+        // The credentials were revoked since the authenticator cached them.
+        if let (Err(Error::Refused { status: 401 | 403, .. }), Some(authenticator), Some(client)) =
+            (&response, &self.authenticator, &client)
+        {
+            authenticator.forget(client);
+            return Err(Error::Unauthorized);
+        }
+        response
+    }
+
+    fn run(&self, command: Command, upload: Upload, client: Option<&Credentials>) -> Result<Response<'_>> {
+        let store = &self.store;
+        let auth = client.map(|client| client.header.as_str()).or(store.own_auth());
+        let done = |()| status::empty(204);
+        match command {
+            Command::Get { key, path } => match store.get(&key, auth)? {
+                Some(located) => Ok(redirect(&located, client)),
+                None => self.missing(&path),
+            },
+            Command::Put { key, replace } => {
+                self.metrics.uploads.fetch_add(1, Ordering::Relaxed);
+                let stored = store.put(&key, replace, upload, auth);
+                self.metrics.uploads.fetch_sub(1, Ordering::Relaxed);
+                stored.map(|()| status::empty(201))
+            }
+            Command::Delete(key) => store.delete(&key, auth).map(done),
+            Command::Unlink(key) => store.unlink(&key).map(done),
+            Command::Relink(key) => store.relink(&key, auth).map(done),
+            Command::Rebalance(key) => store.rebalance(&key, auth).map(|_| status::empty(204)),
+            Command::List(list) => self.list(list),
+            Command::Metrics => Ok(self.metrics_text()),
+            Command::Health => Ok(self.health(auth)),
+        }
+    }
+
+    /// The response for a key that is not here. `path`: the target's path as it was sent.
+    fn missing(&self, path: &str) -> Result<Response<'_>> {
+        let Some(fallback) = &self.config.fallback else { return Err(Error::NOT_FOUND) };
+        let headers = vec![("Location", format!("http://{fallback}{path}"))];
+        Ok(Response { headers, ..status::empty(302) })
+    }
+
+    fn list(&self, list: List) -> Result<Response<'_>> {
+        let page = self.store.page(list)?;
+        let length = page.length;
+        let write = Box::new(move |out: &mut dyn io::Write| page.write(out));
+        let headers = vec![("Content-Type", "application/json".to_string())];
+        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+    }
+
+    fn metrics_text(&self) -> Response<'_> {
+        let Store { index, volumes, .. } = &*self.store;
+        let text = self.metrics.text(&volumes.snapshot(), index.locked(), index.estimate());
+        status::text(200, "text/plain; version=0.0.4", text)
+    }
+
+    /// Whether the index can be written and every volume answers.
+    fn health(&self, auth: Auth) -> Response<'_> {
+        let Store { index, volumes, config, .. } = &*self.store;
+        let index = index.probe().map_or_else(|e| e.to_string(), |()| "ok".into());
+        let (asked, auth) = (volumes.clone(), auth.map(String::from));
+        let ask = move |name: String| match asked.accepts_login(&name, auth.as_deref()) {
+            Ok(true) => (name, "ok".to_string()),
+            Ok(false) => (name, "it does not accept the master's login".to_string()),
+            Err(error) => (name, error.to_string()),
+        };
+        let states = volumes.pool.each(config.placement.volumes.clone(), ask);
+        let healthy = index == "ok" && states.iter().all(|(_, state)| state == "ok");
+        let states: serde_json::Map<_, _> = states.into_iter().map(|(name, state)| (name, state.into())).collect();
+        let text = serde_json::json!({ "healthy": healthy, "index": index, "volumes": states });
+        status::text(if healthy { 200 } else { 503 }, "application/json", format!("{text}\n"))
+    }
+
+    /// Counts and logs a response. The query is not logged.
+    fn count(&self, method: &str, path: &str, response: &Response, error: Option<&'static str>, time: Duration) {
+        let (status, path) = (response.status, path.escape_debug());
+        self.metrics.count(method, status, error, time);
+        match &response.content {
+            // 410: a value is lost.
+            Content::Text(text) if status >= 500 && status != 505 || status == 410 => {
+                log::error!("{method} {path} {status}: {}", text.trim_end());
+            }
+            _ => log::info!("{method} {path} {status} {} ms", time.as_millis()),
+        }
+    }
+}
+
+/// Sends a reader to a blob.
+fn redirect<'a>(located: &Located, client: Option<&Credentials>) -> Response<'a> {
+    let Located { record, replica, path, balanced } = located;
+    // Clients drop the Authorization header when they are sent to another port, so the URL carries the login, as the Go
+    // master's does.
+    let login = client.map_or("", |client| &client.url);
+    let balance = if *balanced { "balanced" } else { "unbalanced" };
+    let mut headers = vec![
+        ("Location", format!("http://{login}{replica}{path}")),
+        ("Key-Volumes", record.replicas.join(",")),
+        ("Key-Balance", balance.to_string()),
+    ];
+    headers.extend(client.map(|_| ("Cache-Control", "no-store".to_string())));
+    headers.extend(record.hash.map(|hash| ("Content-Md5", hex(&hash))));
+    Response { headers, ..status::empty(302) }
+}
+
+/// A digest in base64 (RFC 1864), or in hex as GET shows it.
+fn content_md5(text: &str) -> Result<Hash> {
+    let digest = unhex(&text.to_ascii_lowercase()).or_else(|| STANDARD.decode(text).ok()?.try_into().ok());
+    digest.ok_or_else(|| Error::BadRequest("Content-MD5 is neither base64 nor hex of 16 bytes".into()))
+}

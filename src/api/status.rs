@@ -1,0 +1,75 @@
+//! Outcomes as HTTP responses: the one place that turns an error into a status.
+
+use crate::error::Error;
+use crate::http::{Content, Refusal, Response};
+
+const METHODS: &str = "GET, HEAD, PUT, REPLACE, DELETE, UNLINK, RELINK, REBALANCE";
+
+/// The status (RFC 9110) for an error.
+pub fn status(error: &Error) -> u16 {
+    match error {
+        Error::Usage(_) | Error::BadRequest(_) => 400,
+        Error::Unauthorized => 401,
+        Error::Forbidden(_) => 403,
+        Error::NotFound(_) => 404,
+        Error::Method => 405,
+        Error::Locked => 409,
+        Error::Gone => 410,
+        Error::NoValue => 411,
+        Error::TooMany => 413,
+        Error::KeyTooLong(_) => 414,
+        Error::Refused { .. } | Error::Index(_) | Error::Failed(_) => 500,
+        Error::Unreachable { .. } | Error::Unavailable(_) => 503,
+    }
+}
+
+/// The `kind` label of an error in the metrics.
+pub fn kind(error: &Error) -> &'static str {
+    match error {
+        Error::Refused { .. } => "volume_refused",
+        Error::Unreachable { .. } => "volume_unreachable",
+        Error::Index(_) => "index",
+        Error::Locked => "locked",
+        Error::Gone => "no_replica",
+        Error::Unavailable(_) | Error::Failed(_) => "unavailable",
+        _ => "client",
+    }
+}
+
+/// A response without a body.
+pub fn empty<'a>(status: u16) -> Response<'a> {
+    Response { status, headers: Vec::new(), content: Content::Empty }
+}
+
+pub fn text<'a>(status: u16, content_type: &str, text: String) -> Response<'a> {
+    let headers = vec![("Content-Type", content_type.to_string())];
+    Response { status, headers, content: Content::Text(text) }
+}
+
+/// The response to a request that failed.
+pub fn failure<'a>(error: &Error) -> Response<'a> {
+    plain(status(error), &error.to_string())
+}
+
+/// The response to a request that the server refuses by itself, and whether that is a client's error.
+pub fn refusal<'a>(refusal: Refusal) -> Response<'a> {
+    match refusal {
+        Refusal::Malformed(why) => plain(400, why),
+        Refusal::HeadTimeout => plain(408, "the head of the request was not complete in time"),
+        Refusal::HeadTooLarge => plain(431, "the head of the request is over 64 KiB or 100 fields"),
+        Refusal::TooManyConnections => plain(503, "too many connections: try again later"),
+        Refusal::Stopping => plain(503, "the master is stopping: try again later"),
+        Refusal::Version => plain(505, "use HTTP/1.1"),
+    }
+}
+
+fn plain<'a>(status: u16, line: &str) -> Response<'a> {
+    let mut response = text(status, "text/plain; charset=utf-8", format!("{line}\n"));
+    response.headers.extend(match status {
+        401 => Some(("WWW-Authenticate", "Basic realm=\"mkv\"".to_string())),
+        405 => Some(("Allow", METHODS.to_string())),
+        503 => Some(("Retry-After", "5".to_string())),
+        _ => None,
+    });
+    response
+}

@@ -1,0 +1,114 @@
+//! A response, and how it is written: head and text in one piece, a stream after its head.
+
+use std::io::{self, BufWriter, Write};
+use std::net::TcpStream;
+
+/// A stream is sent in pieces of so many bytes.
+const PIECE: usize = 64 << 10;
+
+pub struct Response<'a> {
+    pub status: u16,
+    /// Content-Length, Date and Connection are the server's to add.
+    pub headers: Vec<(&'static str, String)>,
+    pub content: Content<'a>,
+}
+
+type WriteFn<'a> = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + 'a>;
+
+pub enum Content<'a> {
+    Empty,
+    Text(String),
+    /// Writes its bytes, as many as `length` says.
+    Stream {
+        length: u64,
+        write: WriteFn<'a>,
+    },
+}
+
+/// What becomes of the connection.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Next {
+    Close,
+    Keep,
+    /// HTTP/1.0 has to be told.
+    SayKeep,
+}
+
+impl Response<'_> {
+    /// Sends the response and gives its bytes; `buffer` is room for it.
+    pub(super) fn send(
+        self,
+        mut socket: &TcpStream,
+        to_head: bool,
+        next: Next,
+        date: &str,
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<u64> {
+        let length = match &self.content {
+            Content::Empty => 0,
+            Content::Text(text) => text.len() as u64,
+            Content::Stream { length, .. } => *length,
+        };
+        buffer.clear();
+        self.write_head(buffer, length, next, date)?;
+        let head = buffer.len() as u64;
+        match self.content {
+            Content::Stream { write, .. } if !to_head => {
+                let mut out = BufWriter::with_capacity(PIECE, socket);
+                out.write_all(buffer)?;
+                write(&mut out)?;
+                out.flush()?;
+                return Ok(head + length);
+            }
+            Content::Text(text) if !to_head => buffer.extend_from_slice(text.as_bytes()),
+            _ => {}
+        }
+        socket.write_all(buffer)?;
+        Ok(buffer.len() as u64)
+    }
+
+    fn write_head(&self, out: &mut Vec<u8>, length: u64, next: Next, date: &str) -> io::Result<()> {
+        write!(out, "HTTP/1.1 {} {}\r\nDate: {date}\r\n", self.status, reason(self.status))?;
+        for (name, value) in &self.headers {
+            for part in [name, ": ", value, "\r\n"] {
+                out.extend_from_slice(part.as_bytes());
+            }
+        }
+        // RFC 9110, section 8.6: a 204 has no length.
+        if self.status != 204 {
+            write!(out, "Content-Length: {length}\r\n")?;
+        }
+        out.extend_from_slice(match next {
+            Next::Close => b"Connection: close\r\n\r\n",
+            Next::Keep => b"\r\n",
+            Next::SayKeep => b"Connection: keep-alive\r\n\r\n",
+        });
+        Ok(())
+    }
+}
+
+/// The words behind a status, which only people read.
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        201 => "Created",
+        204 => "No Content",
+        302 => "Found",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        409 => "Conflict",
+        410 => "Gone",
+        411 => "Length Required",
+        413 => "Content Too Large",
+        414 => "URI Too Long",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        503 => "Service Unavailable",
+        505 => "HTTP Version Not Supported",
+        _ => "",
+    }
+}

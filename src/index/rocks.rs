@@ -1,0 +1,323 @@
+//! RocksDB: records under their key, debris in a column family under the key and 8 bytes of version (big-endian).
+//!
+//! The only file that names rocksdb. It opens, reads, scans and writes batches; `index/mod.rs` says what a batch means
+//! for a write. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
+
+use std::fmt::Display;
+use std::path::Path;
+
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator, DBRecoveryMode, LogLevel,
+    PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
+};
+
+use super::locks::Locks;
+use crate::error::{Error, Result};
+use crate::format::quoted;
+use crate::format::record::{Debris, Record};
+
+const DEBRIS: &str = "debris";
+const VERSION_BYTES: usize = 8;
+
+/// Bytes of a memtable. Small ones keep a master's memory flat; a bulk load is three times as fast with large ones.
+const WRITE_BUFFER: usize = 4 << 20;
+const BULK_WRITE_BUFFER: usize = 16 << 20;
+
+/// Bytes of the block cache.
+const CACHE: usize = 64 << 20;
+
+pub struct Index {
+    db: DB,
+    sync: bool,
+    /// It belongs to another process, which may write it meanwhile.
+    follower: bool,
+    pub(super) locks: Locks,
+}
+
+impl Index {
+    /// Opens the database in this folder, or makes it if `create` is set. `sync`: a write is on disk when it returns.
+    pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Index> {
+        let wrong = |e: &dyn Display| {
+            Error::Index(format!(
+                "the index {} does not open ({e}): if this stays so, move it away and run mkv rebuild",
+                folder.display()
+            ))
+        };
+        // RocksDB would create a database there and delete the tables of the one before.
+        if !folder.join("CURRENT").exists() && has_tables(folder) {
+            return Err(wrong(&"its file CURRENT is missing"));
+        }
+        let mut options = options();
+        options.create_if_missing(create);
+        let db = DB::open_cf_descriptors(&options, folder, families()).map_err(|e| wrong(&e))?;
+        Ok(Index { db, sync, follower: false, locks: Locks::default() })
+    }
+
+    /// Makes a database for a bulk load.
+    pub fn create(folder: &Path) -> Result<Index> {
+        let index = Index::open(folder, true, false)?;
+        let buffer = BULK_WRITE_BUFFER.to_string();
+        index.db.set_options(&[("write_buffer_size", &buffer)]).map_err(index_error)?;
+        Ok(index)
+    }
+
+    /// Opens the database in this folder for reading, also beside a running master. It shows the state at the last
+    /// `catch_up`.
+    pub fn follow(folder: &Path) -> Result<Index> {
+        let wrong = |e: &dyn Display| Error::Index(format!("the index {} cannot be read: {e}", folder.display()));
+        if !folder.join("CURRENT").exists() {
+            return Err(wrong(&"there is none: check -db"));
+        }
+        let scratch = std::env::temp_dir().join(format!("mkv-follow-{:x}", fastrand::u64(..)));
+        let no_scratch = |e| Error::Failed(format!("{}: {e}: set TMPDIR", scratch.display()));
+        std::fs::create_dir(&scratch).map_err(no_scratch)?;
+        // The primary may delete tables that the follower still needs.
+        let mut options = options();
+        options.set_max_open_files(-1);
+        let db = DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families());
+        // The folder holds only RocksDB's own log, which nobody reads.
+        let _ = std::fs::remove_dir_all(&scratch);
+        let db = db.map_err(|e| wrong(&e))?;
+        let index = Index { db, sync: false, follower: true, locks: Locks::default() };
+        index.catch_up()?;
+        Ok(index)
+    }
+
+    /// Shows a follower what the master has written since. Does nothing for the index's owner.
+    pub fn catch_up(&self) -> Result<()> {
+        if !self.follower {
+            return Ok(());
+        }
+        self.db.try_catch_up_with_primary().map_err(index_error)
+    }
+
+    fn debris_family(&self) -> &ColumnFamily {
+        self.db.cf_handle(DEBRIS).expect("the database was opened with it")
+    }
+
+    /// The record of a key.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Record>> {
+        let found = self.db.get_pinned(key).map_err(index_error)?;
+        found.map(|text| record_of(key, &text)).transpose()
+    }
+
+    /// A key's debris, by version.
+    pub fn debris(&self, key: &[u8]) -> Result<Vec<(u64, Debris)>> {
+        let mut found = Vec::new();
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound([key, &[0xff; VERSION_BYTES + 1]].concat());
+        let mut rows = self.db.raw_iterator_cf_opt(self.debris_family(), options);
+        rows.seek([key, &[0; VERSION_BYTES]].concat());
+        while let Some((name, text)) = rows.item() {
+            // Longer keys that begin with this one lie between its versions.
+            if name.len() == key.len() + VERSION_BYTES {
+                let (key, version) = split_version(name)?;
+                found.push((version, debris_of(key, text)?));
+            }
+            rows.next();
+        }
+        rows.status().map_err(index_error)?;
+        Ok(found)
+    }
+
+    /// The debris of a key and version; empty if there is none.
+    pub fn debris_entry(&self, key: &[u8], version: u64) -> Result<Debris> {
+        let found = self.db.get_pinned_cf(self.debris_family(), debris_name(key, version));
+        let found = found.map_err(index_error)?;
+        found.map_or(Ok(Debris::default()), |text| debris_of(key, &text))
+    }
+
+    /// The index as it is now, for as long as the view lives.
+    pub fn view(&self) -> View<'_> {
+        // A follower has no snapshots, but it changes only when it catches up.
+        View { index: self, snapshot: (!self.follower).then(|| self.db.snapshot()) }
+    }
+
+    /// Whether the index holds neither a record nor debris.
+    pub fn is_empty(&self) -> Result<bool> {
+        let mut empty = true;
+        let view = self.view();
+        for family in [None, Some(self.debris_family())] {
+            let mut rows = view.rows(family, b"");
+            rows.seek_to_first();
+            rows.status().map_err(index_error)?;
+            empty &= !rows.valid();
+        }
+        Ok(empty)
+    }
+
+    /// Begins a set of changes that are written together or not at all.
+    pub fn batch(&self) -> Batch<'_> {
+        Batch { index: self, batch: WriteBatch::default() }
+    }
+
+    /// Flushes everything written so far to the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.db.flush_wal(true).map_err(index_error)
+    }
+
+    /// Writes a batch that changes nothing, to see whether the index takes writes.
+    pub fn probe(&self) -> Result<()> {
+        self.batch().set_debris(b"", 0, &Debris::default()).commit()
+    }
+
+    /// RocksDB's estimate of the number of keys.
+    pub fn estimate(&self) -> u64 {
+        self.db.property_int_value("rocksdb.estimate-num-keys").ok().flatten().unwrap_or(0)
+    }
+
+    /// Ends RocksDB's threads, so that the process can exit.
+    pub fn close(&self) {
+        self.db.cancel_all_background_work(true);
+    }
+}
+
+pub struct Batch<'a> {
+    index: &'a Index,
+    batch: WriteBatch,
+}
+
+impl Batch<'_> {
+    pub fn put(mut self, key: &[u8], record: &Record) -> Self {
+        self.batch.put(key, record.encode());
+        self
+    }
+
+    pub fn remove(mut self, key: &[u8]) -> Self {
+        self.batch.delete(key);
+        self
+    }
+
+    /// Replaces the debris of this key and version; debris without replicas is removed.
+    pub fn set_debris(mut self, key: &[u8], version: u64, debris: &Debris) -> Self {
+        let name = debris_name(key, version);
+        if debris.replicas.is_empty() {
+            self.batch.delete_cf(self.index.debris_family(), name);
+        } else {
+            self.batch.put_cf(self.index.debris_family(), name, debris.encode());
+        }
+        self
+    }
+
+    pub fn commit(self) -> Result<()> {
+        let mut options = WriteOptions::default();
+        options.set_sync(self.index.sync);
+        self.index.db.write_opt(self.batch, &options).map_err(index_error)
+    }
+}
+
+pub struct View<'a> {
+    index: &'a Index,
+    snapshot: Option<SnapshotWithThreadMode<'a, DB>>,
+}
+
+impl View<'_> {
+    fn rows(&self, family: Option<&ColumnFamily>, prefix: &[u8]) -> DBRawIterator<'_> {
+        let db = &self.index.db;
+        // Without the upper bound a scan would step over the tombstones behind its prefix.
+        let mut options = ReadOptions::default();
+        options.set_iterate_range(PrefixRange(prefix));
+        match (&self.snapshot, family) {
+            (Some(snapshot), Some(family)) => snapshot.raw_iterator_cf_opt(family, options),
+            (Some(snapshot), None) => snapshot.raw_iterator_opt(options),
+            (None, Some(family)) => db.raw_iterator_cf_opt(family, options),
+            (None, None) => db.raw_iterator_opt(options),
+        }
+    }
+
+    /// Calls `f` with each key that begins with `prefix` and is not below `start`, and the text of its record, in
+    /// order, until `f` returns `false`.
+    pub fn records(&self, prefix: &[u8], start: &[u8], mut f: impl FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+        let mut rows = self.rows(None, prefix);
+        rows.seek(start.max(prefix));
+        while let Some((key, text)) = rows.item() {
+            if !f(key, text)? {
+                return Ok(());
+            }
+            rows.next();
+        }
+        rows.status().map_err(index_error)
+    }
+
+    /// Calls `f` with the key, version and debris of each entry whose key begins with `prefix`, in the order of key
+    /// and version run together.
+    pub fn debris(&self, prefix: &[u8], mut f: impl FnMut(&[u8], u64, Debris) -> Result<()>) -> Result<()> {
+        let mut rows = self.rows(Some(self.index.debris_family()), prefix);
+        rows.seek(prefix);
+        while let Some((name, text)) = rows.item() {
+            let (key, version) = split_version(name)?;
+            if key.starts_with(prefix) {
+                f(key, version, debris_of(key, text)?)?;
+            }
+            rows.next();
+        }
+        rows.status().map_err(index_error)
+    }
+}
+
+fn options() -> rocksdb::Options {
+    let mut options = rocksdb::Options::default();
+    options.create_missing_column_families(true);
+    // A crash leaves a log that is torn at its end. Damage in the middle is an error, so that no acknowledged write
+    // vanishes unnoticed.
+    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_write_buffer_size(WRITE_BUFFER);
+    options.set_max_total_wal_size(128 << 20);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(1 << 20);
+    options.set_log_level(LogLevel::Warn);
+    options.set_stats_dump_period_sec(0);
+    // Batches hold one or two entries; concurrent memtable writes cost more than they save.
+    options.set_allow_concurrent_memtable_write(false);
+    options
+}
+
+fn families() -> Vec<ColumnFamilyDescriptor> {
+    let cache = Cache::new_lru_cache(CACHE);
+    let family = |name| {
+        let mut table = BlockBasedOptions::default();
+        table.set_block_cache(&cache);
+        table.set_bloom_filter(10.0, false);
+        let mut options = options();
+        options.set_block_based_table_factory(&table);
+        ColumnFamilyDescriptor::new(name, options)
+    };
+    vec![family("default"), family(DEBRIS)]
+}
+
+/// Whether tables or logs of a database lie in this folder.
+fn has_tables(folder: &Path) -> bool {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut kinds = files.filter_map(|file| Some(file.path().extension()?.to_owned()));
+    kinds.any(|kind| kind == "sst" || kind == "log")
+}
+
+/// Decodes the text of a record; the error names the key.
+pub fn record_of(key: &[u8], text: &[u8]) -> Result<Record> {
+    Record::decode(text).ok_or_else(|| undecodable(key, text))
+}
+
+fn debris_of(key: &[u8], text: &[u8]) -> Result<Debris> {
+    Debris::decode(text).ok_or_else(|| undecodable(key, text))
+}
+
+fn undecodable(key: &[u8], text: &[u8]) -> Error {
+    Error::Index(format!("the record of key {} does not decode: {}: rebuild the index", quoted(key), quoted(text)))
+}
+
+fn debris_name(key: &[u8], version: u64) -> Vec<u8> {
+    [key, &version.to_be_bytes()].concat()
+}
+
+fn split_version(name: &[u8]) -> Result<(&[u8], u64)> {
+    let (key, version) = name
+        .split_last_chunk::<VERSION_BYTES>()
+        .ok_or_else(|| Error::Index(format!("an entry of debris has no version: {}", quoted(name))))?;
+    Ok((key, u64::from_be_bytes(*version)))
+}
+
+fn index_error(e: rocksdb::Error) -> Error {
+    Error::Index(format!(
+        "the index failed ({e}): check its disk and restart the master; if it is damaged, move index/ away and run mkv rebuild"
+    ))
+}

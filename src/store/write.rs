@@ -1,0 +1,206 @@
+//! Writing: PUT, REPLACE, DELETE, UNLINK, RELINK. The write protocol:
+//!
+//! 1. `begin` locks the key, chooses a version that it never had and writes a debris entry: these replicas may hold a
+//!    blob of that version. *A crash from here on leaves the entry, and the cleaner deletes what it names.*
+//! 2. The value streams to all replicas at the same time. nginx publishes a file by rename when its body is complete,
+//!    so a volume has the whole value or nothing. *A crash leaves some blobs and the entry.*
+//! 3. If a replica fails, the client goes away, or length or digest are wrong, the blobs are deleted and then the
+//!    entry. If a volume may have stored the value without telling us, the entry says that for an hour a 404 does not
+//!    prove that the blob is gone. *A crash leaves the entry.*
+//! 4. `flip`, one batch: the record names the new blob, the new version is no debris any more, the old version is.
+//!    *A crash before it leaves the old value; a crash after it the new one, and debris for the cleaner.*
+//!
+//! DELETE is one batch too: the record is gone and its version is debris. Then the blobs are deleted, all volumes at
+//! the same time. The answer is 204 if all are gone; otherwise the key already reads 404 and the cleaner goes on.
+//! UNLINK and RELINK change the record's state and touch no blob.
+
+use super::{Store, now};
+use crate::error::{Error, Result};
+use crate::format::placement::path;
+use crate::format::quoted;
+use crate::format::record::{Record, State};
+use crate::index::{Entry, Held, Writing};
+use crate::volumes::Auth;
+use crate::volumes::upload::{PutFailed, PutOptions, Upload};
+
+/// How long a 404 proves nothing after a whole body was sent and no answer came, in seconds.
+const LOST_ANSWER: u64 = 3600;
+
+/// How long the plain name of a key is avoided after a volume could not use it, in seconds.
+const CONFLICT: u64 = 60;
+
+const PROTECTED: Error = Error::Forbidden("this server protects keys: UNLINK it first");
+
+impl Store {
+    /// Stores a value under a key that is not live or, with `replace`, under any key.
+    pub fn put(&self, key: &[u8], replace: bool, upload: Upload, auth: Auth) -> Result<()> {
+        if upload.length == Some(0) {
+            return Err(Error::NoValue);
+        }
+        let replicas = self.place(key);
+        let writing = self.index.begin(key, replicas.clone(), |old| {
+            self.check_put(old, replace)?;
+            self.volumes.check_silent(&replicas, auth)
+        })?;
+        let (version, options) = (writing.entry.version, PutOptions { time: now(), md5sum: self.config.md5sum });
+        match self.volumes.put(&replicas, &path(key, version), upload, options, auth) {
+            Err(failed) => Err(self.abandon(writing, failed, auth)),
+            Ok(stored) => {
+                let record = Record {
+                    state: State::Live,
+                    hash: stored.hash.filter(|_| self.config.md5sum),
+                    size: Some(stored.size),
+                    time: Some(options.time),
+                    version,
+                    replicas,
+                };
+                let old = writing.held.record.as_ref().map(|old| old.replicas.clone());
+                let replaced = old.is_some();
+                self.index.flip(writing, &record, old.unwrap_or_default(), 0)?;
+                if replaced {
+                    self.wake_cleaner();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn check_put(&self, old: Option<&Record>, replace: bool) -> Result<()> {
+        match old {
+            Some(old) if old.live() && !replace => {
+                Err(Error::Forbidden("the key exists: delete it first, or use REPLACE"))
+            }
+            Some(old) if old.live() && self.config.protect => Err(PROTECTED),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends a write that failed: deletes the blobs that it may have left. Returns the error for the client.
+    pub(super) fn abandon(&self, mut writing: Writing, failed: PutFailed, auth: Auth) -> Error {
+        let cleared = self.note_doubt(&mut writing, &failed).and_then(|()| {
+            let Writing { held, entry, replicas } = &mut writing;
+            self.clear(held, entry, replicas, false, auth)
+        });
+        drop(writing);
+        match cleared {
+            Ok(()) => {}
+            Err(error @ Error::Index(_)) => return error,
+            Err(_) => self.wake_cleaner(),
+        }
+        failed.error
+    }
+
+    /// Records for how long a failed write makes a 404 doubtful.
+    pub(super) fn note_doubt(&self, writing: &mut Writing, failed: &PutFailed) -> Result<()> {
+        // A folder lies where the plain name belongs: while the entry stays, another attempt gets a version.
+        let conflict = writing.entry.version == 0 && matches!(failed.error, Error::Refused { status: 409, .. });
+        if !failed.maybe_stored.is_empty() {
+            self.index.doubt(writing, now() + LOST_ANSWER)
+        } else if conflict {
+            self.index.doubt(writing, now() + CONFLICT)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Deletes a key and its blobs. If a volume still holds a blob, the key is deleted all the same and the error says
+    /// so.
+    pub fn delete(&self, key: &[u8], auth: Auth) -> Result<()> {
+        let check = |record: &Record| match record.live() && self.config.protect {
+            true => Err(PROTECTED),
+            false => Ok(()),
+        };
+        let (held, entries) = self.index.remove(key, check)?;
+        let mut failed = None;
+        for mut entry in entries {
+            let replicas = entry.debris.replicas.clone();
+            match self.clear(&held, &mut entry, &replicas, true, auth) {
+                Ok(()) => {}
+                Err(error @ Error::Index(_)) => return Err(error),
+                Err(error) => failed = Some(error),
+            }
+        }
+        drop(held);
+        let Some(error) = failed else { return Ok(()) };
+        self.wake_cleaner();
+        Err(Error::Unavailable(format!("the key is deleted, but not all its blobs: {error}")))
+    }
+
+    /// Hides a live key and keeps its value.
+    pub fn unlink(&self, key: &[u8]) -> Result<()> {
+        self.index.update(key, |record| {
+            let record = record.filter(Record::live).ok_or(Error::NOT_FOUND)?;
+            Ok(Record { state: State::Unlinked, ..record })
+        })
+    }
+
+    /// Shows an unlinked key again, if a volume still has its value.
+    pub fn relink(&self, key: &[u8], auth: Auth) -> Result<()> {
+        self.index.update(key, |record| {
+            let record = record.filter(|record| record.state == State::Unlinked);
+            let record = record.ok_or(Error::NotFound("no unlinked key of this name"))?;
+            self.find(key, &record, auth)?;
+            Ok(Record { state: State::Live, ..record })
+        })
+    }
+
+    /// Deletes the blobs of an entry from these replicas and takes them from the entry. Never touches a blob that the
+    /// record names. `patient`: also asks volumes that did not answer a moment ago. Fails if a volume refuses or does
+    /// not answer; a 404 that proves nothing yet is no failure, the replica just stays in the entry.
+    pub fn clear(&self, held: &Held, entry: &mut Entry, replicas: &[String], patient: bool, auth: Auth) -> Result<()> {
+        let targets = unwanted(held, entry, replicas);
+        let (gone, failed) = self.delete_blobs(entry, targets, patient, auth);
+        self.index.forget(held, entry, &gone)?;
+        let Some(error) = failed else { return Ok(()) };
+        log::warn!("debris of {} stays for now: {error}", quoted(&entry.key));
+        Err(error)
+    }
+
+    /// Deletes all debris of a key that is due at this time (seconds since 1970).
+    pub fn clear_due(&self, key: &[u8], now: u64) -> Result<()> {
+        for (version, debris) in self.index.debris(key)? {
+            let mut entry = Entry { key: key.into(), version, debris };
+            if entry.debris.keep_until > now {
+                continue;
+            }
+            let held = self.index.hold_to_clean(&mut entry)?.ok_or(Error::Locked)?;
+            let replicas = entry.debris.replicas.clone();
+            self.clear(&held, &mut entry, &replicas, true, self.own_auth())?;
+        }
+        Ok(())
+    }
+
+    /// Sends the DELETEs: the replicas that are gone for good, and an error if a volume refused or did not answer.
+    pub(super) fn delete_blobs(
+        &self,
+        entry: &Entry,
+        replicas: Vec<String>,
+        patient: bool,
+        auth: Auth,
+    ) -> (Vec<String>, Option<Error>) {
+        let blob = path(&entry.key, entry.version);
+        let outcomes = self.volumes.delete_all(&replicas, &blob, patient, auth);
+        let (mut gone, mut failed) = (Vec::new(), None);
+        for (replica, outcome) in replicas.into_iter().zip(outcomes) {
+            match outcome {
+                // It is not there now, but it may still appear.
+                Ok(false) if now() < entry.debris.doubtful_until => {}
+                Ok(_) => gone.push(replica),
+                Err(error) => {
+                    if matches!(error, Error::Unreachable { maybe_done: true, .. }) {
+                        self.index.note_unconfirmed_delete(&entry.key);
+                    }
+                    failed = Some(error);
+                }
+            }
+        }
+        (gone, failed)
+    }
+}
+
+/// Those of the replicas that the entry names and the record does not.
+pub(super) fn unwanted(held: &Held, entry: &Entry, replicas: &[String]) -> Vec<String> {
+    let is_record = |replica: &str| held.record.as_ref().is_some_and(|r| r.is_at(entry.version, replica));
+    let is_debris = |replica: &&String| entry.debris.replicas.contains(replica);
+    replicas.iter().filter(|r| is_debris(r) && !is_record(r)).cloned().collect()
+}
