@@ -51,7 +51,7 @@ pub fn failure<'a>(error: &Error) -> Response<'a> {
     plain(status(error), &error.to_string())
 }
 
-/// The response to a request that the server refuses by itself, and whether that is a client's error.
+/// The response to a request that the server refuses by itself.
 pub fn refusal<'a>(refusal: Refusal) -> Response<'a> {
     match refusal {
         Refusal::Malformed(why) => plain(400, why),
