@@ -154,7 +154,8 @@ impl<'a, H: Handler> Connection<'a, H> {
         let sent = response.send(body.socket(), to_head, next, date, &mut self.output)?;
         server.counters.sent.fetch_add(sent, Ordering::Relaxed);
         drop(busy);
-        if goes_on {
+        // io::copy clears 8 KiB of stack before it finds out that there is nothing to copy.
+        if goes_on && body.rest() != Some(0) {
             io::copy(&mut body, &mut io::sink())?;
         }
         Ok(goes_on)

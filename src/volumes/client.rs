@@ -11,8 +11,11 @@
 //!
 //! It knows nothing of replicas and blobs, follows no redirect and judges no status.
 
+use std::fmt::Display;
 use std::io::{self, ErrorKind, IoSlice, Write};
+use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -79,6 +82,7 @@ impl Connections {
                 Ok(socket) => {
                     socket.set_nodelay(true)?;
                     socket.set_write_timeout(Some(TICK))?;
+                    socket.set_read_timeout(Some(self.timeout))?;
                     return Ok(socket);
                 }
                 Err(e) => failed = e,
@@ -119,8 +123,8 @@ pub struct Response {
     persistent: bool,
 }
 
-/// Bytes that are received at a time.
-const READ: usize = 8 << 10;
+/// Bytes that are received at a time: the head of a response first, then as many as there are already.
+const READ: RangeInclusive<usize> = 1 << 10..=64 << 10;
 
 /// A part of a request's body, in three pieces.
 pub type Part<'a> = [&'a [u8]; 3];
@@ -147,7 +151,7 @@ pub struct Call {
 
 impl Call {
     /// `headers`: whole lines.
-    pub fn new(to: &Arc<Connections>, method: &str, target: &str, headers: &str) -> Call {
+    pub fn new(to: &Arc<Connections>, method: &str, target: impl Display, headers: impl Display) -> Call {
         let head = format!("{method} {target} HTTP/1.1\r\nHost: {}\r\n{headers}\r\n", to.host);
         Call {
             to: to.clone(),
@@ -213,6 +217,11 @@ impl Call {
             Err(error) if self.can_be_sent_again(&error) => self.send_again(part, true),
             outcome => self.outcome = Some(outcome),
         }
+    }
+
+    /// Whether a response is to be read.
+    fn waits(&self) -> bool {
+        self.sent_whole && self.outcome.is_none() && self.socket.is_some()
     }
 
     fn has_failed(&self) -> bool {
@@ -286,9 +295,12 @@ impl Call {
         let socket = self.socket.as_ref().ok_or(ErrorKind::NotConnected)?;
         let before = self.input.len();
         // On the heap: the stack of an idle connection's thread keeps what it once used.
-        self.input.resize(before + READ, 0);
+        self.input.resize(before + before.clamp(*READ.start(), *READ.end()), 0);
         let received = loop {
-            match recv(socket, &mut self.input[before..], RecvFlags::DONTWAIT) {
+            // A blocking receive spares a poll. It returns after the connection's timeout.
+            let blocks = deadline.saturating_duration_since(Instant::now()) > self.to.timeout / 2;
+            let flags = if blocks { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+            match recv(socket, &mut self.input[before..], flags) {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     if let Err(e) = wait(&mut [PollFd::new(socket, PollFlags::IN)], deadline) {
@@ -312,14 +324,18 @@ impl Call {
 /// it have no outcome. Without a failure, a call that is not answered in time has an error as its
 /// outcome.
 pub fn await_all(calls: &mut [Call], part: Part, mut deadline: Instant, after_failure: Duration) {
+    if let [call] = calls {
+        while call.waits() {
+            call.finish(part, deadline);
+        }
+    }
     let mut failed = false;
     loop {
         if !failed && calls.iter().any(Call::has_failed) {
             failed = true;
             deadline = deadline.min(Instant::now() + after_failure);
         }
-        let waiting = |c: &&mut Call| c.sent_whole && c.outcome.is_none() && c.socket.is_some();
-        let mut waiting: Vec<_> = calls.iter_mut().filter(waiting).collect();
+        let mut waiting: Vec<_> = calls.iter_mut().filter(|call| call.waits()).collect();
         let sockets = waiting.iter().filter_map(|call| call.socket.as_ref());
         let mut fds: Vec<_> = sockets.map(|s| PollFd::new(s, PollFlags::IN)).collect();
         if fds.is_empty() {
@@ -345,9 +361,10 @@ impl Response {
     /// are skipped.
     fn parse(input: &mut Vec<u8>) -> io::Result<Option<Response>> {
         loop {
-            let mut headers = [httparse::EMPTY_HEADER; 64];
-            let mut head = httparse::Response::new(&mut headers);
-            let end = match head.parse(input) {
+            let mut headers = [const { MaybeUninit::uninit() }; 64];
+            let mut head = httparse::Response::new(&mut []);
+            let config = httparse::ParserConfig::default();
+            let end = match config.parse_response_with_uninit_headers(&mut head, input, &mut headers) {
                 Ok(httparse::Status::Complete(end)) => end,
                 Ok(httparse::Status::Partial) if input.len() < HEAD_MAX => return Ok(None),
                 _ => return Err(not_http()),

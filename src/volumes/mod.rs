@@ -334,8 +334,8 @@ impl Volume {
     fn call(&self, method: &str, replica: &str, path: &str, auth: Auth, lines: &str) -> Call {
         let folder = replica.find('/').map_or("", |at| &replica[at..]);
         let auth = auth.map_or(String::new(), |auth| format!("Authorization: {auth}\r\n"));
-        let target = format!("{folder}{path}");
-        Call::new(&self.connections, method, &target, &format!("{lines}{auth}"))
+        let (target, lines) = (format_args!("{folder}{path}"), format_args!("{lines}{auth}"));
+        Call::new(&self.connections, method, target, lines)
     }
 
     fn is_down(&self) -> bool {
