@@ -82,24 +82,32 @@ as_worker() {
   "$@"
 }
 
+# worker_cannot TEST PATH…: prints the paths for which a test, such as -x, fails with the worker's rights. One process
+# tests all of them, since a process for each would make the start slow.
+worker_cannot() {
+  # shellcheck disable=SC2016
+  as_worker bash -c 'for path in "${@:2}"; do test "$1" "$path" || printf "%s\n" "$path"; done' - "$@"
+}
+
 # Prints the topmost folder above a disk that the worker cannot enter, if there is one.
 find_closed_folder() {
-  local disk folder found
-  for disk in "${disks[@]}"; do
-    folder=$(realpath -- "$disk") found=
+  local folder folders=()
+  while read -r -d '' folder; do
     while [ "$folder" != / ]; do
-      folder=$(dirname -- "$folder")
-      as_worker test -x "$folder" || found=$folder
+      folder=${folder%/*} folder=${folder:-/}
+      folders+=("$folder")
     done
-    if [ -n "$found" ]; then printf '%s\n' "$found" && return; fi
-  done
+  done < <(realpath -z -- "${disks[@]}")
+  mapfile -d '' -t folders < <(printf '%s\0' "${folders[@]}" | LC_ALL=C sort -zu)
+  worker_cannot -x "${folders[@]}" | head -n 1
 }
 
 make_private_folders() {
   local disk own
   for disk in "${disks[@]}"; do
     own=$disk/.nginx
-    mkdir -p -- "$own" 2>/dev/null || die "$me cannot write in $disk: chown -R $me '$disk', or mount it read-write"
+    [ -d "$own" ] || mkdir -p -- "$own" 2>/dev/null ||
+      die "$me cannot write in $disk: chown -R $me '$disk', or mount it read-write"
     # A worker could have put a link here; root must not follow it.
     if [ -L "$own" ] || ! [ -O "$own" ]; then
       die "$own does not belong to $me: start as $(stat -c %U -- "$own"), or rm -r '$own'"
@@ -120,29 +128,29 @@ take_lock() {
 }
 
 prepare_disks() {
-  local disk temp closed
-  for disk in "${disks[@]}"; do
-    temp=$disk/.nginx/temp
-    mkdir -p -- "$temp"
-    find -H "$disk" -maxdepth 1 -type f -name '.probe-*' -delete
-    find "$temp" -type f -delete
-    # ext4 puts a file near its folder and skips the inodes of files deleted within the last seconds. Several temporary
-    # folders, kept apart by +T, make that search short. Other file systems have neither the search nor the flag.
-    chattr +T "$temp" 2>/dev/null || true
-    if [ "$me" = root ]; then give_to_worker "$disk"; fi
-    as_worker mkdir -p -- "$temp/"{0..9} 2>/dev/null || true # on a full disk, nginx uses the folders that exist
-    closed=$(as_worker find -H "$disk" -maxdepth 1 -type d ! -writable \
-      \( -samefile "$disk" -o -name '[0-9a-f][0-9a-f]' \) -print -quit 2>/dev/null) || true
-    [ -z "$closed" ] || die "nginx's worker ($worker) cannot write in $closed: chown -R $worker '$disk', or mount it read-write"
-  done
+  local disk number closed temps numbered=()
+  temps=("${disks[@]/%//.nginx/temp}")
+  mkdir -p -- "${temps[@]}"
+  find -H "${disks[@]}" -maxdepth 1 -type f -name '.probe-*' -delete
+  find "${temps[@]}" -type f -delete
+  # ext4 puts a file near its folder and skips the inodes of files deleted within the last seconds. Several temporary
+  # folders, kept apart by +T, make that search short. Other file systems have neither the search nor the flag.
+  chattr +T "${temps[@]}" 2>/dev/null || true
+  if [ "$me" = root ]; then
+    find "${temps[@]}" -type d -exec chown -h -- "$worker:" {} +
+    while read -r disk; do give_to_worker "$disk"; done < <(worker_cannot -w "${disks[@]}")
+  fi
+  for number in {0..9}; do numbered+=("${temps[@]/%//$number}"); done
+  as_worker mkdir -p -- "${numbered[@]}" 2>/dev/null || true # on a full disk, nginx uses the folders that exist
+  closed=$(worker_cannot -w "${disks[@]}" | head -n 1)
+  [ -n "$closed" ] || closed=$(as_worker find -H "${disks[@]}" -mindepth 1 -maxdepth 1 -type d ! -writable \
+    -name '[0-9a-f][0-9a-f]' -print -quit 2>/dev/null) || true
+  [ -z "$closed" ] || die "nginx's worker ($worker) cannot write in $closed: chown -R $worker '$closed', or mount it read-write"
 }
 
-# Makes the worker the owner of a disk's temporary folders, and of the disk if it is new or holds a store. A folder that
-# holds anything else keeps its owner.
+# Makes the worker the owner of a disk that is new or holds a store. A folder that holds anything else keeps its owner.
 give_to_worker() {
   local disk=$1 other
-  find "$disk/.nginx/temp" -type d -exec chown -h -- "$worker:" {} +
-  if as_worker test -w "$disk"; then return; fi
   other=$(find -H "$disk" -mindepth 1 -maxdepth 1 ! -name '.*' ! -name 'sv[0-9A-F]*' ! -name '[0-9a-f][0-9a-f]' \
     ! -name 'lost+found' -print -quit)
   [ -z "$other" ] || die "$worker cannot write in $disk, which holds $other: chown $worker '$disk', or choose an empty folder"
@@ -214,11 +222,12 @@ check_config_and_port() {
 
 # Sets nginx, the process id. Leaving this script stops nginx; if this script is killed, the kernel stops nginx.
 start_nginx() {
+  local host=${bind:-127.0.0.1}
   setpriv --pdeathsig TERM -- "${nginx_command[@]}" </dev/null &
   nginx=$!
   trap stop_nginx EXIT
   trap 'exit 0' TERM INT HUP
-  until ask "/.probe-$secret" >/dev/null; do
+  until (exec 3<>"/dev/tcp/${host//[\[\]]/}/$port") 2>/dev/null; do
     kill -0 "$nginx" 2>/dev/null || die "nginx has ended; the reason is above"
     sleep 0.05
   done
@@ -240,26 +249,34 @@ stop_nginx() {
   done
 }
 
-# ask PATH [CURL OPTIONS]: prints the body and the status. curl reads the URL from its standard input, because the list
-# of processes would show the secret.
+# Prints the status of each request that standard input lists as METHOD PATH. curl reads the URLs from its standard
+# input, because the list of processes would show the secret.
 ask() {
-  curl -q -s --noproxy '*' --max-time 20 -w '%{http_code} ' -K - "${@:2}" <<<"url = \"http://${bind:-127.0.0.1}:$port$1\""
+  local method path separator=
+  while read -r method path; do
+    printf '%surl = "http://%s:%s%s"\nrequest = %s\n' "$separator" "${bind:-127.0.0.1}" "$port" "$path" "$method"
+    printf '%s\n' silent 'noproxy = *' 'max-time = 20' 'output = /dev/null' 'write-out = "%{http_code}\n"' "${@}"
+    if [ "$method" = PUT ]; then printf 'header = "Content-Length: 0"\n'; fi
+    separator=$'next\n'
+  done | curl -q -K -
 }
 
 # PUTs, GETs and DELETEs an empty file on each disk. The file is empty because a full disk can still serve its blobs.
 test_disks() {
-  local disk path statuses
+  local disk n=0 statuses
+  mapfile -t statuses < <(for disk in "${disks[@]}"; do
+    printf '%s\n' {PUT,GET,DELETE}" ${disk#"$dir"}/.probe-$secret"
+  done | ask)
   for disk in "${disks[@]}"; do
-    path=${disk#"$dir"}/.probe-$secret
-    statuses=$(ask "$path" -X PUT -H 'Content-Length: 0' && ask "$path" && ask "$path" -X DELETE) || true
-    [ "$statuses" = '201 200 204 ' ] ||
-      die "PUT, GET, DELETE in $disk returned $statuses, not 201 200 204: check that $worker can write there"
+    [ "${statuses[*]:n:3}" = '201 200 204' ] ||
+      die "PUT, GET, DELETE in $disk returned ${statuses[*]:n:3}, not 201 200 204: check that $worker can write there"
+    n=$((n + 3))
   done
 }
 
 # nginx refuses an unknown user with 401, and answers 403 or 500 if it cannot read the file.
 test_auth() {
-  if [ -n "$auth" ] && [ "$(ask / -o /dev/null -u "$secret:")" != '401 ' ]; then
+  if [ -n "$auth" ] && [ "$(ask "user = \"$secret:\"" <<<'GET /')" != 401 ]; then
     die "nginx's worker ($worker) cannot read $auth: chmod o+r '$auth', and o+x the folders above it"
   fi
 }
