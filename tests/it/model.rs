@@ -228,7 +228,7 @@ impl StoreAndModel {
 }
 
 #[test]
-fn a_minute_of_random_requests_matches_the_model() {
+fn random_requests_match_the_model() {
     let mut random = seeded_rng();
     let mut keys = unusual_keys();
     for length in 0..60 {
@@ -247,7 +247,7 @@ fn a_minute_of_random_requests_matches_the_model() {
         maybe_debris: BTreeSet::new(),
     };
     let (started, mut steps, mut restarts) = (Instant::now(), 0, 0);
-    while started.elapsed() < Duration::from_secs(60) {
+    while started.elapsed() < Duration::from_secs(20) {
         let key = pair.any_key();
         match pair.random.u32(..400) {
             0 => {
