@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::is_volume;
 use crate::http;
-use crate::ops::{import, rebuild, verify};
+use crate::ops::{rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
 
@@ -25,7 +25,10 @@ pub enum Command {
         http: http::Config,
         api: api::Config,
     },
-    Rebuild(rebuild::Config),
+    Rebuild {
+        store: store::Config,
+        rebuild: rebuild::Config,
+    },
     Rebalance {
         db: PathBuf,
         store: store::Config,
@@ -35,7 +38,10 @@ pub enum Command {
         store: store::Config,
         verify: verify::Config,
     },
-    Import(import::Config),
+    Import {
+        db: PathBuf,
+        leveldb: PathBuf,
+    },
     Dump {
         db: PathBuf,
     },
@@ -254,7 +260,7 @@ impl Given {
         }
         match name {
             "import" => match self.leveldb {
-                Some(leveldb) => Ok(Command::Import(import::Config { db: self.db, leveldb })),
+                Some(leveldb) => Ok(Command::Import { db: self.db, leveldb }),
                 None => usage("-leveldb: give the folder of the Go master's index"),
             },
             "dump" => Ok(Command::Dump { db: self.db }),
@@ -286,7 +292,7 @@ impl Given {
             "server" => Command::Server { db, sync: self.sync, store, http: self.http, api: self.api },
             "rebuild" => {
                 let (from, rehash) = (self.from, self.rehash);
-                Command::Rebuild(rebuild::Config { db, store, from, rehash, verbose })
+                Command::Rebuild { store, rebuild: rebuild::Config { db, from, rehash, verbose } }
             }
             "rebalance" => Command::Rebalance { db, store, dry_run: self.dry_run },
             _ => {

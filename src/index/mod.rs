@@ -14,7 +14,7 @@ mod rocks;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub use directory::{DirLock, database, is_locked, lock_dir};
+pub use directory::{create_new, database, is_locked, lock_dir, publish_new, remove};
 pub use locks::Clearing;
 pub use rocks::{Batch, Index, View, record_of};
 
