@@ -154,8 +154,9 @@ pub fn help(only: Option<&str>) -> String {
 }
 
 /// Parses and checks the command line, without the program's name.
-pub fn parse(words: impl Iterator<Item = String>) -> Result<Cli> {
-    let (flags, words) = Flags::read(words)?;
+pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
+    let words = words.map(|word| word.into_string().or_else(|word| usage(format!("{word:?}: use UTF-8 only"))));
+    let (flags, words) = Flags::read(words.collect::<Result<_>>()?)?;
     let (verbose, voltimeout) = (flags.switch("v", false)?, flags.timeout("voltimeout", 1)?);
     let cli = |command| Ok(Cli { command, verbose, voltimeout });
     let is_command = |word: &&String| GROUPS[1..].iter().any(|(name, ..)| name == word);
@@ -179,8 +180,8 @@ struct Flags(BTreeMap<&'static str, Vec<String>>);
 
 impl Flags {
     /// Returns the flags and the other words.
-    fn read(words: impl Iterator<Item = String>) -> Result<(Flags, Vec<String>)> {
-        let mut arguments = pico_args::Arguments::from_vec(words.map(double_dash).collect());
+    fn read(words: Vec<String>) -> Result<(Flags, Vec<String>)> {
+        let mut arguments = pico_args::Arguments::from_vec(words.into_iter().map(double_dash).collect());
         let mut given = BTreeMap::new();
         for (name, ..) in GROUPS.iter().flat_map(|(.., flags)| *flags) {
             let flag: &'static str = Box::leak(format!("--{name}").into_boxed_str());
@@ -387,7 +388,7 @@ mod tests {
     use super::*;
 
     fn command(line: &str) -> Result<Command> {
-        parse(line.split(' ').map(String::from)).map(|cli| cli.command)
+        parse(line.split(' ').map(OsString::from)).map(|cli| cli.command)
     }
 
     #[test]
@@ -397,7 +398,7 @@ mod tests {
             "server --db=/x --volumes=a:1,b:2 --replicas=2 --port=7 --md5sum=0 --protect=true --voltimeout=61500ms",
             "-replicas 1 -db /x server -volumes=a:1,b:2 --replicas 2 -port 7 -protect -md5sum=F -voltimeout 61.5s",
         ] {
-            let cli = parse(line.split(' ').map(String::from)).unwrap();
+            let cli = parse(line.split(' ').map(OsString::from)).unwrap();
             assert_eq!(cli.voltimeout, Duration::from_millis(61500), "{line}");
             assert!(!cli.verbose);
             let Command::Server { db, store, http, .. } = cli.command else { panic!("{line}") };
@@ -418,6 +419,14 @@ mod tests {
         assert!(!one.contains("-port") && !one.contains("-deep"), "{one}");
         let Ok(Command::Print(text)) = command("verify -help") else { panic!("-help prints") };
         assert_eq!(text, help(Some("verify")));
+    }
+
+    #[test]
+    fn a_word_that_is_not_utf_8_is_named() {
+        use std::os::unix::ffi::OsStringExt;
+        let words = [b"-db".to_vec(), b"/x\xff".to_vec(), b"dump".to_vec()].map(OsString::from_vec);
+        let error = parse(words.into_iter()).err().unwrap();
+        assert_eq!((error.exit_code(), error.to_string().as_str()), (2, "\"/x\\xFF\": use UTF-8 only"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use mkv::volumes::Volumes;
 use mkv::{api, http};
 
 fn main() {
-    if let Err(error) = cli::parse(std::env::args().skip(1)).and_then(run) {
+    if let Err(error) = cli::parse(std::env::args_os().skip(1)).and_then(run) {
         eprintln!("mkv: {error}");
         std::process::exit(error.exit_code());
     }
