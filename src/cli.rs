@@ -1,18 +1,20 @@
 //! The command line: flags, their defaults and checks, and the configuration that each room gets.
 //!
-//! `FLAGS` is the one source of the flags: parsing and `-help` both read it. As with the Go master, a flag may stand
+//! `GROUPS` is the one source of the flags: parsing and `-help` both read it. As with the Go master, a flag may stand
 //! before or after the command, with one dash or two, with a space or `=` before its value; the last one counts.
 //! Everything that can be known to be wrong is found here, before the first side effect.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::api;
 use crate::error::{Error, Result};
 use crate::format::placement::Placement;
-use crate::format::record::is_volume;
+use crate::format::record::{TAGS, is_volume};
 use crate::http;
-use crate::ops::{import, rebuild, verify};
+use crate::ops::{rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
 
@@ -25,7 +27,10 @@ pub enum Command {
         http: http::Config,
         api: api::Config,
     },
-    Rebuild(rebuild::Config),
+    Rebuild {
+        store: store::Config,
+        rebuild: rebuild::Config,
+    },
     Rebalance {
         db: PathBuf,
         store: store::Config,
@@ -35,7 +40,10 @@ pub enum Command {
         store: store::Config,
         verify: verify::Config,
     },
-    Import(import::Config),
+    Import {
+        db: PathBuf,
+        leveldb: PathBuf,
+    },
     Dump {
         db: PathBuf,
     },
@@ -52,21 +60,16 @@ pub struct Cli {
     pub voltimeout: Duration,
 }
 
-/// Name, value (empty: a switch), and help. A group's first element is its command.
+/// Name, value (empty: a switch), and help.
 type Flag = (&'static str, &'static str, &'static str);
 
-const COMMANDS: [(&str, &str); 6] = [
-    ("server", "answer requests until SIGTERM or Ctrl-C"),
-    ("rebuild", "make a new index from the files on the volumes"),
-    ("rebalance", "move values to the volumes where they belong"),
-    ("verify", "compare the index with the volumes, and repair"),
-    ("import", "take over the index of a Go minikeyvalue"),
-    ("dump", "print the index: a percent-encoded key, a tab and its record on each line"),
-];
+const EVERY: &str = "every command";
 
-const FLAGS: [(&str, &[Flag]); 7] = [
+/// The flags of every command, then each command with what it does and its own flags.
+const GROUPS: [(&str, &str, &[Flag]); 7] = [
     (
-        "every command",
+        EVERY,
+        "",
         &[
             ("db", "DIR", "the folder of the index"),
             ("volumes", "LIST", "the volumes, host:port,host:port,…"),
@@ -81,6 +84,7 @@ const FLAGS: [(&str, &[Flag]); 7] = [
     ),
     (
         "server",
+        "answer requests until SIGTERM or Ctrl-C",
         &[
             ("host", "ADDR", "the address to listen on (all)"),
             ("port", "N", "the port to listen on (3000)"),
@@ -98,6 +102,7 @@ const FLAGS: [(&str, &[Flag]); 7] = [
     ),
     (
         "rebuild",
+        "make a new index from the files on the volumes",
         &[
             ("rehash", "", "read the blobs whose md5 is not known"),
             ("from", "DIR", "another -db to carry over unlinked states, hashes and debris from"),
@@ -106,6 +111,7 @@ const FLAGS: [(&str, &[Flag]); 7] = [
     ),
     (
         "rebalance",
+        "move values to the volumes where they belong",
         &[
             ("dry-run", "", "say what would be done"),
             ("settle", "TIME", "how long copies rest before what they replace is deleted (60s)"),
@@ -114,6 +120,7 @@ const FLAGS: [(&str, &[Flag]); 7] = [
     ),
     (
         "verify",
+        "compare the index with the volumes, and repair",
         &[
             ("deep", "", "read every blob and compare its md5"),
             ("repair", "", "restore replicas, remove debris and surplus; stop the master first"),
@@ -121,22 +128,24 @@ const FLAGS: [(&str, &[Flag]); 7] = [
             ("grace", "TIME", "leave strays that are younger than this (24h)"),
         ],
     ),
-    ("import", &[("leveldb", "DIR", "the index of a Go minikeyvalue; it is only read")]),
-    ("dump", &[]),
+    (
+        "import",
+        "take over the index of a Go minikeyvalue",
+        &[("leveldb", "DIR", "the index of a Go minikeyvalue; it is only read")],
+    ),
+    ("dump", "print the index: a percent-encoded key, a tab and its record on each line", &[]),
 ];
 
 /// The usage text, of all commands or of one.
 pub fn help(only: Option<&str>) -> String {
     let mut text = String::from("mkv, a distributed key-value store: plain files behind nginx, one small index\n\n");
-    let names = COMMANDS.map(|(name, _)| name).join(" | ");
-    text += &format!("usage: mkv [flags] <{}>\n", only.unwrap_or(&names));
-    for (group, flags) in FLAGS {
-        let command = COMMANDS.iter().find(|(name, _)| *name == group);
-        if only.is_some_and(|only| command.is_some() && group != only) {
+    let commands = GROUPS[1..].iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(" | ");
+    text += &format!("usage: mkv [flags] <{}>\n", only.unwrap_or(&commands));
+    for (group, what, flags) in GROUPS {
+        if group != EVERY && only.is_some_and(|only| group != only) {
             continue;
         }
-        let title = command.map_or(group.into(), |(name, what)| format!("{name}: {what}"));
-        text += &format!("\n{title}\n");
+        text += &format!("\n{}\n", format!("{group}: {what}").trim_end_matches(": "));
         for (name, value, what) in flags {
             text += &format!("  {:<20} {what}\n", format!("-{name} {value}").trim_end());
         }
@@ -145,204 +154,196 @@ pub fn help(only: Option<&str>) -> String {
 }
 
 /// Parses and checks the command line, without the program's name.
-pub fn parse(words: impl Iterator<Item = String>) -> Result<Cli> {
-    let mut flags = Flags(pico_args::Arguments::from_vec(words.map(double_dash).collect()));
-    let help_wanted = flags.switch("help", false)? | flags.switch("h", false)?;
-    let version = flags.switch("version", false)?;
-    let verbose = flags.switch("v", false)?;
-    let given = Given::read(&mut flags)?;
-    let rest: Vec<String> = flags.0.finish().into_iter().map(|word| word.to_string_lossy().into_owned()).collect();
-    if let Some(flag) = rest.iter().find(|word| word.starts_with('-')) {
-        return usage(format!("{}: no such flag, see mkv -help", flag.replacen("--", "-", 1)));
-    }
-    let voltimeout = given.voltimeout;
+pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
+    let words = words.map(|word| word.into_string().or_else(|word| usage(format!("{word:?}: use UTF-8 only"))));
+    let (flags, words) = Flags::read(words.collect::<Result<_>>()?)?;
+    let (verbose, voltimeout) = (flags.switch("v", false)?, flags.timeout("voltimeout", 1)?);
     let cli = |command| Ok(Cli { command, verbose, voltimeout });
-    let known = |word: &&str| COMMANDS.iter().any(|(name, _)| name == word);
-    let command = rest.first().map(String::as_str);
-    if help_wanted {
-        return cli(Command::Print(help(command.filter(known))));
+    let is_command = |word: &&String| GROUPS[1..].iter().any(|(name, ..)| name == word);
+    if flags.switch("help", false)? {
+        let command = words.first().filter(is_command);
+        return cli(Command::Print(help(command.map(String::as_str))));
     }
-    if version {
+    if flags.switch("version", false)? {
         return cli(Command::Print(format!("mkv {}", env!("CARGO_PKG_VERSION"))));
     }
-    match (command, rest.len()) {
-        (None, _) => {
-            return usage("say what to do: server, rebuild, rebalance, verify, import or dump; see mkv -help");
-        }
-        (Some(word), 1) if !known(&word) => {
-            return usage(format!("{word}: no such command, see mkv -help"));
-        }
-        (_, 2..) => return usage(format!("one command at a time, not {}", rest.join(" and "))),
-        _ => {}
+    match &words[..] {
+        [] => usage("say what to do: server, rebuild, rebalance, verify, import or dump; see mkv -help"),
+        [word] if !is_command(&word) => usage(format!("{word}: no such command, see mkv -help")),
+        [word] => cli(flags.command(word, verbose)?),
+        _ => usage(format!("one command at a time, not {}", words.join(" and "))),
     }
-    cli(given.command(command.unwrap_or_default(), verbose)?)
 }
 
-/// The values of all flags.
-struct Given {
-    /// The names of the flags that were given.
-    names: Vec<&'static str>,
-    db: PathBuf,
-    volumes: Vec<String>,
-    replicas: usize,
-    subvolumes: u32,
-    userpass: Option<String>,
-    voltimeout: Duration,
-    sync: bool,
-    protect: bool,
-    md5sum: bool,
-    http: http::Config,
-    api: api::Config,
-    from: Option<PathBuf>,
-    lost: Vec<String>,
-    rehash: bool,
-    dry_run: bool,
-    settle: Duration,
-    deep: bool,
-    repair: bool,
-    strays: bool,
-    grace: Duration,
-    leveldb: Option<PathBuf>,
-}
+/// The flags that were given, with their values.
+struct Flags(BTreeMap<&'static str, Vec<String>>);
 
-impl Given {
-    fn read(flags: &mut Flags) -> Result<Given> {
-        let all = FLAGS.iter().flat_map(|(_, flags)| flags.iter().map(|(name, ..)| *name));
-        let names = all.filter(|name| flags.is_given(name)).collect();
-        let seconds = Duration::from_secs;
-        let volumes = flags.last("volumes")?;
-        Ok(Given {
-            names,
-            db: flags.last("db")?.unwrap_or_default().into(),
-            volumes: volumes.map_or(Vec::new(), |list| list.split(',').map(String::from).collect()),
-            replicas: flags.number("replicas", 3, 1, 1000)?,
-            subvolumes: flags.number("subvolumes", 10, 1, 65536)?,
-            userpass: flags.last("userpass")?,
-            voltimeout: flags.time("voltimeout", seconds(1))?,
-            sync: flags.switch("sync", false)?,
-            protect: flags.switch("protect", false)?,
-            md5sum: flags.switch("md5sum", true)?,
-            http: http::Config {
-                host: flags.last("host")?.unwrap_or_default(),
-                port: flags.number("port", 3000, 0, 65535)?,
-                max_connections: flags.number("maxconns", 4096, 1, 1_000_000)?,
-                head_timeout: flags.time("headtimeout", seconds(30))?,
-                idle_timeout: flags.time("idletimeout", seconds(60))?,
-                stall_timeout: flags.time("stalltimeout", seconds(60))?,
-            },
-            api: api::Config {
-                fallback: flags.last("fallback")?.filter(|host| !host.is_empty()),
-                basicauth: flags.switch("basicauth", false)?,
-            },
-            from: flags.last("from")?.map(PathBuf::from),
-            lost: flags.all("lost")?.iter().flat_map(|l| l.split(',')).map(String::from).collect(),
-            rehash: flags.switch("rehash", false)?,
-            dry_run: flags.switch("dry-run", false)?,
-            settle: flags.time("settle", seconds(60))?,
-            deep: flags.switch("deep", false)?,
-            repair: flags.switch("repair", false)?,
-            strays: flags.switch("strays", false)?,
-            grace: flags.time("grace", seconds(24 * 3600))?,
-            leveldb: flags.last("leveldb")?.map(PathBuf::from),
-        })
+impl Flags {
+    /// Returns the flags and the other words.
+    fn read(words: Vec<String>) -> Result<(Flags, Vec<String>)> {
+        let mut arguments = pico_args::Arguments::from_vec(words.into_iter().map(double_dash).collect());
+        let mut given = BTreeMap::new();
+        for (name, ..) in GROUPS.iter().flat_map(|(.., flags)| *flags) {
+            let flag: &'static str = Box::leak(format!("--{name}").into_boxed_str());
+            let values = arguments.values_from_str(flag);
+            let values = values.or_else(|_| usage(format!("-{name}: give it a value, see mkv -help")))?;
+            // A flag of two groups has no more values at the second one.
+            if !values.is_empty() {
+                given.insert(*name, values);
+            }
+        }
+        let rest: Vec<String> = arguments.finish().iter().map(|word| word.to_string_lossy().into()).collect();
+        match rest.iter().find(|word| word.starts_with('-')) {
+            Some(flag) => usage(format!("{}: no such flag, see mkv -help", flag.replacen("--", "-", 1))),
+            None => Ok((Flags(given), rest)),
+        }
     }
 
-    fn command(self, name: &str, verbose: bool) -> Result<Command> {
-        self.check_names(name)?;
-        if self.db.as_os_str().is_empty() {
+    fn command(&self, name: &str, verbose: bool) -> Result<Command> {
+        self.check_group(name)?;
+        let db: PathBuf = self.last("db").unwrap_or_default().into();
+        if db.as_os_str().is_empty() {
             return usage("-db: give the folder of the index");
         }
-        match name {
-            "import" => match self.leveldb {
-                Some(leveldb) => Ok(Command::Import(import::Config { db: self.db, leveldb })),
-                None => usage("-leveldb: give the folder of the Go master's index"),
-            },
-            "dump" => Ok(Command::Dump { db: self.db }),
-            _ => self.command_on_volumes(name, verbose),
+        // A wrong value of a server's flag is an error of every command, as with the Go master.
+        let (store, sync, http, api) = (self.store()?, self.switch("sync", false)?, self.http()?, self.api()?);
+        if !["import", "dump"].contains(&name) {
+            check_volumes(&store.placement)?;
         }
-    }
-
-    fn command_on_volumes(self, name: &str, verbose: bool) -> Result<Command> {
-        self.check_volumes()?;
-        for (flag, time) in [
-            ("headtimeout", self.http.head_timeout),
-            ("idletimeout", self.http.idle_timeout),
-            ("stalltimeout", self.http.stall_timeout),
-        ] {
-            if time.is_zero() {
-                return usage(format!("-{flag}: 0 leaves a client no time, see mkv -help"));
-            }
-        }
-        let Given { volumes, replicas, subvolumes, db, .. } = self;
-        let store = store::Config {
-            placement: Placement { volumes, replicas, subvolumes },
-            protect: self.protect,
-            md5sum: self.md5sum,
-            auth: self.userpass.as_deref().map(|login| basic_auth(login.as_bytes())),
-            settle: self.settle,
-            lost: self.lost,
-        };
         Ok(match name {
-            "server" => Command::Server { db, sync: self.sync, store, http: self.http, api: self.api },
+            "server" => Command::Server { db, sync, store, http, api },
             "rebuild" => {
-                let (from, rehash) = (self.from, self.rehash);
-                Command::Rebuild(rebuild::Config { db, store, from, rehash, verbose })
+                let (from, rehash) = (self.last("from").map(PathBuf::from), self.switch("rehash", false)?);
+                Command::Rebuild { store, rebuild: rebuild::Config { db, from, rehash, verbose } }
             }
-            "rebalance" => Command::Rebalance { db, store, dry_run: self.dry_run },
-            _ => {
-                let (deep, repair, strays, grace) = (self.deep, self.repair, self.strays, self.grace);
-                let verify = verify::Config { db, deep, repair, strays, grace, verbose };
-                Command::Verify { store, verify }
-            }
+            "rebalance" => Command::Rebalance { db, store, dry_run: self.switch("dry-run", false)? },
+            "verify" => Command::Verify { store, verify: self.verify(db, verbose)? },
+            "import" => match self.last("leveldb") {
+                Some(leveldb) => Command::Import { db, leveldb: leveldb.into() },
+                None => return usage("-leveldb: give the folder of the Go master's index"),
+            },
+            _ => Command::Dump { db },
         })
     }
 
     /// Refuses flags that belong to other commands. The server's flags are accepted everywhere: the Go master has one
     /// set of flags for all commands.
-    fn check_names(&self, command: &str) -> Result<()> {
-        for flag in &self.names {
+    fn check_group(&self, command: &str) -> Result<()> {
+        for flag in self.0.keys() {
             let has = |flags: &[Flag]| flags.iter().any(|(name, ..)| name == flag);
-            let groups: Vec<&str> = FLAGS.iter().filter(|(_, flags)| has(flags)).map(|(group, _)| *group).collect();
-            let everywhere = groups.iter().any(|group| ["every command", "server"].contains(group));
-            if !everywhere && !groups.contains(&command) {
+            let groups = GROUPS.iter().filter(|(.., flags)| has(flags));
+            let groups: Vec<&str> = groups.map(|(group, ..)| *group).collect();
+            if !groups.iter().any(|group| [EVERY, "server", command].contains(group)) {
                 return usage(format!("-{flag}: only for {}", groups.join(" or ")));
             }
-        }
-        if self.strays && !self.repair {
-            return usage("-strays: only together with -repair");
         }
         Ok(())
     }
 
-    fn check_volumes(&self) -> Result<()> {
-        if self.voltimeout.is_zero() {
-            return usage("-voltimeout: 0 leaves a volume no time to answer, 1s is the default");
-        }
-        if self.volumes.is_empty() {
-            return usage("-volumes: give at least one volume, as host:port,host:port");
-        }
-        for (n, volume) in self.volumes.iter().enumerate() {
-            if !is_volume(volume) || volume.contains(['/', '@', '?', '#']) || volume.ends_with(':') {
-                return usage(format!(
-                    "-volumes: {volume:?} is not host:port (and may not begin with INIT, DELETED, HASH, SIZE, TIME, VERS or WAIT)"
-                ));
-            }
-            if self.volumes[..n].contains(volume) {
-                return usage(format!("-volumes: {volume} is given twice"));
-            }
-        }
-        if self.replicas > self.volumes.len() {
-            return usage(format!(
-                "-replicas: {} replicas need as many volumes, -volumes has {}",
-                self.replicas,
-                self.volumes.len()
-            ));
-        }
-        if self.userpass.as_ref().is_some_and(|text| !text.contains(':')) {
+    fn store(&self) -> Result<store::Config> {
+        let login = self.last("userpass");
+        if login.is_some_and(|login| !login.contains(':')) {
             return usage("-userpass: expected user:pass");
         }
-        Ok(())
+        Ok(store::Config {
+            placement: Placement {
+                volumes: self.last("volumes").map_or(Vec::new(), |list| list.split(',').map(String::from).collect()),
+                replicas: self.number("replicas", 3, 1, 1000)?,
+                subvolumes: self.number("subvolumes", 10, 1, 65536)?,
+            },
+            protect: self.switch("protect", false)?,
+            md5sum: self.switch("md5sum", true)?,
+            auth: login.map(|login| basic_auth(login.as_bytes())),
+            settle: self.time("settle", 60)?,
+            lost: self.all("lost").iter().flat_map(|list| list.split(',')).map(String::from).collect(),
+        })
     }
+
+    fn http(&self) -> Result<http::Config> {
+        Ok(http::Config {
+            host: self.last("host").unwrap_or_default().into(),
+            port: self.number("port", 3000, 0, 65535)?,
+            max_connections: self.number("maxconns", 4096, 1, 1_000_000)?,
+            head_timeout: self.timeout("headtimeout", 30)?,
+            idle_timeout: self.timeout("idletimeout", 60)?,
+            stall_timeout: self.timeout("stalltimeout", 60)?,
+        })
+    }
+
+    fn api(&self) -> Result<api::Config> {
+        let fallback = self.last("fallback").filter(|host| !host.is_empty()).map(String::from);
+        Ok(api::Config { fallback, basicauth: self.switch("basicauth", false)? })
+    }
+
+    fn verify(&self, db: PathBuf, verbose: bool) -> Result<verify::Config> {
+        let (repair, strays) = (self.switch("repair", false)?, self.switch("strays", false)?);
+        if strays && !repair {
+            return usage("-strays: only together with -repair");
+        }
+        let (deep, grace) = (self.switch("deep", false)?, self.time("grace", 24 * 3600)?);
+        Ok(verify::Config { db, deep, repair, strays, grace, verbose })
+    }
+
+    /// Every value of a flag that may be repeated.
+    fn all(&self, name: &str) -> &[String] {
+        self.0.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    /// The value of a flag.
+    fn last(&self, name: &str) -> Option<&str> {
+        self.all(name).last().map(String::as_str)
+    }
+
+    fn parsed<T>(&self, name: &str, default: T, expected: &str, read: impl Fn(&str) -> Option<T>) -> Result<T> {
+        let Some(text) = self.last(name) else { return Ok(default) };
+        read(text).ok_or_else(|| Error::Usage(format!("-{name}: expected {expected}, not {text:?}")))
+    }
+
+    fn switch(&self, name: &str, default: bool) -> Result<bool> {
+        self.parsed(name, default, "true or false", |text| match text {
+            "true" | "1" | "t" | "T" | "TRUE" | "True" => Some(true),
+            "false" | "0" | "f" | "F" | "FALSE" | "False" => Some(false),
+            _ => None,
+        })
+    }
+
+    fn number<T: TryFrom<u64>>(&self, name: &str, default: T, low: u64, high: u64) -> Result<T> {
+        let read = |text: &str| text.parse().ok().filter(|n| (low..=high).contains(n)).and_then(|n| n.try_into().ok());
+        self.parsed(name, default, &format!("a number from {low} to {high}"), read)
+    }
+
+    /// `default`: seconds.
+    fn time(&self, name: &str, default: u64) -> Result<Duration> {
+        self.parsed(name, Duration::from_secs(default), "a time as 500ms, 1s, 1m30s or 24h", duration)
+    }
+
+    /// A time that may not be zero. `default`: seconds.
+    fn timeout(&self, name: &str, default: u64) -> Result<Duration> {
+        match self.time(name, default)? {
+            Duration::ZERO => usage(format!("-{name}: 0 leaves no time to answer, {default}s is the default")),
+            time => Ok(time),
+        }
+    }
+}
+
+fn check_volumes(Placement { volumes, replicas, .. }: &Placement) -> Result<()> {
+    if volumes.is_empty() {
+        return usage("-volumes: give at least one volume, as host:port,host:port");
+    }
+    for (n, volume) in volumes.iter().enumerate() {
+        if !is_volume(volume) || volume.contains(['/', '@', '?', '#']) || volume.ends_with(':') {
+            let tags = TAGS.join(", ");
+            return usage(format!("-volumes: {volume:?} is not host:port (and may not begin with one of {tags})"));
+        }
+        if volumes[..n].contains(volume) {
+            return usage(format!("-volumes: {volume} is given twice"));
+        }
+    }
+    let count = volumes.len();
+    if *replicas > count {
+        return usage(format!("-replicas: {replicas} replicas need as many volumes, -volumes has {count}"));
+    }
+    Ok(())
 }
 
 fn usage<T>(text: impl Into<String>) -> Result<T> {
@@ -351,59 +352,14 @@ fn usage<T>(text: impl Into<String>) -> Result<T> {
 
 /// Turns `-flag` into `--flag`, the only form that pico-args knows for long names. A bare switch gets `=true`, so that
 /// every flag has a value.
-fn double_dash(word: String) -> std::ffi::OsString {
+fn double_dash(word: String) -> OsString {
     let Some(name) = word.strip_prefix("--").or(word.strip_prefix('-')).filter(|n| !n.is_empty()) else {
         return word.into();
     };
+    let name = if name == "h" { "help" } else { name };
     let is_switch = |(flag, value, _): &Flag| *flag == name && (value.is_empty() || *value == "BOOL");
-    let bare = name == "h" || FLAGS.iter().any(|(_, flags)| flags.iter().any(is_switch));
+    let bare = GROUPS.iter().any(|(.., flags)| flags.iter().any(is_switch));
     format!("--{name}{}", if bare { "=true" } else { "" }).into()
-}
-
-struct Flags(pico_args::Arguments);
-
-impl Flags {
-    fn is_given(&self, name: &str) -> bool {
-        let (alone, with_value) = (format!("--{name}"), format!("--{name}="));
-        let mut words = self.0.clone().finish().into_iter();
-        words.any(|word| {
-            let word = word.to_string_lossy();
-            word == alone || word.starts_with(&with_value)
-        })
-    }
-
-    /// Every value of a flag that may be repeated.
-    fn all(&mut self, name: &str) -> Result<Vec<String>> {
-        let flag: &'static str = Box::leak(format!("--{name}").into_boxed_str());
-        self.0.values_from_str(flag).map_err(|_| Error::Usage(format!("-{name}: give it a value, see mkv -help")))
-    }
-
-    /// The value of a flag.
-    fn last(&mut self, name: &str) -> Result<Option<String>> {
-        Ok(self.all(name)?.pop())
-    }
-
-    fn parsed<T>(&mut self, name: &str, default: T, expected: &str, read: impl Fn(&str) -> Option<T>) -> Result<T> {
-        let Some(text) = self.last(name)? else { return Ok(default) };
-        read(&text).ok_or_else(|| Error::Usage(format!("-{name}: expected {expected}, not {text:?}")))
-    }
-
-    fn switch(&mut self, name: &str, default: bool) -> Result<bool> {
-        self.parsed(name, default, "true or false", |text| match text {
-            "true" | "1" | "t" | "T" | "TRUE" | "True" => Some(true),
-            "false" | "0" | "f" | "F" | "FALSE" | "False" => Some(false),
-            _ => None,
-        })
-    }
-
-    fn number<T: TryFrom<u64>>(&mut self, name: &str, default: T, low: u64, high: u64) -> Result<T> {
-        let read = |text: &str| text.parse().ok().filter(|n| (low..=high).contains(n)).and_then(|n| n.try_into().ok());
-        self.parsed(name, default, &format!("a number from {low} to {high}"), read)
-    }
-
-    fn time(&mut self, name: &str, default: Duration) -> Result<Duration> {
-        self.parsed(name, default, "a time as 500ms, 1s, 1m30s or 24h", duration)
-    }
 }
 
 /// Parses a duration as Go writes it: 500ms, 1s, 1m30s, 24h.
@@ -432,7 +388,7 @@ mod tests {
     use super::*;
 
     fn command(line: &str) -> Result<Command> {
-        parse(line.split(' ').map(String::from)).map(|cli| cli.command)
+        parse(line.split(' ').map(OsString::from)).map(|cli| cli.command)
     }
 
     #[test]
@@ -442,7 +398,7 @@ mod tests {
             "server --db=/x --volumes=a:1,b:2 --replicas=2 --port=7 --md5sum=0 --protect=true --voltimeout=61500ms",
             "-replicas 1 -db /x server -volumes=a:1,b:2 --replicas 2 -port 7 -protect -md5sum=F -voltimeout 61.5s",
         ] {
-            let cli = parse(line.split(' ').map(String::from)).unwrap();
+            let cli = parse(line.split(' ').map(OsString::from)).unwrap();
             assert_eq!(cli.voltimeout, Duration::from_millis(61500), "{line}");
             assert!(!cli.verbose);
             let Command::Server { db, store, http, .. } = cli.command else { panic!("{line}") };
@@ -457,12 +413,20 @@ mod tests {
     #[test]
     fn help_is_grouped_by_command() {
         let all = help(None);
-        assert!(COMMANDS.iter().all(|(name, _)| all.contains(&format!("\n{name}: "))), "{all}");
+        assert!(GROUPS[1..].iter().all(|(name, ..)| all.contains(&format!("\n{name}: "))), "{all}");
         let one = help(Some("rebuild"));
         assert!(one.contains("-rehash") && one.contains("-db DIR"), "{one}");
         assert!(!one.contains("-port") && !one.contains("-deep"), "{one}");
         let Ok(Command::Print(text)) = command("verify -help") else { panic!("-help prints") };
         assert_eq!(text, help(Some("verify")));
+    }
+
+    #[test]
+    fn a_word_that_is_not_utf_8_is_named() {
+        use std::os::unix::ffi::OsStringExt;
+        let words = [b"-db".to_vec(), b"/x\xff".to_vec(), b"dump".to_vec()].map(OsString::from_vec);
+        let error = parse(words.into_iter()).err().unwrap();
+        assert_eq!((error.exit_code(), error.to_string().as_str()), (2, "\"/x\\xFF\": use UTF-8 only"));
     }
 
     #[test]

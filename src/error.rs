@@ -1,7 +1,7 @@
 //! The errors of mkv.
 //!
-//! Every text is one line that says what is wrong and, if that is not obvious, what to do. `api/status.rs` maps errors to
-//! HTTP statuses; `exit_code` maps them to the exit status of the process.
+//! Every text is one line that says what is wrong and, if that is not obvious, what to do. `api/status.rs` maps errors
+//! to HTTP statuses; `exit_code` maps them to the exit status of the process.
 
 use std::fmt;
 

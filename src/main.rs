@@ -13,7 +13,7 @@ use mkv::volumes::Volumes;
 use mkv::{api, http};
 
 fn main() {
-    if let Err(error) = cli::parse(std::env::args().skip(1)).and_then(run) {
+    if let Err(error) = cli::parse(std::env::args_os().skip(1)).and_then(run) {
         eprintln!("mkv: {error}");
         std::process::exit(error.exit_code());
     }
@@ -31,14 +31,14 @@ fn run(Cli { command, verbose, voltimeout }: Cli) -> Result<()> {
         Command::Server { db, sync, store, http, api } => {
             serve(&db, sync, store, volumes(), http, api)?;
         }
-        Command::Rebuild(config) => rebuild::run(config, volumes())?,
+        Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
         Command::Rebalance { db, store, dry_run } => {
             let _lock = lock_dir(&db, false)?;
             let index = Index::open(&database(&db)?, false, false)?;
             rebalance::run(&Store::new(store, index, volumes()), dry_run, verbose)?;
         }
         Command::Verify { store, verify } => verify::run(verify, store, volumes())?,
-        Command::Import(config) => import::run(&config)?,
+        Command::Import { db, leveldb } => import::run(&db, &leveldb)?,
         Command::Dump { db } => dump::run(&db)?,
     }
     Ok(())

@@ -1,39 +1,38 @@
-//! The folder `-db`: its lock and where the database lies in it.
+//! The folder `-db`: its lock, and the database's folders in it.
+//!
+//! The database is `index/`. A new one is made as `index.new/` and takes its place in one step; `index.old/` is the one
+//! before that.
 
-use std::fs::File;
-use std::io::{Read, Write};
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::{Error as IoError, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
+use super::Index;
 use crate::error::{Error, Result};
 
-/// The folder's lock. The kernel frees it when the process ends (flock).
-pub struct DirLock(#[allow(dead_code)] File);
-
-/// Locks `dir` against every other command that writes. `create`: makes the folder if it is missing.
-pub fn lock_dir(dir: &Path, create: bool) -> Result<DirLock> {
-    let wrong = |e: std::io::Error| Error::Failed(format!("-db {}: {e}", dir.display()));
-    if !create && !database(dir)?.join("CURRENT").exists() {
-        return Err(Error::Failed(format!("-db {}: there is no index here", dir.display())));
-    }
+/// Locks `dir` against every other command that writes, until the file that this returns is closed. `create`: makes the
+/// folder if it is missing.
+pub fn lock_dir(dir: &Path, create: bool) -> Result<File> {
+    let wrong = |e: IoError| failed(dir, e);
     if create {
-        std::fs::create_dir_all(dir).map_err(wrong)?;
+        fs::create_dir_all(dir).map_err(wrong)?;
+    } else if !database(dir)?.join("CURRENT").exists() {
+        return Err(failed(dir, "there is no index here"));
     }
     let path = dir.join("lock");
     let mut file = File::options().read(true).append(true).create(true).open(path).map_err(wrong)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
         let _ = file.read_to_string(&mut holder);
-        return Err(Error::Failed(format!(
-            "-db {}: another mkv (process {}) is using it: stop that one first",
-            dir.display(),
-            holder.trim()
-        )));
+        let text = format!("another mkv (process {}) is using it: stop that one first", holder.trim());
+        return Err(failed(dir, text));
     }
     // The process id is for the message above; the lock holds without it.
     let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
-    Ok(DirLock(file))
+    Ok(file)
 }
 
 /// Whether a command that writes, such as a running master, holds the lock of this folder.
@@ -45,10 +44,42 @@ pub fn is_locked(dir: &Path) -> bool {
 /// The database's folder in `-db`. Fails if `-db` itself is a Go master's index.
 pub fn database(dir: &Path) -> Result<PathBuf> {
     if dir.join("CURRENT").exists() {
-        return Err(Error::Failed(format!(
-            "-db {0} is the index of a Go minikeyvalue: import it with mkv -db NEW import -leveldb {0}",
-            dir.display()
-        )));
+        let import = format!("import it with mkv -db NEW import -leveldb {}", dir.display());
+        return Err(failed(dir, format!("this is the index of a Go minikeyvalue: {import}")));
     }
     Ok(dir.join("index"))
+}
+
+/// Makes an empty database, which is to replace the one in `dir`, for a bulk load.
+pub fn create_new(dir: &Path) -> Result<Index> {
+    let folder = dir.join("index.new");
+    remove(&folder)?;
+    Index::create(&folder)
+}
+
+/// Makes the new database, which must be closed, that of `dir`. The one before it is kept as `index.old`, unless `dir`
+/// has none.
+pub fn publish_new(dir: &Path) -> Result<()> {
+    let [new, index, old] = ["index.new", "index", "index.old"].map(|name| dir.join(name));
+    let wrong = |e: IoError| Error::Failed(format!("{} could not become the index: {e}", new.display()));
+    if index.exists() {
+        renameat_with(CWD, &new, CWD, &index, RenameFlags::EXCHANGE).map_err(|e| wrong(e.into()))?;
+        remove(&old)?;
+        fs::rename(&new, old).map_err(wrong)?;
+    } else {
+        fs::rename(&new, index).map_err(wrong)?;
+    }
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(wrong)
+}
+
+/// Removes a folder, if there is one.
+pub fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::Failed(format!("{}: {e}", folder.display()))),
+        _ => Ok(()),
+    }
+}
+
+fn failed(dir: &Path, why: impl Display) -> Error {
+    Error::Failed(format!("-db {}: {why}", dir.display()))
 }

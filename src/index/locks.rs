@@ -45,13 +45,9 @@ impl Locks {
                     entry.insert(owner);
                     return Some(KeyLock { locks: self, key: key.to_vec() });
                 }
-                Entry::Occupied(holder) if (owner, *holder.get()) == (Owner::Client, Owner::Client) => {
-                    return None;
-                }
+                Entry::Occupied(holder) if owner == Owner::Client && *holder.get() == Owner::Client => return None,
+                Entry::Occupied(_) if begun.elapsed() > patience => return None,
                 Entry::Occupied(_) => {}
-            }
-            if begun.elapsed() > patience {
-                return None;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -74,17 +70,16 @@ impl Locks {
         lock(&self.clearing).contains(&(key.to_vec(), version))
     }
 
+    /// Notes a deletion that got no answer, and forgets those that can no longer be carried out.
     pub fn note_unconfirmed_delete(&self, key: &[u8]) {
-        lock(&self.unconfirmed_deletes).insert(key.to_vec(), Instant::now());
+        let mut deletes = lock(&self.unconfirmed_deletes);
+        deletes.retain(|_, at| at.elapsed() < UNCONFIRMED);
+        deletes.insert(key.to_vec(), Instant::now());
     }
 
     /// Whether a deletion of a blob of this key may still be carried out.
     pub fn has_unconfirmed_delete(&self, key: &[u8]) -> bool {
         lock(&self.unconfirmed_deletes).get(key).is_some_and(|at| at.elapsed() < UNCONFIRMED)
-    }
-
-    pub fn drop_old_unconfirmed_deletes(&self) {
-        lock(&self.unconfirmed_deletes).retain(|_, at| at.elapsed() < UNCONFIRMED);
     }
 
     pub fn note_crash(&self) {

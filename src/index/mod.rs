@@ -14,7 +14,7 @@ mod rocks;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub use directory::{DirLock, database, is_locked, lock_dir};
+pub use directory::{create_new, database, is_locked, lock_dir, publish_new, remove};
 pub use locks::Clearing;
 pub use rocks::{Batch, Index, View, record_of};
 
@@ -65,8 +65,9 @@ impl Index {
         check(held.record.as_ref())?;
         let version = self.new_version(key, held.record.as_ref())?;
         let debris = Debris { replicas: replicas.clone(), ..Debris::default() };
-        self.batch().set_debris(key, version, &debris).commit()?;
-        Ok(Writing { held, entry: Entry { key: key.into(), version, debris }, replicas })
+        let entry = Entry { key: key.into(), version, debris };
+        self.put_entry(&entry)?;
+        Ok(Writing { held, entry, replicas })
     }
 
     /// Locks a key for copies of its blob under the version it has. Fails with `Locked` or `NotFound`.
@@ -89,18 +90,17 @@ impl Index {
             let text = "a deletion of this key got no answer: try again in an hour";
             return Err(Error::Unavailable(text.into()));
         }
-        let Entry { version, debris, .. } = &mut writing.entry;
-        debris.merge(&Debris { replicas: copies.to_vec(), ..Debris::default() });
+        writing.entry.debris.merge(&Debris { replicas: copies.to_vec(), ..Debris::default() });
         writing.replicas = copies.to_vec();
-        self.batch().set_debris(key, *version, debris).commit()
+        self.put_entry(&writing.entry)
     }
 
     /// Records that blobs of this write may still appear until this time (seconds since 1970), although no volume
     /// confirmed them.
     pub fn doubt(&self, writing: &mut Writing, until: u64) -> Result<()> {
-        let Entry { key, version, debris } = &mut writing.entry;
+        let debris = &mut writing.entry.debris;
         debris.doubtful_until = debris.doubtful_until.max(until);
-        self.batch().set_debris(key, *version, debris).commit()
+        self.put_entry(&writing.entry)
     }
 
     /// Ends a write: `new` becomes the record, the replicas it names are no debris any more, and `surplus`, the
@@ -148,11 +148,9 @@ impl Index {
     /// Calls `f` with all debris that may be deleted at this time (seconds since 1970). Entries of keys that are being
     /// written are among them.
     pub fn due(&self, now: u64, mut f: impl FnMut(Entry) -> Result<()>) -> Result<()> {
-        self.view().debris(b"", |key, version, debris| {
-            if debris.keep_until > now {
-                return Ok(());
-            }
-            f(Entry { key: key.into(), version, debris })
+        self.view().entries().try_for_each(|entry| {
+            let entry = entry?;
+            if entry.debris.keep_until <= now { f(entry) } else { Ok(()) }
         })
     }
 
@@ -175,45 +173,47 @@ impl Index {
 
     /// Takes replicas from an entry, and those that the record names. The last replica takes the entry with it.
     pub fn forget(&self, held: &Held, entry: &mut Entry, gone: &[String]) -> Result<()> {
-        let Entry { key, version, debris } = entry;
-        let is_record = |replica: &str| held.record.as_ref().is_some_and(|r| r.is_at(*version, replica));
-        let before = debris.replicas.len();
-        debris.replicas.retain(|replica| !gone.contains(replica) && !is_record(replica));
-        if debris.replicas.len() == before {
-            return Ok(());
-        }
+        let version = entry.version;
+        let is_record = |replica: &String| held.record.as_ref().is_some_and(|r| r.is_at(version, replica));
+        self.drop_replicas(entry, |replica| gone.contains(replica) || is_record(replica))
+    }
+
+    fn drop_replicas(&self, entry: &mut Entry, is_gone: impl Fn(&String) -> bool) -> Result<()> {
+        let before = entry.debris.replicas.len();
+        entry.debris.replicas.retain(|replica| !is_gone(replica));
+        if entry.debris.replicas.len() < before { self.put_entry(entry) } else { Ok(()) }
+    }
+
+    fn put_entry(&self, Entry { key, version, debris }: &Entry) -> Result<()> {
         self.batch().set_debris(key, *version, debris).commit()
     }
 
     /// A volume gave no answer to a DELETE of a blob of this key: it may carry it out within the hour.
     pub fn note_unconfirmed_delete(&self, key: &[u8]) {
         self.locks.note_unconfirmed_delete(key);
-        self.locks.drop_old_unconfirmed_deletes();
     }
 
     /// Writes from before a crash may still land: until this time (seconds since 1970) a 404 proves nothing for any
     /// debris.
     pub fn suspect_after_crash(&self, until: u64) -> Result<()> {
-        self.view().debris(b"", |key, version, mut debris| {
-            debris.doubtful_until = debris.doubtful_until.max(until);
+        for entry in self.view().entries() {
+            let mut entry = entry?;
             self.locks.note_crash();
-            self.batch().set_debris(key, version, &debris).commit()
-        })
+            entry.debris.doubtful_until = entry.debris.doubtful_until.max(until);
+            self.put_entry(&entry)?;
+        }
+        Ok(())
     }
 
     /// Takes the replicas of lost volumes from all debris. Returns the latest time (seconds since 1970) until which
     /// debris is to be kept.
     pub fn forget_lost(&self, is_lost: impl Fn(&str) -> bool) -> Result<u64> {
         let mut keep_until = 0;
-        self.view().debris(b"", |key, version, mut debris| {
-            keep_until = keep_until.max(debris.keep_until);
-            let before = debris.replicas.len();
-            debris.replicas.retain(|replica| !is_lost(replica));
-            if debris.replicas.len() == before {
-                return Ok(());
-            }
-            self.batch().set_debris(key, version, &debris).commit()
-        })?;
+        for entry in self.view().entries() {
+            let mut entry = entry?;
+            keep_until = keep_until.max(entry.debris.keep_until);
+            self.drop_replicas(&mut entry, |replica| is_lost(replica))?;
+        }
         Ok(keep_until)
     }
 

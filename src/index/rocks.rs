@@ -7,16 +7,20 @@ use std::fmt::Display;
 use std::path::Path;
 
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator, DBRecoveryMode, LogLevel,
-    PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
+    LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
 };
 
+use super::Entry;
 use super::locks::Locks;
 use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
 
+/// The column families.
+const RECORDS: &str = "default";
 const DEBRIS: &str = "debris";
+
 const VERSION_BYTES: usize = 8;
 
 /// Bytes of a memtable. Small ones keep a master's memory flat; a bulk load is three times as fast with large ones.
@@ -91,8 +95,8 @@ impl Index {
         self.db.try_catch_up_with_primary().map_err(index_error)
     }
 
-    fn debris_family(&self) -> &ColumnFamily {
-        self.db.cf_handle(DEBRIS).expect("the database was opened with it")
+    fn family(&self, name: &str) -> &ColumnFamily {
+        self.db.cf_handle(name).expect("the database was opened with it")
     }
 
     /// The record of a key.
@@ -105,24 +109,21 @@ impl Index {
     pub fn debris(&self, key: &[u8]) -> Result<Vec<(u64, Debris)>> {
         let mut found = Vec::new();
         let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound([key, &[0xff; VERSION_BYTES + 1]].concat());
-        let mut rows = self.db.raw_iterator_cf_opt(self.debris_family(), options);
-        rows.seek([key, &[0; VERSION_BYTES]].concat());
-        while let Some((name, text)) = rows.item() {
+        options.set_iterate_range([key, &[0; VERSION_BYTES]].concat()..[key, &[0xff; VERSION_BYTES + 1]].concat());
+        for row in self.db.iterator_cf_opt(self.family(DEBRIS), options, IteratorMode::Start) {
+            let (name, text) = row.map_err(index_error)?;
             // Longer keys that begin with this one lie between its versions.
             if name.len() == key.len() + VERSION_BYTES {
-                let (key, version) = split_version(name)?;
-                found.push((version, debris_of(key, text)?));
+                let Entry { version, debris, .. } = entry_of(&name, &text)?;
+                found.push((version, debris));
             }
-            rows.next();
         }
-        rows.status().map_err(index_error)?;
         Ok(found)
     }
 
     /// The debris of a key and version; empty if there is none.
     pub fn debris_entry(&self, key: &[u8], version: u64) -> Result<Debris> {
-        let found = self.db.get_pinned_cf(self.debris_family(), debris_name(key, version));
+        let found = self.db.get_pinned_cf(self.family(DEBRIS), debris_name(key, version));
         let found = found.map_err(index_error)?;
         found.map_or(Ok(Debris::default()), |text| debris_of(key, &text))
     }
@@ -135,15 +136,9 @@ impl Index {
 
     /// Whether the index holds neither a record nor debris.
     pub fn is_empty(&self) -> Result<bool> {
-        let mut empty = true;
         let view = self.view();
-        for family in [None, Some(self.debris_family())] {
-            let mut rows = view.rows(family, b"");
-            rows.seek_to_first();
-            rows.status().map_err(index_error)?;
-            empty &= !rows.valid();
-        }
-        Ok(empty)
+        let first = view.rows(RECORDS, b"", b"").chain(view.rows(DEBRIS, b"", b"")).next();
+        Ok(first.transpose()?.is_none())
     }
 
     /// Begins a set of changes that are written together or not at all.
@@ -192,9 +187,9 @@ impl Batch<'_> {
     pub fn set_debris(mut self, key: &[u8], version: u64, debris: &Debris) -> Self {
         let name = debris_name(key, version);
         if debris.replicas.is_empty() {
-            self.batch.delete_cf(self.index.debris_family(), name);
+            self.batch.delete_cf(self.index.family(DEBRIS), name);
         } else {
-            self.batch.put_cf(self.index.debris_family(), name, debris.encode());
+            self.batch.put_cf(self.index.family(DEBRIS), name, debris.encode());
         }
         self
     }
@@ -206,52 +201,70 @@ impl Batch<'_> {
     }
 }
 
+/// A name and its text, as RocksDB gives them.
+type Row = (Box<[u8]>, Box<[u8]>);
+
 pub struct View<'a> {
     index: &'a Index,
     snapshot: Option<SnapshotWithThreadMode<'a, DB>>,
 }
 
 impl View<'_> {
-    fn rows(&self, family: Option<&ColumnFamily>, prefix: &[u8]) -> DBRawIterator<'_> {
-        let db = &self.index.db;
+    /// The rows whose name begins with `prefix` and is not below `start`, in order.
+    fn rows(&self, family: &str, prefix: &[u8], start: &[u8]) -> impl Iterator<Item = Result<Row>> {
         // Without the upper bound a scan would step over the tombstones behind its prefix.
         let mut options = ReadOptions::default();
         options.set_iterate_range(PrefixRange(prefix));
-        match (&self.snapshot, family) {
-            (Some(snapshot), Some(family)) => snapshot.raw_iterator_cf_opt(family, options),
-            (Some(snapshot), None) => snapshot.raw_iterator_opt(options),
-            (None, Some(family)) => db.raw_iterator_cf_opt(family, options),
-            (None, None) => db.raw_iterator_opt(options),
-        }
+        let (family, mode) = (self.index.family(family), IteratorMode::From(start.max(prefix), Direction::Forward));
+        let rows = match &self.snapshot {
+            Some(snapshot) => snapshot.iterator_cf_opt(family, options, mode),
+            None => self.index.db.iterator_cf_opt(family, options, mode),
+        };
+        rows.map(|row| row.map_err(index_error))
+    }
+
+    /// Each key and the text of its record, by key.
+    pub fn texts(&self) -> impl Iterator<Item = Result<Row>> {
+        self.rows(RECORDS, b"", b"")
+    }
+
+    /// Each key and its record, by key.
+    pub fn all_records(&self) -> impl Iterator<Item = Result<(Box<[u8]>, Record)>> {
+        self.texts().map(|row| {
+            let (key, text) = row?;
+            let record = record_of(&key, &text)?;
+            Ok((key, record))
+        })
+    }
+
+    /// Each entry of debris, in the order of key and version run together.
+    pub fn entries(&self) -> impl Iterator<Item = Result<Entry>> {
+        self.rows(DEBRIS, b"", b"").map(|row| row.and_then(|(name, text)| entry_of(&name, &text)))
     }
 
     /// Calls `f` with each key that begins with `prefix` and is not below `start`, and the text of its record, in
     /// order, until `f` returns `false`.
     pub fn records(&self, prefix: &[u8], start: &[u8], mut f: impl FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
-        let mut rows = self.rows(None, prefix);
-        rows.seek(start.max(prefix));
-        while let Some((key, text)) = rows.item() {
-            if !f(key, text)? {
-                return Ok(());
+        for row in self.rows(RECORDS, prefix, start) {
+            let (key, text) = row?;
+            if !f(&key, &text)? {
+                break;
             }
-            rows.next();
         }
-        rows.status().map_err(index_error)
+        Ok(())
     }
 
     /// Calls `f` with the key, version and debris of each entry whose key begins with `prefix`, in the order of key
     /// and version run together.
     pub fn debris(&self, prefix: &[u8], mut f: impl FnMut(&[u8], u64, Debris) -> Result<()>) -> Result<()> {
-        let mut rows = self.rows(Some(self.index.debris_family()), prefix);
-        rows.seek(prefix);
-        while let Some((name, text)) = rows.item() {
-            let (key, version) = split_version(name)?;
+        for row in self.rows(DEBRIS, prefix, b"") {
+            let (name, text) = row?;
+            let Entry { key, version, debris } = entry_of(&name, &text)?;
             if key.starts_with(prefix) {
-                f(key, version, debris_of(key, text)?)?;
+                f(&key, version, debris)?;
             }
-            rows.next();
         }
-        rows.status().map_err(index_error)
+        Ok(())
     }
 }
 
@@ -282,7 +295,7 @@ fn families() -> Vec<ColumnFamilyDescriptor> {
         options.set_block_based_table_factory(&table);
         ColumnFamilyDescriptor::new(name, options)
     };
-    vec![family("default"), family(DEBRIS)]
+    vec![family(RECORDS), family(DEBRIS)]
 }
 
 /// Whether tables or logs of a database lie in this folder.
@@ -309,15 +322,17 @@ fn debris_name(key: &[u8], version: u64) -> Vec<u8> {
     [key, &version.to_be_bytes()].concat()
 }
 
-fn split_version(name: &[u8]) -> Result<(&[u8], u64)> {
+/// Decodes a row of debris.
+fn entry_of(name: &[u8], text: &[u8]) -> Result<Entry> {
     let (key, version) = name
         .split_last_chunk::<VERSION_BYTES>()
         .ok_or_else(|| Error::Index(format!("an entry of debris has no version: {}", quoted(name))))?;
-    Ok((key, u64::from_be_bytes(*version)))
+    Ok(Entry { key: key.into(), version: u64::from_be_bytes(*version), debris: debris_of(key, text)? })
 }
 
 fn index_error(e: rocksdb::Error) -> Error {
     Error::Index(format!(
-        "the index failed ({e}): check its disk and restart the master; if it is damaged, move index/ away and run mkv rebuild"
+        "the index failed ({e}): check its disk and restart the master; if it is damaged, move index/ away and run mkv \
+         rebuild"
     ))
 }

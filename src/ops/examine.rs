@@ -1,5 +1,6 @@
 //! What is wrong with one key: its record and debris compared with the blobs on the volumes.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,6 +62,12 @@ pub struct Finding {
 /// A key to look at again, and the blobs that were listed for it and that its record does not name.
 pub type Suspect = (Vec<u8>, Vec<Blob>);
 
+/// What the index holds for a key: its record and its debris by version.
+pub type State = (Option<Record>, Vec<(u64, Debris)>);
+
+/// What one look at a key showed: its state, and what is wrong.
+type Look = (State, Vec<Finding>);
+
 /// Looks at keys, through an index and the volumes.
 pub struct Examiner {
     pub store: Arc<Store>,
@@ -77,68 +84,66 @@ impl Examiner {
         Examiner { store, ..*self }
     }
 
-    /// Asks the volumes themselves about suspects, and asks again as long as the index changes meanwhile: what a running
-    /// master writes just now is no finding. Returns those with findings.
+    /// Asks the volumes themselves about suspects, and asks again as long as the index changes meanwhile: a write of a
+    /// running master is no finding. Returns those with findings.
     pub fn look_again<'a>(&self, mut left: Vec<&'a Suspect>) -> Result<Vec<(&'a Suspect, Vec<Finding>)>> {
         let mut confirmed = Vec::new();
-        let state = |key: &[u8]| Ok((self.store.index.get(key)?, self.store.index.debris(key)?));
-        let mut last: HashMap<&[u8], (_, _, u64)> = HashMap::new();
+        // What the last look at a key showed, and how many looks in a row showed it.
+        let mut last: HashMap<&[u8], (Look, u64)> = HashMap::new();
         let mut pause = Duration::from_millis(if self.running { 100 } else { 0 });
         for round in 0..ROUNDS {
+            if left.is_empty() {
+                break;
+            }
             if round > 0 {
                 std::thread::sleep(pause);
             }
             self.store.index.catch_up()?;
-            let look = |suspect: &&'a Suspect| Ok((*suspect, state(&suspect.0)?, self.look(suspect)?));
+            let look = |suspect: &&'a Suspect| Ok((*suspect, self.look(suspect)?));
             let looked: Vec<_> = left.par_iter().map(look).collect::<Result<_>>()?;
             self.store.index.catch_up()?;
             left.clear();
-            for (suspect, before, findings) in looked {
-                if findings.is_empty() {
-                    continue;
-                }
+            for (suspect, look) in looked.into_iter().filter(|(_, (_, findings))| !findings.is_empty()) {
                 let key = &suspect.0[..];
-                let same = last.remove(key).filter(|(s, f, _)| *s == before && *f == findings);
-                let unchanged = u64::from(state(key)? == before);
-                let times = same.map_or(0, |(_, _, times)| times) + unchanged;
-                let silent = findings.iter().any(|finding| finding.kind == Kind::Silent);
-                let needed = if silent {
-                    TRIES
-                } else if self.running {
-                    STEADY
-                } else {
-                    1
+                let before = last.remove(key).filter(|(before, _)| *before == look).map_or(0, |(_, times)| times);
+                let times = before + u64::from(self.state(key)? == look.0);
+                let silent = look.1.iter().any(|finding| finding.kind == Kind::Silent);
+                let needed = match (silent, self.running) {
+                    (true, _) => TRIES,
+                    (false, true) => STEADY,
+                    (false, false) => 1,
                 };
                 if times >= needed {
-                    confirmed.push((suspect, findings));
+                    confirmed.push((suspect, look.1));
                     continue;
                 }
                 if silent {
                     pause = Duration::from_secs(1);
                 }
                 left.push(suspect);
-                last.insert(key, (before, findings, times));
-            }
-            if left.is_empty() {
-                break;
+                last.insert(key, (look, times));
             }
         }
         Ok(confirmed)
     }
 
-    /// The length of the blob on this replica, in bytes; `None` if it is missing or cannot be read. Fails if the volume
-    /// does not answer, which is no sign that the blob is missing.
-    pub fn size(&self, replica: &str, blob: &str) -> Result<Option<u64>> {
+    fn state(&self, key: &[u8]) -> Result<State> {
+        Ok((self.store.index.get(key)?, self.store.index.debris(key)?))
+    }
+
+    /// The blob on this replica; `None` if it is missing or cannot be read. Fails if the volume does not answer, which
+    /// is no sign that the blob is missing.
+    pub fn blob(&self, key: &[u8], version: u64, replica: &str) -> Result<Option<Blob>> {
         // A volume that hangs would otherwise cost each key a time-out.
         if self.store.volumes.is_down(replica) {
             let why = "it did not answer a moment ago".into();
             return Err(Error::Unreachable { volume: replica.into(), why, maybe_done: false });
         }
-        let answer = self.store.volumes.head(replica, blob, self.store.own_auth());
-        if matches!(answer, Err(Error::Unreachable { .. })) {
-            return answer;
-        }
-        self.readable(replica, answer)
+        let size = match self.store.volumes.head(replica, &path(key, version), self.store.own_auth()) {
+            Err(error @ Error::Unreachable { .. }) => return Err(error),
+            answer => self.readable(replica, answer)?,
+        };
+        Ok(size.map(|size| Blob { replica: replica.into(), version, size, time: 0 }))
     }
 
     /// Turns an error into `None` if the volume answers other requests: a file that cannot be read is no replica.
@@ -147,27 +152,24 @@ impl Examiner {
         answer.or_else(|error| if login() == Ok(true) { Ok(None) } else { Err(error) })
     }
 
-    fn look(&self, (key, listed): &Suspect) -> Result<Vec<Finding>> {
-        let record = self.store.index.get(key)?;
-        let debris = self.store.index.debris(key)?;
+    /// Asks the volumes about every blob of a key that the index or a listing names.
+    fn look(&self, (key, listed): &Suspect) -> Result<Look> {
+        let state = self.state(key)?;
+        let named = state.0.iter().map(|record| (record.version, &record.replicas));
+        let named = named.chain(state.1.iter().map(|(version, debris)| (*version, &debris.replicas)));
         let mut places: BTreeSet<(u64, &String)> = listed.iter().map(|blob| (blob.version, &blob.replica)).collect();
-        let named = record.iter().map(|record| (record.version, &record.replicas));
-        let entries = debris.iter().map(|(version, entry)| (*version, &entry.replicas));
-        for (version, replicas) in named.chain(entries) {
+        for (version, replicas) in named {
             places.extend(replicas.iter().map(|replica| (version, replica)));
         }
         let (mut blobs, mut silent) = (Vec::new(), Vec::new());
         for (version, replica) in places {
-            match self.size(replica, &path(key, version)) {
-                Ok(None) => {}
-                Ok(Some(size)) => {
-                    blobs.push(Blob { replica: replica.clone(), version, size, time: 0 });
-                }
+            match self.blob(key, version, replica) {
                 Err(Error::Unreachable { .. }) => silent.push((version, replica.clone())),
-                Err(error) => return Err(error),
+                blob => blobs.extend(blob?),
             }
         }
-        self.examine(key, &blobs, &silent, record.as_ref(), &debris)
+        let findings = self.examine(key, &blobs, &silent, &state)?;
+        Ok((state, findings))
     }
 
     /// What is wrong with a key that has these blobs, `silent` being the places that could not be asked.
@@ -176,34 +178,32 @@ impl Examiner {
         key: &[u8],
         blobs: &[Blob],
         silent: &[(u64, String)],
-        record: Option<&Record>,
-        debris: &[(u64, Debris)],
+        (record, debris): &State,
     ) -> Result<Vec<Finding>> {
         let mut findings = BTreeSet::new();
         let mut add = |kind, version, replica: &str| {
             findings.insert(Finding { kind, version, replica: replica.to_string() });
         };
+        let is_record = |version, replica: &str| record.as_ref().is_some_and(|r| r.is_at(version, replica));
         for (version, replica) in silent {
             add(Kind::Silent, *version, replica);
         }
         for (version, entry) in debris {
-            for replica in &entry.replicas {
-                if !record.is_some_and(|record| record.is_at(*version, replica)) {
-                    add(Kind::Debris, *version, replica);
-                }
+            for replica in entry.replicas.iter().filter(|replica| !is_record(*version, replica)) {
+                add(Kind::Debris, *version, replica);
             }
         }
-        for blob in blobs {
-            let is_debris = |(v, entry): &(u64, Debris)| *v == blob.version && entry.replicas.contains(&blob.replica);
-            let kind = match record {
-                Some(record) if record.is_at(blob.version, &blob.replica) => continue,
-                _ if debris.iter().any(is_debris) => continue,
-                Some(record) if record.version == blob.version => Kind::Surplus,
-                Some(record) if record.version < blob.version => Kind::Newer,
-                Some(_) => Kind::Stale,
+        for Blob { version, replica, .. } in blobs {
+            if is_record(*version, replica) || is_debris(debris, *version, replica) {
+                continue;
+            }
+            let kind = match record.as_ref().map(|record| version.cmp(&record.version)) {
+                Some(Ordering::Equal) => Kind::Surplus,
+                Some(Ordering::Greater) => Kind::Newer,
+                Some(Ordering::Less) => Kind::Stale,
                 None => Kind::Unknown,
             };
-            add(kind, blob.version, &blob.replica);
+            add(kind, *version, replica);
         }
         if let Some(record) = record {
             for (kind, replica) in self.examine_replicas(key, record, blobs, silent)? {
@@ -223,8 +223,7 @@ impl Examiner {
     ) -> Result<Vec<(Kind, String)>> {
         let (mut wrong, mut sound) = (Vec::new(), Vec::new());
         for replica in &record.replicas {
-            let mut blobs = blobs.iter();
-            match blobs.find(|blob| blob.version == record.version && blob.replica == *replica) {
+            match blobs.iter().find(|blob| blob.version == record.version && blob.replica == *replica) {
                 None if silent.contains(&(record.version, replica.clone())) => {}
                 None => wrong.push((Kind::Missing, replica.clone())),
                 // No value is empty.
@@ -236,7 +235,7 @@ impl Examiner {
         }
         let differ = sound.windows(2).any(|pair| pair[0].size != pair[1].size);
         if self.deep || differ {
-            let bad = self.wrong_bytes(key, record, &sound)?;
+            let bad = self.wrong_bytes(key, record, sound.iter().map(|blob| &blob.replica))?;
             wrong.extend(bad.into_iter().map(|replica| (Kind::WrongBytes, replica)));
         }
         Ok(wrong)
@@ -244,13 +243,18 @@ impl Examiner {
 
     /// Reads the replicas and returns those whose md5 is not the record's or, if the record has none, not that of the
     /// majority.
-    pub fn wrong_bytes(&self, key: &[u8], record: &Record, blobs: &[&Blob]) -> Result<Vec<String>> {
+    pub fn wrong_bytes<'a>(
+        &self,
+        key: &[u8],
+        record: &Record,
+        replicas: impl IntoIterator<Item = &'a String>,
+    ) -> Result<Vec<String>> {
         let mut digests: HashMap<Option<Hash>, Vec<String>> = HashMap::new();
-        for blob in blobs {
-            let (volumes, auth) = (&self.store.volumes, self.store.own_auth());
-            let digest = volumes.digest(&blob.replica, &path(key, record.version), auth);
-            let digest = self.readable(&blob.replica, digest)?;
-            digests.entry(digest.map(|(hash, _)| hash)).or_default().push(blob.replica.clone());
+        let blob = path(key, record.version);
+        for replica in replicas {
+            let digest = self.store.volumes.digest(replica, &blob, self.store.own_auth());
+            let digest = self.readable(replica, digest)?;
+            digests.entry(digest.map(|(hash, _)| hash)).or_default().push(replica.clone());
         }
         let right = record.hash.or_else(|| {
             let mut ranked: Vec<_> = digests.iter().map(|(hash, replicas)| (replicas.len(), *hash)).collect();
@@ -267,19 +271,20 @@ impl Examiner {
         &self,
         key: &[u8],
         record: &Record,
-        replicas: impl Iterator<Item = &'a String>,
-    ) -> Result<Vec<Blob>> {
-        let (blob, version) = (path(key, record.version), record.version);
+        replicas: impl IntoIterator<Item = &'a String>,
+    ) -> Result<Vec<String>> {
         let mut present = Vec::new();
         for replica in replicas {
-            match self.size(replica, &blob) {
-                Ok(Some(size)) => {
-                    present.push(Blob { replica: replica.clone(), version, size, time: 0 });
-                }
-                Ok(None) | Err(Error::Unreachable { .. }) => {}
-                Err(error) => return Err(error),
+            match self.blob(key, record.version, replica) {
+                Err(Error::Unreachable { .. }) => {}
+                blob => present.extend(blob?.map(|blob| blob.replica)),
             }
         }
         Ok(present)
     }
+}
+
+/// Whether debris names the blob of this version on this replica.
+pub fn is_debris(debris: &[(u64, Debris)], version: u64, replica: &String) -> bool {
+    debris.iter().any(|(v, debris)| *v == version && debris.replicas.contains(replica))
 }

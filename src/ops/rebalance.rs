@@ -5,7 +5,6 @@
 //! listed, and the exit status is 1.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use super::report::Progress;
 use super::scan::threads;
 use crate::error::{Error, Result};
 use crate::format::quoted;
-use crate::format::record::{Record, volume_of};
+use crate::format::record::volume_of;
 use crate::index::record_of;
 use crate::store::{Plan, Store, now};
 use crate::threads::lock;
@@ -23,27 +22,21 @@ use crate::threads::lock;
 /// Keys that are worked on at the same time.
 const WIDTH: usize = 16;
 
-/// Keys that are read from the index before they are worked on.
-const BATCH: usize = 4096;
-
 /// Failed keys that are listed without `-v`.
 const LISTED: u64 = 100;
 
 pub fn run(store: &Arc<Store>, dry_run: bool, verbose: bool) -> Result<()> {
     store.check_volumes()?;
-    let run = Rebalance {
-        store,
-        dry_run,
-        verbose,
-        progress: Progress::new(store.index.estimate(), "keys"),
-        keys: AtomicU64::new(0),
-        moved: AtomicU64::new(0),
-        failed: AtomicU64::new(0),
-        volumes: Mutex::default(),
-    };
-    run.all_keys()?;
-    run.show();
-    let failed = run.failed.load(Ordering::Relaxed);
+    let progress = Progress::new(store.index.estimate(), "keys");
+    let run = Rebalance { store, dry_run, verbose, progress, totals: Mutex::default() };
+    threads(WIDTH)?.install(|| {
+        store.index.view().texts().par_bridge().try_for_each(|row| {
+            let (key, text) = row?;
+            run.rebalance(&key, &text);
+            Ok(())
+        })
+    })?;
+    let failed = run.show();
     let left = if dry_run { 0 } else { delete_surplus(store)? };
     match (failed, left) {
         (0, 0) => Ok(()),
@@ -57,50 +50,39 @@ pub fn run(store: &Arc<Store>, dry_run: bool, verbose: bool) -> Result<()> {
 }
 
 struct Rebalance<'a> {
-    store: &'a Arc<Store>,
+    store: &'a Store,
     dry_run: bool,
     verbose: bool,
     progress: Progress,
-    keys: AtomicU64,
-    moved: AtomicU64,
-    failed: AtomicU64,
+    totals: Mutex<Totals>,
+}
+
+#[derive(Default)]
+struct Totals {
+    /// Keys whose record could be read.
+    keys: u64,
+    moved: u64,
+    failed: u64,
     /// Copies and bytes for each volume.
-    volumes: Mutex<BTreeMap<String, (u64, u64)>>,
+    volumes: BTreeMap<String, (u64, u64)>,
 }
 
 impl Rebalance<'_> {
-    fn all_keys(&self) -> Result<()> {
-        let threads = threads(WIDTH)?;
-        let mut batch: Vec<(Vec<u8>, Record)> = Vec::new();
-        let work = |batch: &mut Vec<(Vec<u8>, Record)>| {
-            let one = |(key, record): &(Vec<u8>, Record)| self.one_key(key, record);
-            threads.install(|| batch.par_iter().for_each(one));
-            batch.clear();
-        };
-        self.store.index.view().records(b"", b"", |key, text| {
-            match record_of(key, text) {
-                Ok(record) => batch.push((key.to_vec(), record)),
-                Err(error) => self.fail(&error.to_string()),
-            }
-            if batch.len() == BATCH {
-                work(&mut batch);
-            }
-            Ok(true)
-        })?;
-        work(&mut batch);
-        Ok(())
-    }
-
-    fn one_key(&self, key: &[u8], record: &Record) {
-        self.keys.fetch_add(1, Ordering::Relaxed);
+    /// Rebalances one key and counts what came of it.
+    fn rebalance(&self, key: &[u8], text: &[u8]) {
         self.progress.add(1);
+        let record = match record_of(key, text) {
+            Ok(record) => record,
+            Err(error) => return self.fail(&error.to_string()),
+        };
         let auth = self.store.own_auth();
         let moved = if self.dry_run {
-            let plan = self.store.plan(key, record, auth);
-            plan.map(|plan| Some(plan).filter(|plan| plan.is_needed(record)))
+            let plan = self.store.plan(key, &record, auth);
+            plan.map(|plan| Some(plan).filter(|plan| plan.is_needed(&record)))
         } else {
             self.store.rebalance(key, auth)
         };
+        lock(&self.totals).keys += 1;
         match moved {
             Ok(None) => {}
             Ok(Some(plan)) => self.count(&plan),
@@ -109,35 +91,38 @@ impl Rebalance<'_> {
     }
 
     fn count(&self, plan: &Plan) {
-        self.moved.fetch_add(1, Ordering::Relaxed);
-        let mut volumes = lock(&self.volumes);
+        let mut totals = lock(&self.totals);
+        totals.moved += 1;
         for copy in &plan.copies {
-            let (copies, bytes) = volumes.entry(volume_of(copy).to_string()).or_default();
-            (*copies, *bytes) = (*copies + 1, *bytes + plan.length);
+            let (copies, bytes) = totals.volumes.entry(volume_of(copy).to_string()).or_default();
+            *copies += 1;
+            *bytes += plan.length;
         }
     }
 
     fn fail(&self, text: &str) {
-        if self.failed.fetch_add(1, Ordering::Relaxed) < LISTED || self.verbose {
+        let mut totals = lock(&self.totals);
+        totals.failed += 1;
+        if totals.failed <= LISTED || self.verbose {
             self.progress.say(text);
         }
     }
 
-    fn show(&self) {
-        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        let volumes = lock(&self.volumes);
-        let add = |sum: (u64, u64), one: &(u64, u64)| (sum.0 + one.0, sum.1 + one.1);
-        let (copies, bytes) = volumes.values().fold((0, 0), add);
-        let (keys, moved, failed) = (get(&self.keys), get(&self.moved), get(&self.failed));
-        let verb = if self.dry_run { "to move" } else { "moved" };
+    /// Prints what was done, and returns the number of keys that failed.
+    fn show(&self) -> u64 {
         self.progress.clear();
+        let Totals { keys, moved, failed, volumes } = &*lock(&self.totals);
+        let verb = if self.dry_run { "to move" } else { "moved" };
+        let copies: u64 = volumes.values().map(|(copies, _)| copies).sum();
+        let bytes: u64 = volumes.values().map(|(_, bytes)| bytes).sum();
         println!("{keys} keys: {moved} {verb}, {copies} copies, {bytes} bytes, {failed} failed");
-        for (volume, (copies, bytes)) in &*volumes {
+        for (volume, (copies, bytes)) in volumes {
             println!("  {volume}: {copies} copies, {bytes} bytes");
         }
-        if failed > LISTED && !self.verbose {
+        if *failed > LISTED && !self.verbose {
             eprintln!("{} more failed: -v shows all", failed - LISTED);
         }
+        *failed
     }
 }
 
@@ -152,10 +137,5 @@ fn delete_surplus(store: &Arc<Store>) -> Result<u64> {
         std::thread::sleep(Duration::from_secs(wait));
     }
     store.clean_once()?;
-    let mut left = 0;
-    store.index.view().debris(b"", |_, _, _| {
-        left += 1;
-        Ok(())
-    })?;
-    Ok(left)
+    store.index.view().entries().try_fold(0, |left, entry| entry.map(|_| left + 1))
 }

@@ -1,19 +1,16 @@
 //! `mkv rebuild`: a new index from the files on the volumes.
 //!
-//! The new index is built in `index.new/` beside the old one, which is only read, and replaces it in one step when it is
-//! complete. The old index gives what no blob tells: unlinked states, hashes, and debris, without which deleted and
-//! unfinished values would come back to life.
+//! The new index is built in `index.new/` beside the old one, which is only read, and replaces it in one step when it
+//! is complete. The old index provides what no blob shows: unlinked states, hashes, and debris, without which deleted
+//! and unfinished values would come back to life.
 //!
 //! If a volume or a listing cannot be read, rebuild stops and the old index is as it was. A volume that the old index
 //! names and that lists nothing stops it too, because an unmounted disk looks the same.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-
-use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::report::Report;
 use super::scan::{Blob, PrefixListing, scan};
@@ -21,14 +18,13 @@ use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::{Hash, Record, volume_of};
-use crate::index::{Index, database, lock_dir, record_of};
-use crate::store::{self, is_lost};
+use crate::index::{Index, create_new, database, lock_dir, publish_new};
+use crate::store::{self, Store};
 use crate::threads::lock;
 use crate::volumes::Volumes;
 
 pub struct Config {
     pub db: PathBuf,
-    pub store: store::Config,
     /// Another `-db` to carry over from; by default the one that is rebuilt.
     pub from: Option<PathBuf>,
     /// Whether to read blobs whose md5 is not known.
@@ -36,34 +32,31 @@ pub struct Config {
     pub verbose: bool,
 }
 
-pub fn run(config: Config, volumes: Arc<Volumes>) -> Result<()> {
+pub fn run(config: &Config, store: store::Config, volumes: Arc<Volumes>) -> Result<()> {
     let begun = Instant::now();
     let _lock = lock_dir(&config.db, true)?;
-    let (index, fresh) = (database(&config.db)?, config.db.join("index.new"));
-    let old = old_index(&config, &index)?;
+    let index = database(&config.db)?;
+    let old = old_index(config, &index)?;
     let unread = old.is_none() && index.exists();
-    check_lost(&config.store, old.as_ref())?;
-    remove(&fresh)?;
+    check_lost(&store, old.as_ref())?;
     let rebuild = Rebuild {
-        volumes,
-        new: Index::create(&fresh)?,
+        store: Store::new(store, create_new(&config.db)?, volumes),
         old,
-        listed: Mutex::default(),
+        totals: Mutex::default(),
         report: Report::new(config.verbose),
-        replicas: AtomicU64::new(0),
-        under_replicated: AtomicU64::new(0),
-        config: &config,
+        config,
     };
-    let keys = rebuild.fill(begun)?;
+    rebuild.fill()?;
+    let keys = rebuild.show(begun);
     let failed = [LOST, UNHASHED, DOUBTFUL].iter().any(|kind| rebuild.report.count(kind) > 0);
+    // Closes the indexes: their folders are renamed now.
     drop(rebuild);
-    swap(&config.db, &index, &fresh)?;
+    publish_new(&config.db)?;
     println!("the new index holds {keys} keys");
     if failed || unread {
-        Err(Error::Failed("the index is rebuilt, but see what is named above".into()))
-    } else {
-        Ok(())
+        return Err(Error::Failed("the index is rebuilt, but see what is named above".into()));
     }
+    Ok(())
 }
 
 /// The index to carry over from. One that `-from` names must open; a damaged one in `-db` is what rebuild is for.
@@ -86,21 +79,14 @@ fn old_index(config: &Config, index: &Path) -> Result<Option<Index>> {
 /// Fails if `-lost` names a volume that neither `-volumes` nor the old index knows: it is probably mistyped.
 fn check_lost(config: &store::Config, old: Option<&Index>) -> Result<()> {
     let volumes = &config.placement.volumes;
-    let mut unknown: BTreeSet<&String> =
+    let mut unknown: Vec<&String> =
         config.lost.iter().filter(|lost| !volumes.iter().any(|v| v == volume_of(lost))).collect();
     if let Some(old) = old.filter(|_| !unknown.is_empty()) {
-        let mut meet = |replica: &String| {
-            unknown.retain(|lost| *lost != replica && *lost != volume_of(replica));
-        };
-        let view = old.view();
-        view.records(b"", b"", |key, text| {
-            record_of(key, text)?.replicas.iter().for_each(&mut meet);
-            Ok(true)
-        })?;
-        view.debris(b"", |_, _, debris| {
-            debris.replicas.iter().for_each(&mut meet);
-            Ok(())
-        })?;
+        let mut named = named_replicas(old)?;
+        for entry in old.view().entries() {
+            named.extend(entry?.debris.replicas);
+        }
+        unknown.retain(|lost| !named.iter().any(|replica| *lost == replica || *lost == volume_of(replica)));
     }
     let Some(name) = unknown.first() else { return Ok(()) };
     Err(Error::Failed(format!(
@@ -108,25 +94,13 @@ fn check_lost(config: &store::Config, old: Option<&Index>) -> Result<()> {
     )))
 }
 
-fn remove(folder: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::Failed(format!("{}: {e}", folder.display()))),
-        _ => Ok(()),
+/// All replicas that the records of an index name.
+fn named_replicas(index: &Index) -> Result<BTreeSet<String>> {
+    let mut named = BTreeSet::new();
+    for row in index.view().all_records() {
+        named.extend(row?.1.replicas);
     }
-}
-
-/// Makes `fresh` the index in one step; the one before it becomes `index.old`.
-fn swap(db: &Path, index: &Path, fresh: &Path) -> Result<()> {
-    let wrong = |e: std::io::Error| Error::Failed(format!("{} could not become the index: {e}", fresh.display()));
-    if index.exists() {
-        renameat_with(CWD, fresh, CWD, index, RenameFlags::EXCHANGE).map_err(|e| wrong(e.into()))?;
-        let kept = db.join("index.old");
-        remove(&kept)?;
-        std::fs::rename(fresh, kept).map_err(wrong)?;
-    } else {
-        std::fs::rename(fresh, index).map_err(wrong)?;
-    }
-    std::fs::File::open(db).and_then(|dir| dir.sync_all()).map_err(wrong)
+    Ok(named)
 }
 
 // The kinds of findings.
@@ -139,54 +113,55 @@ const UNHASHED: &str = "keys whose blobs cannot be read for their md5, or do not
 
 struct Rebuild<'a> {
     config: &'a Config,
-    volumes: Arc<Volumes>,
-    new: Index,
+    /// The store with its new index.
+    store: Arc<Store>,
     old: Option<Index>,
-    /// The volumes and subvolumes that listed a blob.
-    listed: Mutex<HashSet<String>>,
+    totals: Mutex<Totals>,
     report: Report,
-    replicas: AtomicU64,
+}
+
+#[derive(Default)]
+struct Totals {
+    /// Keys in the new index.
+    keys: u64,
+    replicas: usize,
     /// Keys with fewer replicas than `-replicas`.
-    under_replicated: AtomicU64,
+    under_replicated: u64,
+    /// The volumes and subvolumes that listed a blob.
+    listed: HashSet<String>,
 }
 
 impl Rebuild<'_> {
-    /// Fills the new index, prints the report, and returns the number of keys.
-    fn fill(&self, begun: Instant) -> Result<u64> {
-        let store::Config { placement, auth, .. } = &self.config.store;
-        let names: Vec<String> = placement.volumes.iter().filter(|volume| !self.is_lost(volume)).cloned().collect();
-        self.volumes.check_distinct(names.iter())?;
-        self.carry_debris()?;
-        scan(&self.volumes, &names, auth.as_deref(), |listing| self.add(listing))?;
-        self.check_empty_volumes()?;
-        self.keep_lost_keys()?;
-        self.new.sync()?;
+    fn fill(&self) -> Result<()> {
+        let Store { index, volumes, config, .. } = &*self.store;
+        let names = config.placement.volumes.iter().filter(|volume| !self.store.is_lost(volume));
+        let names: Vec<String> = names.cloned().collect();
+        volumes.check_distinct(names.iter())?;
+        if let Some(old) = &self.old {
+            for entry in old.view().entries() {
+                let mut entry = entry?;
+                entry.debris.replicas.retain(|replica| !self.store.is_lost(replica));
+                index.batch().set_debris(&entry.key, entry.version, &entry.debris).commit()?;
+            }
+        }
+        scan(volumes, &names, self.store.own_auth(), |listing| self.add(listing))?;
+        if let Some(old) = &self.old {
+            self.check_empty_volumes(old)?;
+            self.keep_lost_keys(old)?;
+        }
+        index.sync()
+    }
+
+    /// Prints the report and returns the number of keys.
+    fn show(&self, begun: Instant) -> u64 {
         self.report.show();
-        let mut keys = 0;
-        self.new.view().records(b"", b"", |_, _| {
-            keys += 1;
-            Ok(true)
-        })?;
+        let Totals { keys, replicas, under_replicated, .. } = *lock(&self.totals);
+        let skipped = self.report.count(FOREIGN) + self.report.count(STALE);
+        let seconds = begun.elapsed().as_secs_f64();
         println!(
-            "{keys} keys, {} replicas, {} under-replicated, {} skipped, {:.1} s",
-            self.replicas.load(Ordering::Relaxed),
-            self.under_replicated.load(Ordering::Relaxed),
-            self.report.count(FOREIGN) + self.report.count(STALE),
-            begun.elapsed().as_secs_f64()
+            "{keys} keys, {replicas} replicas, {under_replicated} under-replicated, {skipped} skipped, {seconds:.1} s"
         );
-        Ok(keys)
-    }
-
-    fn is_lost(&self, replica: &str) -> bool {
-        is_lost(&self.config.store.lost, replica)
-    }
-
-    fn carry_debris(&self) -> Result<()> {
-        let Some(old) = &self.old else { return Ok(()) };
-        old.view().debris(b"", |key, version, mut debris| {
-            debris.replicas.retain(|replica| !self.is_lost(replica));
-            self.new.batch().set_debris(key, version, &debris).commit()
-        })
+        keys
     }
 
     /// Adds the keys of one prefix.
@@ -197,28 +172,20 @@ impl Rebuild<'_> {
         for name in listing.foreign {
             self.report.add(FOREIGN, name);
         }
-        let mut batch = self.new.batch();
+        let mut batch = self.store.index.batch();
         for (key, blobs) in listing.keys {
-            self.note_listed(&blobs);
-            if let Some(record) = self.record(&key, blobs)? {
-                self.replicas.fetch_add(record.replicas.len() as u64, Ordering::Relaxed);
-                if record.replicas.len() < self.config.store.placement.replicas {
-                    self.under_replicated.fetch_add(1, Ordering::Relaxed);
-                    log::info!("{} has fewer replicas than asked for", quoted(&key));
-                }
-                batch = batch.put(&key, &record);
+            lock(&self.totals).listed.extend(blobs.iter().map(|blob| blob.replica.clone()));
+            let Some(record) = self.record(&key, blobs)? else { continue };
+            let mut totals = lock(&self.totals);
+            totals.keys += 1;
+            totals.replicas += record.replicas.len();
+            if record.replicas.len() < self.store.config.placement.replicas {
+                totals.under_replicated += 1;
+                log::info!("{} has fewer replicas than asked for", quoted(&key));
             }
+            batch = batch.put(&key, &record);
         }
         batch.commit()
-    }
-
-    fn note_listed(&self, blobs: &[Blob]) {
-        let mut listed = lock(&self.listed);
-        for blob in blobs {
-            if !listed.contains(&blob.replica) {
-                listed.insert(blob.replica.clone());
-            }
-        }
     }
 
     /// The record of a key with these blobs; `None` if they are all debris.
@@ -230,35 +197,24 @@ impl Rebuild<'_> {
             self.report.add(FOREIGN, format!("{replica}{} is empty", path(key, version)));
         }
         self.drop_debris(key, old.as_ref(), &mut blobs)?;
-        let mut versions: BTreeMap<u64, Vec<Blob>> = BTreeMap::new();
-        for blob in blobs {
-            versions.entry(blob.version).or_default().push(blob);
-        }
+        let mut versions = group(blobs, |blob| blob.version);
         let version = self.choose_version(old.as_ref(), &versions);
-        let old = old.filter(|old| old.version == version);
         let chosen = versions.remove(&version);
         for version in versions.into_keys() {
             self.report.add(STALE, format!("{} {}", quoted(key), path(key, version)));
         }
         let Some(blobs) = chosen else { return Ok(None) };
         // Under a plain name the record of an old copy may be that of another value of the same length.
-        let old = old.filter(|old| {
-            let has_time = |time| blobs.iter().any(|blob| blob.time == time);
-            self.config.from.is_none() || old.time.is_none_or(has_time)
-        });
+        let has_time = |time| blobs.iter().any(|blob| blob.time == time);
+        let old =
+            old.filter(|old| old.version == version && (self.config.from.is_none() || old.time.is_none_or(has_time)));
         let (size, time, mut replicas) = self.agree(key, blobs, old.as_ref());
-        let wanted = self.config.store.placement.place(key);
-        let rank = |replica: &String| wanted.iter().position(|w| w == replica).unwrap_or(wanted.len());
-        replicas.sort_by(|a, b| rank(a).cmp(&rank(b)).then(a.cmp(b)));
-        let same = old.filter(|old| old.size.is_none_or(|known| known == size));
-        let mut record = Record {
-            state: same.as_ref().map(|old| old.state).unwrap_or_default(),
-            hash: same.as_ref().and_then(|old| old.hash),
-            size: Some(size),
-            time: same.as_ref().and_then(|old| old.time).or(Some(time)),
-            version,
-            replicas,
-        };
+        let wanted = self.store.place(key);
+        replicas.sort();
+        replicas.sort_by_key(|replica| wanted.iter().position(|w| w == replica).unwrap_or(wanted.len()));
+        let known = old.filter(|old| old.size.is_none_or(|known| known == size)).unwrap_or_default();
+        let time = known.time.or(Some(time));
+        let mut record = Record { state: known.state, hash: known.hash, size: Some(size), time, version, replicas };
         if self.config.rehash && record.hash.is_none() {
             record.hash = self.hash(key, &record)?;
         }
@@ -267,37 +223,34 @@ impl Rebuild<'_> {
 
     /// Removes from `blobs` what the old index calls debris.
     fn drop_debris(&self, key: &[u8], old: Option<&Record>, blobs: &mut Vec<Blob>) -> Result<()> {
-        for (version, debris) in self.old.as_ref().map_or(Ok(Vec::new()), |old| old.debris(key))? {
-            let record = old.filter(|old| old.version == version);
-            let exists =
-                |replica: &&String| blobs.iter().any(|blob| blob.version == version && blob.replica == **replica);
-            let (present, missing): (Vec<_>, Vec<_>) = debris.replicas.iter().partition(exists);
-            let complete = !present.is_empty() && missing.iter().all(|replica| self.is_lost(replica));
-            if self.config.from.is_some() && record.is_none() && complete {
+        let Some(index) = &self.old else { return Ok(()) };
+        for (version, debris) in index.debris(key)? {
+            let is_listed = |replica: &String| blobs.iter().any(|b| b.version == version && b.replica == *replica);
+            let complete = debris.replicas.iter().any(is_listed)
+                && debris.replicas.iter().all(|replica| is_listed(replica) || self.store.is_lost(replica));
+            if self.config.from.is_some() && old.is_none_or(|old| old.version != version) && complete {
                 // A write that was under way when an old copy was made may be a value since, or may never have ended.
                 // The cleaner must not be the one to decide.
                 self.report.add(DOUBTFUL, format!("{} {}", quoted(key), path(key, version)));
-                self.new.batch().set_debris(key, version, &Default::default()).commit()?;
+                self.store.index.batch().set_debris(key, version, &Default::default()).commit()?;
             }
-            blobs.retain(|blob| {
-                blob.version != version
-                    || !debris.replicas.contains(&blob.replica)
-                    || record.is_some_and(|old| old.replicas.contains(&blob.replica))
+            blobs.retain(|Blob { replica, version: v, .. }| {
+                *v != version || !debris.replicas.contains(replica) || old.is_some_and(|old| old.is_at(*v, replica))
             });
         }
         Ok(())
     }
 
     /// The version that the key has. The old record's version wins. If no blob has it, the old index is an old copy: a
-    /// newer version replaced that one, and an older one is stale. Without an old record it is the version with the most
-    /// replicas, then the newest.
+    /// newer version replaced that one, and an older one is stale. Without an old record it is the version with the
+    /// most replicas, then the newest.
     fn choose_version(&self, old: Option<&Record>, versions: &BTreeMap<u64, Vec<Blob>>) -> u64 {
         let known = old.map(|old| old.version);
         let newer = versions.iter().filter(|(version, _)| known.is_none_or(|k| **version > k));
         let best = newer.max_by_key(|(version, blobs)| (blobs.len(), **version)).map(|(version, _)| *version);
         // A complete newer version replaced that of an old copy.
         let replaced = best.filter(|version| {
-            self.config.from.is_some() && versions[version].len() >= self.config.store.placement.replicas
+            self.config.from.is_some() && versions[version].len() >= self.store.config.placement.replicas
         });
         let present = known.filter(|known| versions.contains_key(known));
         replaced.or(present).or(best).or(known).unwrap_or(0)
@@ -306,10 +259,7 @@ impl Rebuild<'_> {
     /// The value's length and time, and the replicas that hold it. Different lengths under one name are different
     /// values: the old record's length wins, then the majority's, then the newest.
     fn agree(&self, key: &[u8], blobs: Vec<Blob>, old: Option<&Record>) -> (u64, u64, Vec<String>) {
-        let mut sizes: BTreeMap<u64, Vec<Blob>> = BTreeMap::new();
-        for blob in blobs {
-            sizes.entry(blob.size).or_default().push(blob);
-        }
+        let sizes = group(blobs, |blob| blob.size);
         let known = old.and_then(|old| old.size);
         if sizes.len() > 1 || known.is_some_and(|known| !sizes.contains_key(&known)) {
             let on = |(size, blobs): (&u64, &Vec<Blob>)| -> Vec<String> {
@@ -333,7 +283,7 @@ impl Rebuild<'_> {
     fn hash(&self, key: &[u8], record: &Record) -> Result<Option<Hash>> {
         let (blob, mut read) = (path(key, record.version), Vec::new());
         for replica in &record.replicas {
-            match self.volumes.digest(replica, &blob, self.config.store.auth.as_deref()) {
+            match self.store.volumes.digest(replica, &blob, self.store.own_auth()) {
                 Ok(Some((hash, _))) if read.contains(&hash) => return Ok(Some(hash)),
                 Ok(Some((hash, size))) if Some(size) == record.size => read.push(hash),
                 Ok(_) => {}
@@ -348,20 +298,12 @@ impl Rebuild<'_> {
     }
 
     /// Fails if a volume that the old index names listed nothing: a disk that is not mounted looks like an empty one.
-    fn check_empty_volumes(&self) -> Result<()> {
-        let Some(old) = &self.old else { return Ok(()) };
-        let listed = lock(&self.listed);
-        let mut empty = BTreeSet::new();
-        old.view().records(b"", b"", |key, text| {
-            for replica in record_of(key, text)?.replicas {
-                if !listed.contains(&replica) && !self.is_lost(&replica) {
-                    empty.insert(replica);
-                }
-            }
-            Ok(true)
-        })?;
+    fn check_empty_volumes(&self, old: &Index) -> Result<()> {
+        let mut empty = named_replicas(old)?;
+        let totals = lock(&self.totals);
+        empty.retain(|replica| !totals.listed.contains(replica) && !self.store.is_lost(replica));
         let Some(first) = empty.first() else { return Ok(()) };
-        let volumes = &self.config.store.placement.volumes;
+        let volumes = &self.store.config.placement.volumes;
         let why = match volumes.iter().any(|volume| volume == volume_of(first)) {
             true => "lists no blob: is its disk mounted?",
             false => "is not in -volumes.",
@@ -372,14 +314,23 @@ impl Rebuild<'_> {
     }
 
     /// Keeps the records of keys that no blob was found for: the user should know that they are lost.
-    fn keep_lost_keys(&self) -> Result<()> {
-        let Some(old) = &self.old else { return Ok(()) };
-        old.view().records(b"", b"", |key, text| {
-            if self.new.get(key)?.is_none() {
-                self.new.batch().put(key, &record_of(key, text)?).commit()?;
-                self.report.add(LOST, quoted(key));
+    fn keep_lost_keys(&self, old: &Index) -> Result<()> {
+        for row in old.view().all_records() {
+            let (key, record) = row?;
+            if self.store.index.get(&key)?.is_none() {
+                self.store.index.batch().put(&key, &record).commit()?;
+                self.report.add(LOST, quoted(&key));
+                lock(&self.totals).keys += 1;
             }
-            Ok(true)
-        })
+        }
+        Ok(())
     }
+}
+
+fn group(blobs: Vec<Blob>, by: impl Fn(&Blob) -> u64) -> BTreeMap<u64, Vec<Blob>> {
+    let mut groups: BTreeMap<u64, Vec<Blob>> = BTreeMap::new();
+    for blob in blobs {
+        groups.entry(by(&blob)).or_default().push(blob);
+    }
+    groups
 }

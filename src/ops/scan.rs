@@ -51,7 +51,7 @@ pub fn scan(
     auth: Auth,
     f: impl Fn(PrefixListing) -> Result<()> + Sync,
 ) -> Result<()> {
-    let scanner = Scanner { volumes, auth };
+    let scanner = Scanner { volumes, auth, f };
     threads(WIDTH)?.install(|| {
         let mut listing = PrefixListing::default();
         // The first byte of a prefix, and the places that have a folder for it.
@@ -59,10 +59,10 @@ pub fn scan(
         for name in names {
             scanner.roots(name, true, &mut firsts, &mut listing)?;
         }
-        f(listing)?;
+        (scanner.f)(listing)?;
         let progress = Progress::new(firsts.len() as u64, "of the top folders");
         let done = firsts.par_iter().try_for_each(|(first, places)| {
-            scanner.first_byte(first, places, &f)?;
+            scanner.first_byte(first, places)?;
             progress.add(1);
             Ok(())
         });
@@ -71,31 +71,30 @@ pub fn scan(
     })
 }
 
-struct Scanner<'a> {
+struct Scanner<'a, F> {
     volumes: &'a Volumes,
     auth: Auth<'a>,
+    f: F,
 }
 
-impl Scanner<'_> {
+impl<F: Fn(PrefixListing) -> Result<()> + Sync> Scanner<'_, F> {
     /// Lists a folder in all these places.
     fn list<'p>(
         &self,
         places: &'p [impl AsRef<str>],
         folder: &str,
         listing: &mut PrefixListing,
-    ) -> Result<Vec<(&'p str, Vec<Entry>)>> {
-        let mut listed = Vec::with_capacity(places.len());
+    ) -> Result<Vec<(&'p str, Entry)>> {
+        let mut listed = Vec::new();
         for places in places.chunks(AT_ONCE) {
             let places: Vec<&str> = places.iter().map(AsRef::as_ref).collect();
             let answers = self.volumes.list(&places, folder, self.auth);
             for (place, entries) in places.into_iter().zip(answers) {
                 let text = |e: Error| format!("no listing of http://{place}{folder}: {e}");
                 match entries {
-                    Ok(entries) => listed.push((place, entries)),
-                    // The volume itself is refused at its root.
-                    Err(e @ Error::Refused { .. }) if folder != "/" => {
-                        listing.unreadable.push(text(e));
-                    }
+                    Ok(entries) => listed.extend(entries.into_iter().map(|entry| (place, entry))),
+                    // At "/" the volume refuses everything.
+                    Err(e @ Error::Refused { .. }) if folder != "/" => listing.unreadable.push(text(e)),
                     Err(e) => return Err(Error::Failed(text(e))),
                 }
             }
@@ -111,62 +110,50 @@ impl Scanner<'_> {
         firsts: &mut BTreeMap<String, Vec<String>>,
         listing: &mut PrefixListing,
     ) -> Result<()> {
-        for (_, entries) in self.list(&[place], "/", listing)? {
-            for entry in entries {
-                if is_hex_folder(&entry) {
-                    firsts.entry(entry.name).or_default().push(place.to_string());
-                } else if is_volume && is_subvolume(&entry) {
-                    self.roots(&format!("{place}/{}", entry.name), false, firsts, listing)?;
-                } else if entry.name != "lost+found" {
-                    listing.foreign.push(format!("{place}/{}", entry.name));
-                }
+        for (_, entry) in self.list(&[place], "/", listing)? {
+            if is_hex_folder(&entry) {
+                firsts.entry(entry.name).or_default().push(place.to_string());
+            } else if is_volume && is_subvolume(&entry) {
+                self.roots(&format!("{place}/{}", entry.name), false, firsts, listing)?;
+            } else if entry.name != "lost+found" {
+                listing.foreign.push(format!("{place}/{}", entry.name));
             }
         }
         Ok(())
     }
 
     /// Lists all prefixes with this first byte.
-    fn first_byte(
-        &self,
-        first: &str,
-        places: &[String],
-        f: &(impl Fn(PrefixListing) -> Result<()> + Sync),
-    ) -> Result<()> {
+    fn first_byte(&self, first: &str, places: &[String]) -> Result<()> {
         let mut listing = PrefixListing::default();
         let mut seconds: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-        for (place, entries) in self.list(places, &format!("/{first}/"), &mut listing)? {
-            for entry in entries {
-                if is_hex_folder(&entry) {
-                    seconds.entry(entry.name).or_default().push(place);
-                } else {
-                    listing.foreign.push(format!("{place}/{first}/{}", entry.name));
-                }
+        for (place, entry) in self.list(places, &format!("/{first}/"), &mut listing)? {
+            if is_hex_folder(&entry) {
+                seconds.entry(entry.name).or_default().push(place);
+            } else {
+                listing.foreign.push(format!("{place}/{first}/{}", entry.name));
             }
         }
-        f(listing)?;
+        (self.f)(listing)?;
         seconds.par_iter().try_for_each(|(second, places)| {
             let mut listing = PrefixListing::default();
             self.blobs(places, &format!("/{first}/{second}/"), &mut listing)?;
-            f(listing)
+            (self.f)(listing)
         })
     }
 
-    /// Collects the blobs below a folder; a name may hold slashes.
+    /// Collects the blobs below a folder. A blob's name may hold slashes.
     fn blobs(&self, places: &[&str], folder: &str, listing: &mut PrefixListing) -> Result<()> {
-        for (place, entries) in self.list(places, folder, listing)? {
-            for entry in entries {
-                let path = format!("{folder}{}", entry.name);
-                match (entry.size, key_of(&path)) {
-                    (Some(size), Some((key, version))) => {
-                        let replica = place.to_string();
-                        let blob = Blob { replica, version, size, time: entry.time };
-                        listing.keys.entry(key).or_default().push(blob);
-                    }
-                    (None, _) if entry.folder && entry.name.bytes().all(is_base64) => {
-                        self.blobs(&[place], &format!("{path}/"), listing)?;
-                    }
-                    _ => listing.foreign.push(format!("{place}{path}")),
+        for (place, Entry { name, size, folder: is_folder, time }) in self.list(places, folder, listing)? {
+            let path = format!("{folder}{name}");
+            match (size, key_of(&path)) {
+                (Some(size), Some((key, version))) => {
+                    let blob = Blob { replica: place.to_string(), version, size, time };
+                    listing.keys.entry(key).or_default().push(blob);
                 }
+                (None, _) if is_folder && name.bytes().all(is_base64) => {
+                    self.blobs(&[place], &format!("{path}/"), listing)?;
+                }
+                _ => listing.foreign.push(format!("{place}{path}")),
             }
         }
         Ok(())

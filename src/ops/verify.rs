@@ -10,20 +10,18 @@
 use std::collections::BTreeMap;
 use std::mem::take;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rayon::prelude::*;
 
-use super::examine::{Examiner, Finding, Kind, Suspect};
+use super::examine::{Examiner, Finding, Kind, Suspect, is_debris};
 use super::report::{Progress, Report};
 use super::scan::{Blob, PrefixListing, scan, threads};
 use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
-use crate::format::record::Record;
-use crate::index::{Index, database, is_locked, lock_dir, record_of};
+use crate::index::{Index, database, is_locked, lock_dir};
 use crate::store::{self, Store, now};
 use crate::threads::lock;
 use crate::volumes::Volumes;
@@ -62,17 +60,9 @@ pub fn run(config: Config, store: store::Config, volumes: Arc<Volumes>) -> Resul
     }
     let store = Store::new(store, index, volumes);
     store.check_volumes()?;
-    let verify = Verify {
-        examiner: Examiner { store, running, deep: config.deep },
-        records,
-        newest,
-        ahead: Mutex::default(),
-        seen: AtomicU64::new(0),
-        unknown: AtomicU64::new(0),
-        suspects: Mutex::default(),
-        report: Report::new(config.verbose),
-        config,
-    };
+    let examiner = Examiner { store, running, deep: config.deep };
+    let (found, report) = (Mutex::default(), Report::new(config.verbose));
+    let verify = Verify { config, examiner, records, newest, found, report };
     threads(WIDTH)?.install(|| verify.all())
 }
 
@@ -80,16 +70,14 @@ pub fn run(config: Config, store: store::Config, volumes: Arc<Volumes>) -> Resul
 fn count_and_age(index: &Index) -> Result<(u64, u64)> {
     let (mut records, mut newest) = (0, 0);
     let view = index.view();
-    view.records(b"", b"", |key, text| {
-        let record = record_of(key, text)?;
+    for row in view.all_records() {
+        let (_, record) = row?;
         newest = newest.max(record.time.unwrap_or(0)).max(record.version / 1_000_000);
         records += 1;
-        Ok(true)
-    })?;
-    view.debris(b"", |_, version, _| {
-        newest = newest.max(version / 1_000_000);
-        Ok(())
-    })?;
+    }
+    for entry in view.entries() {
+        newest = newest.max(entry?.version / 1_000_000);
+    }
     // A clock that was ahead must not make new blobs look old.
     Ok((records, newest.min(now())))
 }
@@ -100,14 +88,21 @@ struct Verify {
     records: u64,
     /// When the index was last written, in seconds since 1970.
     newest: u64,
-    /// A blob that is newer than the index, which is therefore an old copy or another store's.
-    ahead: Mutex<Option<String>>,
-    /// Keys with a listed blob that their record names.
-    seen: AtomicU64,
-    /// Keys with other listed blobs only, debris left aside.
-    unknown: AtomicU64,
-    suspects: Mutex<BTreeMap<Vec<u8>, Vec<Blob>>>,
+    found: Mutex<Found>,
     report: Report,
+}
+
+/// What the comparison of the listings with the index has found.
+#[derive(Default)]
+struct Found {
+    /// Keys with a listed blob that their record names.
+    seen: u64,
+    /// Keys with other listed blobs only, debris left aside.
+    unknown: u64,
+    /// A blob that is newer than the index, which is therefore an old copy or another store's.
+    ahead: Option<String>,
+    /// Keys to look at again.
+    suspects: BTreeMap<Vec<u8>, Vec<Blob>>,
 }
 
 impl Verify {
@@ -119,7 +114,8 @@ impl Verify {
             return Err(self.wrong_index("nothing is compared further"));
         }
         self.look_at_unlisted()?;
-        let ahead = lock(&self.ahead).take().filter(|_| self.config.repair);
+        let mut suspects = take(&mut lock(&self.found).suspects);
+        let ahead = lock(&self.found).ahead.take().filter(|_| self.config.repair);
         if let Some(blob) = &ahead {
             eprintln!(
                 "the volumes hold what is newer than this index, http://{blob} for one: check -db. Nothing is removed"
@@ -127,27 +123,22 @@ impl Verify {
         } else if self.config.strays && unknown > seen {
             return Err(self.wrong_index("nothing is removed"));
         }
-        let mut suspects = take(&mut *lock(&self.suspects));
         let progress = Progress::new(suspects.len() as u64, "keys to look at again");
         let mut wrong = 0;
         while !suspects.is_empty() {
             let batch: Vec<_> = (0..BATCH).map_while(|_| suspects.pop_first()).collect();
-            match self.look_and_repair(&batch, ahead.is_some(), &progress) {
-                Ok(count) => wrong += count,
-                Err(error) => {
-                    self.report.show();
-                    let left = batch.len() + suspects.len();
-                    println!("ended early: {left} keys are still to be looked at");
-                    return Err(error);
-                }
-            }
+            wrong += self.look_and_repair(&batch, ahead.is_some(), &progress).inspect_err(|_| {
+                self.report.show();
+                println!("ended early: {} keys are still to be looked at", batch.len() + suspects.len());
+            })?;
         }
         progress.clear();
         self.conclude(wrong)
     }
 
     fn counts(&self) -> (u64, u64) {
-        (self.seen.load(Ordering::Relaxed), self.unknown.load(Ordering::Relaxed))
+        let found = lock(&self.found);
+        (found.seen, found.unknown)
     }
 
     /// An index that knows fewer of the keys on the volumes than it does not know is not their index.
@@ -167,73 +158,60 @@ impl Verify {
         for folder in listing.unreadable {
             self.report.add(UNREADABLE, folder);
         }
-        for (key, mut blobs) in listing.keys {
-            let record = self.examiner.store.index.get(&key)?;
-            let record = record.as_ref();
-            let is_unnamed = |b: &Blob| record.is_none_or(|record| !record.is_at(b.version, &b.replica));
-            let seen = !blobs.iter().all(is_unnamed);
-            self.seen.fetch_add(u64::from(seen), Ordering::Relaxed);
-            let findings = self.examiner.examine(&key, &blobs, &[], record, &[]);
-            if findings.is_ok_and(|findings| findings.is_empty()) {
-                continue;
-            }
-            blobs.retain(is_unnamed);
-            blobs.shrink_to_fit();
-            let unknown = self.note_unknown(&key, &blobs, record)? && !seen;
-            self.unknown.fetch_add(u64::from(unknown), Ordering::Relaxed);
-            self.suspect(&key, blobs);
+        for (key, blobs) in listing.keys {
+            self.compare_key(key, blobs)?;
         }
         Ok(())
     }
 
-    /// Whether one of these blobs, which the record does not name, is no debris either.
-    fn note_unknown(&self, key: &[u8], blobs: &[Blob], record: Option<&Record>) -> Result<bool> {
-        let mut unknown = false;
-        for Blob { replica, version, time, .. } in blobs {
-            if self.examiner.store.index.debris_entry(key, *version)?.replicas.contains(replica) {
-                continue;
-            }
-            unknown = true;
-            if record.map_or(*time >= self.newest, |record| *version > record.version) {
-                *lock(&self.ahead) = Some(format!("{replica}{}", path(key, *version)));
-            }
+    fn compare_key(&self, key: Vec<u8>, mut blobs: Vec<Blob>) -> Result<()> {
+        let index = &self.examiner.store.index;
+        let state = (index.get(&key)?, Vec::new());
+        let findings = self.examiner.examine(&key, &blobs, &[], &state);
+        let (record, listed) = (state.0, blobs.len());
+        blobs.retain(|blob| !record.as_ref().is_some_and(|record| record.is_at(blob.version, &blob.replica)));
+        let seen = blobs.len() < listed;
+        lock(&self.found).seen += u64::from(seen);
+        if findings.is_ok_and(|findings| findings.is_empty()) {
+            return Ok(());
         }
-        Ok(unknown)
-    }
-
-    /// Notes a key; what a listing has shown of it is kept.
-    fn suspect(&self, key: &[u8], blobs: Vec<Blob>) {
-        lock(&self.suspects).entry(key.to_vec()).or_insert(blobs);
+        blobs.shrink_to_fit();
+        let debris = index.debris(&key)?;
+        let unknown: Vec<&Blob> = blobs.iter().filter(|b| !is_debris(&debris, b.version, &b.replica)).collect();
+        let is_ahead = |blob: &&&Blob| match &record {
+            Some(record) => blob.version > record.version,
+            None => blob.time >= self.newest,
+        };
+        let ahead = unknown.iter().find(is_ahead).map(|blob| format!("{}{}", blob.replica, path(&key, blob.version)));
+        let is_unknown = !seen && !unknown.is_empty();
+        let mut found = lock(&self.found);
+        found.unknown += u64::from(is_unknown);
+        found.ahead = found.ahead.take().or(ahead);
+        found.suspects.insert(key, blobs);
+        Ok(())
     }
 
     /// Notes keys that no listing has shown: records without any blob, and debris.
     fn look_at_unlisted(&self) -> Result<()> {
+        // What a listing has shown of a key is kept.
+        let suspect = |key| {
+            lock(&self.found).suspects.entry(key).or_default();
+        };
         let view = self.examiner.store.index.view();
-        view.debris(b"", |key, _, _| {
-            self.suspect(key, Vec::new());
-            Ok(())
-        })?;
-        if self.seen.load(Ordering::Relaxed) == self.records {
+        for entry in view.entries() {
+            suspect(entry?.key);
+        }
+        if self.counts().0 == self.records {
             return Ok(());
         }
-        let ask = |(key, record): &(Vec<u8>, Record)| {
-            let blob = path(key, record.version);
-            let exists = |replica: &String| matches!(self.examiner.size(replica, &blob), Ok(Some(_)));
+        view.all_records().par_bridge().try_for_each(|row| {
+            let (key, record) = row?;
+            let exists = |replica: &String| matches!(self.examiner.blob(&key, record.version, replica), Ok(Some(_)));
             if !record.replicas.iter().any(exists) {
-                self.suspect(key, Vec::new());
+                suspect(key.into());
             }
-        };
-        let mut batch = Vec::new();
-        view.records(b"", b"", |key, text| {
-            batch.push((key.to_vec(), record_of(key, text)?));
-            if batch.len() == BATCH {
-                batch.par_iter().for_each(ask);
-                batch.clear();
-            }
-            Ok(true)
-        })?;
-        batch.par_iter().for_each(ask);
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Looks at these keys again, repairs them, and notes what is wrong at the end. Returns how many keys are wrong.

@@ -1,25 +1,24 @@
-//! A LevelDB that goleveldb wrote, only read.
+//! Reads a LevelDB that goleveldb wrote, and changes nothing in it.
 //!
-//! A library that opens one turns its log into tables and compacts, and
-//! rusty-leveldb passes over damaged blocks in silence besides. So the format is read here: every
-//! checksum is checked, and what does not hold is an error. Only the torn end of a log, which a
-//! killed master leaves, is what it is to LevelDB: something that was never written.
+//! No library does both: RocksDB reads no LevelDB tables since version 11, LevelDB itself compacts what it opens, and
+//! rusty-leveldb skips damaged blocks silently. This reader checks every checksum, and all damage is an error. Only an
+//! incomplete write at the end of a log is skipped: a killed master leaves it, and LevelDB skips it, too.
 //!
 //! ```text
 //! CURRENT  = name of the manifest, "\n"
-//! manifest = log; its records say which tables there are and which log is the oldest that counts
-//! NNN.log  = log; its records are batches of writes, not in tables yet
-//! log      = *chunk, none across a boundary of 32 KiB; a record is one chunk (1), or 2 *3 4
+//! manifest = log; its records name the tables and the oldest log that is still needed
+//! NNN.log  = log; its records are batches of writes that are not in tables yet
+//! log      = *chunk; none crosses a boundary of 32 KiB; a record is one chunk of kind 1, or chunks of kinds 2 *3 4
 //! chunk    = crc, 2 bytes of length, kind (1 to 4), data
 //! batch    = 8 bytes of sequence, 4 of count, *( 1 key value / 0 key ), each with a varint length
-//! NNN.ldb  = *block, footer: 40 bytes with two handles, the index block's is the second; magic
+//! NNN.ldb  = *block, footer: 40 bytes with two handles, of which the second is the index block's; magic
 //! handle   = varint start, varint length
-//! block    = rows and their restarts, maybe as snappy; kind (0, 1: snappy), crc
-//! row      = varint shared, own and value length; the key's own bytes after shared ones, value
+//! block    = rows and their restarts, kind (0: plain, 1: compressed with snappy), crc
+//! row      = three varints: bytes shared with the key before, further bytes of the key, bytes of the value; then both
 //! ```
 //!
-//! Keys in tables end in 8 bytes: sequence << 8, and 1 for a value or 0 for a deletion. Of a key's
-//! entries the one with the highest sequence counts. All numbers are little-endian.
+//! Keys in tables end in 8 bytes: sequence << 8, plus 1 for a value or 0 for a deletion. The entry with the highest
+//! sequence is the key's. All numbers are little-endian.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -34,7 +33,7 @@ const CHUNK_HEADER: usize = 7;
 const FOOTER: usize = 48;
 const MAGIC: &[u8] = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb";
 
-/// Of each key the newest write: its sequence, and the value or none where it deleted the key.
+/// The newest write of each key: its sequence, and the value, or `None` if it deleted the key.
 pub type Newest = BTreeMap<Vec<u8>, (u64, Option<Vec<u8>>)>;
 
 fn note(newest: &mut Newest, key: &[u8], sequence: u64, value: Option<&[u8]>) {
@@ -43,9 +42,9 @@ fn note(newest: &mut Newest, key: &[u8], sequence: u64, value: Option<&[u8]>) {
     }
 }
 
-/// Calls `f` with all keys of a LevelDB, some thousands at a time. In memory are the writes in the
-/// logs, which were in the master's too, and of each level of tables the one that covers the place:
-/// they are taken by their smallest keys, and what is smaller than the next one's is complete.
+/// Calls `f` with all keys of a LevelDB, some thousands at a time. Tables are read in the order of their smallest keys:
+/// all keys below the next table's smallest one are complete. So memory holds the writes of the logs, which the Go
+/// master held in memory, too, and about one table of each level.
 pub fn read(folder: &Path, mut f: impl FnMut(Newest) -> Result<()>) -> Result<()> {
     let current = load(folder, "CURRENT", |data| {
         let name = std::str::from_utf8(data).ok()?.strip_suffix('\n')?;
@@ -76,7 +75,7 @@ pub fn read(folder: &Path, mut f: impl FnMut(Newest) -> Result<()>) -> Result<()
     f(newest)
 }
 
-/// What a file holds, as `decode` sees it.
+/// Reads and decodes a file.
 fn load<T>(folder: &Path, name: &str, mut decode: impl FnMut(&[u8]) -> Option<T>) -> Result<T> {
     let path = folder.join(name);
     let data = fs::read(&path).map_err(|e| wrong(&path, e))?;
@@ -88,7 +87,7 @@ pub fn wrong(path: &Path, why: impl Display) -> Error {
     Error::Failed(format!("-leveldb: {}: {why}", path.display()))
 }
 
-/// The records of a log, without one at its end that was not written whole.
+/// The records of a log, without an incomplete one at its end.
 pub fn log_records(data: &[u8]) -> Option<Vec<Vec<u8>>> {
     let (mut records, mut record, mut begun, mut at) = (Vec::new(), Vec::new(), false, 0);
     while at < data.len() {
@@ -117,7 +116,7 @@ pub fn log_records(data: &[u8]) -> Option<Vec<Vec<u8>>> {
     Some(records)
 }
 
-/// The kind and the data of the chunk that begins here.
+/// The kind and the data of the chunk at the start of `rest`; `None` if it is incomplete or damaged.
 fn chunk(rest: &[u8]) -> Option<(u8, &[u8])> {
     let ([crc @ .., low, high, kind], body) = rest.split_first_chunk::<CHUNK_HEADER>()?;
     let body = body.get(..usize::from(u16::from_le_bytes([*low, *high])))?;
@@ -134,7 +133,7 @@ struct Table {
 
 struct Manifest {
     tables: Vec<Table>,
-    /// The number of the oldest log that counts, and of one more.
+    /// The numbers of the oldest log that is needed, and of one more.
     oldest_log: u64,
     other_log: u64,
 }
@@ -165,7 +164,7 @@ fn manifest(data: &[u8]) -> Option<Manifest> {
     Some(Manifest { tables: tables.into_values().collect(), oldest_log: oldest_log?, other_log })
 }
 
-/// Notes the writes of a batch.
+/// Adds the writes of a batch.
 fn replay(batch: &[u8], newest: &mut Newest) -> Option<()> {
     let (sequence, rest) = batch.split_first_chunk()?;
     let (count, mut rest) = rest.split_first_chunk()?;
@@ -179,7 +178,7 @@ fn replay(batch: &[u8], newest: &mut Newest) -> Option<()> {
     rest.is_empty().then_some(())
 }
 
-/// Notes the entries of a table.
+/// Adds the entries of a table.
 fn table(data: &[u8], newest: &mut Newest) -> Option<()> {
     let mut footer = data.get(data.len().checked_sub(FOOTER)?..)?.strip_suffix(MAGIC)?;
     let _metaindex = (varint(&mut footer)?, varint(&mut footer)?);
@@ -194,7 +193,7 @@ fn table(data: &[u8], newest: &mut Newest) -> Option<()> {
     Some(())
 }
 
-/// The rows of the block that a handle names.
+/// The keys and values of the block that a handle names.
 fn block(table: &[u8], mut handle: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
     let (start, length) = (varint(&mut handle)?, varint(&mut handle)?);
     let mut rest = table.get(usize::try_from(start).ok()?..)?;
@@ -224,7 +223,7 @@ fn take<'a>(rest: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
     Some(head)
 }
 
-/// Seven bits a byte, the lowest first; the highest bit says that more follow.
+/// A number in groups of seven bits, the lowest first. The highest bit of a byte says that another one follows.
 fn varint(rest: &mut &[u8]) -> Option<u64> {
     let mut number = 0;
     for shift in (0..64).step_by(7) {
@@ -237,7 +236,7 @@ fn varint(rest: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// Bytes behind their length.
+/// A varint and as many bytes.
 fn text<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
     let length = varint(rest)?;
     take(rest, length)

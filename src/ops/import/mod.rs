@@ -1,12 +1,12 @@
-//! `import`: the index of a Go minikeyvalue, a LevelDB that goleveldb wrote, into an index of ours.
+//! `mkv import`: makes an index from that of a Go minikeyvalue, a LevelDB written by goleveldb.
 //!
-//! The LevelDB is only read. Records go over unchanged; a half-written one becomes debris.
+//! The LevelDB is only read. Records are copied unchanged; a half-written one becomes debris.
 
 pub mod leveldb;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -14,18 +14,13 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Error, Result};
 use crate::format::placement::path;
+use crate::format::quoted;
 use crate::format::record::{Debris, Record, State};
-use crate::index::{Index, database, lock_dir};
+use crate::index::{Index, create_new, database, lock_dir, publish_new, remove};
 use leveldb::{read, wrong};
 
-/// The records that do not decode and are listed; the others are only counted.
+/// How many of the records that do not decode are listed. The others are only counted.
 const LISTED: u64 = 100;
-
-pub struct Config {
-    pub db: PathBuf,
-    /// The folder of the Go master's index.
-    pub leveldb: PathBuf,
-}
 
 #[derive(Default)]
 struct Counts {
@@ -37,25 +32,19 @@ struct Counts {
     elsewhere: u64,
 }
 
-/// Carries out `mkv -db NEW import -leveldb OLD`. The index is filled as `index.new` and becomes
-/// `index` as its last step, so that an import that was stopped leaves none.
-pub fn run(config: &Config) -> Result<()> {
-    let Config { db, leveldb: old } = config;
+/// Carries out `mkv -db NEW import -leveldb OLD`. The new index takes its place as the last step, so that an
+/// interrupted import leaves none.
+pub fn run(db: &Path, old: &Path) -> Result<()> {
     let _held = hold(old)?;
     keep_apart(db, old)?;
     let folder = database(db)?;
     let _lock = lock_dir(db, true)?;
-    refuse_used(&folder)?;
-    let new = folder.with_extension("new");
-    let publish = || {
-        remove(&folder)?;
-        fs::rename(&new, &folder)?;
-        File::open(db)?.sync_all()
-    };
-    let in_db = |e: io::Error| Error::Failed(format!("-db {}: {e}", db.display()));
-    remove(&new).map_err(in_db)?;
-    let counts = fill(&new, old).inspect_err(|_| drop(remove(&new)))?;
-    publish().map_err(in_db)?;
+    if folder.exists() && !Index::open(&folder, false, false)?.is_empty()? {
+        return Err(Error::Failed(format!("the index {} is not empty: give another -db", folder.display())));
+    }
+    let counts = fill(db, old).inspect_err(|_| drop(remove(&db.join("index.new"))))?;
+    remove(&folder)?;
+    publish_new(db)?;
     let Counts { live, unlinked, half_written, undecodable, elsewhere } = counts;
     println!(
         "imported {live} live and {unlinked} unlinked keys, {half_written} half-written, \
@@ -73,8 +62,8 @@ pub fn run(config: &Config) -> Result<()> {
     }
 }
 
-/// Where a Go store has a key's blob, if that is not where mkv looks: the Go master used plain base64
-/// up to the 255 bytes that a file's name may have, and its nginx took two slashes for one.
+/// The path of a key's blob in a Go store, if it is not the path that mkv uses: the Go master used plain base64 up to
+/// the 255 bytes that a file's name may have, and its nginx merges slashes.
 fn elsewhere(key: &[u8]) -> Option<String> {
     let ours = path(key, 0);
     let mut theirs = format!("{}{}", &ours[..7], STANDARD.encode(key));
@@ -84,7 +73,7 @@ fn elsewhere(key: &[u8]) -> Option<String> {
     (theirs != ours).then_some(theirs)
 }
 
-/// Takes the lock that a running Go master has; a copy of a folder may come without one.
+/// Takes the lock that a running Go master holds. A copy of the folder may lack the lock's file.
 fn hold(old: &Path) -> Result<Option<File>> {
     if !old.join("CURRENT").is_file() {
         let text = "there is no LevelDB here: give the folder that was the Go master's -db";
@@ -99,7 +88,7 @@ fn hold(old: &Path) -> Result<Option<File>> {
     Ok(Some(lock))
 }
 
-/// Neither may the new index lie in the old one, nor the old one where the new one will.
+/// Fails if `-db` lies in the old index, or the old index in a folder of `-db` that the import replaces.
 fn keep_apart(db: &Path, old: &Path) -> Result<()> {
     let io = |e: io::Error| wrong(old, e);
     let source = old.canonicalize().map_err(io)?;
@@ -114,51 +103,33 @@ fn keep_apart(db: &Path, old: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An import is a store's beginning: an index that holds anything is not added to.
-fn refuse_used(folder: &Path) -> Result<()> {
-    if !folder.exists() {
-        return Ok(());
-    }
-    let text = format!("the index {} is not empty: give another -db", folder.display());
-    if Index::open(folder, false, false)?.is_empty()? { Ok(()) } else { Err(Error::Failed(text)) }
-}
-
-fn remove(folder: &Path) -> io::Result<()> {
-    if folder.exists() { fs::remove_dir_all(folder) } else { Ok(()) }
-}
-
-/// Makes an index of what the LevelDB holds.
-fn fill(folder: &Path, old: &Path) -> Result<Counts> {
-    let index = Index::create(folder)?;
+/// Fills the new index with the records of the LevelDB.
+fn fill(db: &Path, old: &Path) -> Result<Counts> {
+    let index = create_new(db)?;
     let mut counts = Counts::default();
     read(old, |rows| {
         let mut batch = index.batch();
         for (key, (_, text)) in rows {
             let Some(text) = text else { continue };
-            batch = match Record::decode(&text) {
-                Some(record) if record.state == State::HalfWritten => {
-                    counts.half_written += 1;
-                    let blobs = Debris { replicas: record.replicas, ..Debris::default() };
-                    batch.set_debris(&key, 0, &blobs)
+            let Some(record) = Record::decode(&text) else {
+                counts.undecodable += 1;
+                if counts.undecodable <= LISTED {
+                    eprintln!("does not decode: key {}, record {}", quoted(&key), quoted(&text));
                 }
-                Some(record) => {
-                    *if record.live() { &mut counts.live } else { &mut counts.unlinked } += 1;
-                    if let Some(there) = elsewhere(&key) {
-                        counts.elsewhere += 1;
-                        let key = key.escape_ascii();
-                        eprintln!("store again: key \"{key}\", its blob is http://{}{there}", record.replicas[0]);
-                    }
-                    batch.put(&key, &record)
-                }
-                None => {
-                    counts.undecodable += 1;
-                    if counts.undecodable <= LISTED {
-                        let (key, text) = (key.escape_ascii(), text.escape_ascii());
-                        eprintln!("does not decode: key \"{key}\", record \"{text}\"");
-                    }
-                    batch
-                }
+                continue;
             };
+            if record.state == State::HalfWritten {
+                counts.half_written += 1;
+                let blobs = Debris { replicas: record.replicas, ..Debris::default() };
+                batch = batch.set_debris(&key, 0, &blobs);
+                continue;
+            }
+            *if record.live() { &mut counts.live } else { &mut counts.unlinked } += 1;
+            if let Some(path) = elsewhere(&key) {
+                counts.elsewhere += 1;
+                eprintln!("store again: key {}, its blob is http://{}{path}", quoted(&key), record.replicas[0]);
+            }
+            batch = batch.put(&key, &record);
         }
         batch.commit()
     })?;
@@ -171,6 +142,7 @@ fn fill(folder: &Path, old: &Path) -> Result<Counts> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
 
     use super::*;
@@ -186,10 +158,6 @@ mod tests {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
         folder
-    }
-
-    fn import(old: &Path, new: &Path) -> Result<()> {
-        run(&Config { db: new.into(), leveldb: old.into() })
     }
 
     /// What goleveldb read in a fixture.
@@ -221,7 +189,7 @@ mod tests {
     #[test]
     fn records_arrive_unchanged_and_half_written_ones_as_debris() {
         let new = folder("records");
-        import(&fixture("killed"), &new).unwrap();
+        run(&new, &fixture("killed")).unwrap();
         let index = Index::open(&new.join("index"), false, false).unwrap();
         let (mut records, mut debris) = (Vec::new(), Vec::new());
         index
