@@ -31,6 +31,19 @@ pub enum State {
     HalfWritten,
 }
 
+impl State {
+    /// The state of an encoded record, without decoding the rest of it.
+    pub fn of(text: &[u8]) -> State {
+        if text.starts_with(b"INIT") {
+            State::HalfWritten
+        } else if text.starts_with(b"DELETED") {
+            State::Unlinked
+        } else {
+            State::Live
+        }
+    }
+}
+
 /// What the index holds for a key.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Record {
@@ -72,13 +85,9 @@ impl Record {
     /// Decodes a record; `None` if the text does not match the grammar.
     pub fn decode(text: &[u8]) -> Option<Record> {
         let mut rest = std::str::from_utf8(text).ok()?;
-        let half = take_tag(&mut rest, "INIT");
-        let unlinked = take_tag(&mut rest, "DELETED");
-        let state = match (half, unlinked) {
-            (true, _) => State::HalfWritten,
-            (false, true) => State::Unlinked,
-            (false, false) => State::Live,
-        };
+        let state = State::of(text);
+        take_tag(&mut rest, "INIT");
+        take_tag(&mut rest, "DELETED");
         Some(Record {
             state,
             hash: match take_tag(&mut rest, "HASH") {

@@ -128,7 +128,9 @@ impl Page<'_> {
             }
         };
         self.view.records(&self.list.prefix, &self.list.start, |key, text| {
-            if record_of(key, text)?.state == wanted { f(key) } else { Ok(true) }
+            // The first pass has decoded all records.
+            let state = if self.length > 0 { State::of(text) } else { record_of(key, text)?.state };
+            if state == wanted { f(key) } else { Ok(true) }
         })
     }
 
