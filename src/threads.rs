@@ -1,8 +1,8 @@
 //! A pool of threads without a limit, which keeps idle ones for the next job.
 //!
-//! A job goes to a thread that waits, or to a new one; it never queues, so jobs may wait for each other.
-//! The channel has no room: sending succeeds only where a thread is receiving. Its receivers sleep at
-//! once, unlike those of channels with room, which spin before they sleep.
+//! A job goes to an idle thread, or to a new one. It never waits in a queue, so jobs may wait for each other.
+//! The channel has capacity 0: a send succeeds only if a thread is receiving. Receivers of such a channel sleep
+//! at once; receivers of a buffered channel spin first, which costs processor time.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,8 +22,8 @@ pub type Job = Box<dyn FnOnce() + Send>;
 /// How long a thread waits for a job before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How many threads may wait. Jobs go round among those that wait: without a limit a few jobs would keep
-/// as many threads as there have ever been.
+/// How many idle threads are kept. Jobs take turns among idle threads, so without this limit a few jobs would
+/// keep all threads of an earlier peak alive.
 const SPARE: usize = 16;
 
 /// A thread's stack, in bytes of address space. RocksDB's writes need some 100 KiB.
@@ -33,7 +33,7 @@ const STACK: usize = 1 << 20;
 pub struct Pool {
     give: Sender<Job>,
     take: Receiver<Job>,
-    /// Threads that wait for a job.
+    /// Idle threads.
     spare: Arc<AtomicUsize>,
 }
 
@@ -45,8 +45,7 @@ impl Default for Pool {
 }
 
 impl Pool {
-    /// Runs the job on a thread that waits, or on a new one. Gives the job back where the machine has no
-    /// thread for it.
+    /// Runs the job on an idle thread, or on a new one. Returns the job if the machine cannot start a thread.
     pub fn run(&self, job: Job) -> Result<(), Job> {
         let Err(refused) = self.give.try_send(job) else { return Ok(()) };
         let (give, first) = bounded(1);
@@ -59,7 +58,7 @@ impl Pool {
         }
     }
 
-    /// Runs a job, and those that come after it.
+    /// Runs a job, then further jobs until none comes for `IDLE`.
     fn work(&self, job: Job) {
         let mut next = Some(job);
         while let Some(job) = next {
@@ -71,8 +70,8 @@ impl Pool {
         }
     }
 
-    /// Calls `f` with every item at the same time, and gives the results in the items' order. Where
-    /// there is no thread for an item, this thread takes it.
+    /// Calls `f` with all items at the same time and returns the results in the items' order. If no thread can be
+    /// started for an item, the calling thread handles it.
     pub fn each<I, T, F>(&self, items: Vec<I>, f: F) -> Vec<T>
     where
         I: Send + 'static,

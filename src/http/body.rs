@@ -1,7 +1,7 @@
 //! A request's body (RFC 9112, sections 6 and 7), as a reader.
 //!
-//! `Ok(0)` is the body's true end. Where it is cut short, malformed or too slow, reading fails, and
-//! goes on failing. Chunk extensions and trailers are read and ignored; their length is bounded.
+//! `Ok(0)` means that the body is complete. If it is cut short, malformed or too slow, every further read
+//! fails. Chunk extensions and trailers are read and ignored; their length is bounded.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -24,26 +24,26 @@ pub struct Body<'a> {
     input: &'a mut Input,
     counters: &'a Counters,
     state: State,
-    /// As the head says; `None`: the body is chunked.
+    /// The Content-Length. `None`: the body is chunked.
     length: Option<u64>,
     /// The client waits for `100 Continue`.
     expected: bool,
     stall_timeout: Duration,
-    /// How long the client was waited for, and the bytes that came, since the last progress.
+    /// How long we have waited for the client since its last 1 KiB, and the bytes received since then.
     waited: Duration,
     came: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum State {
-    /// So many bytes follow.
+    /// This many bytes of the body are left.
     Length(u64),
     /// A chunk's size line follows.
     Size,
-    /// So many bytes of a chunk follow, and then its CRLF.
+    /// This many bytes of a chunk are left; its CRLF follows.
     Chunk(u64),
     Ended,
-    /// Where the next byte belongs is not known.
+    /// A read has failed, so the position in the body is unknown.
     Broken,
 }
 
@@ -71,7 +71,7 @@ impl<'a> Body<'a> {
         }
     }
 
-    /// Bytes, as the head says; `None`: the body is chunked.
+    /// The Content-Length in bytes. `None`: the body is chunked.
     pub fn length(&self) -> Option<u64> {
         self.length
     }
@@ -80,17 +80,17 @@ impl<'a> Body<'a> {
         self.input.socket()
     }
 
-    /// Bytes that are still to be read and surely come; `None`: that is not known.
+    /// The bytes that the client will still send. `None`: unknown.
     pub(super) fn rest(&self) -> Option<u64> {
         match self.state {
             State::Ended => Some(0),
-            // Told no, a client that waits for `100 Continue` may send the body or not.
+            // A client that waits for `100 Continue` and gets a final response may send the body or not.
             State::Length(left) if !self.expected => Some(left),
             _ => None,
         }
     }
 
-    /// Section 10.1.1 of RFC 9110: a client that has begun to send is told nothing.
+    /// Sends `100 Continue`, unless the client has already begun to send the body (RFC 9110, 10.1.1).
     fn send_continue(&mut self) -> io::Result<()> {
         if std::mem::take(&mut self.expected) && self.input.buffered().is_empty() {
             self.input.socket().write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
@@ -98,7 +98,7 @@ impl<'a> Body<'a> {
         Ok(())
     }
 
-    /// Takes note of what came of a wait that began at `begun`, and gives it.
+    /// Records the outcome of a wait that began at `begun`, and returns it. Fails if the client is too slow.
     fn note(&mut self, came: io::Result<usize>, begun: Instant) -> io::Result<usize> {
         let limit = self.stall_timeout;
         let stalled = || {
@@ -120,7 +120,7 @@ impl<'a> Body<'a> {
         Ok(count)
     }
 
-    /// Reads a line, and adds it to `lines`.
+    /// Appends the next line to `lines`.
     fn read_line(&mut self, lines: &mut Vec<u8>, limit: usize) -> io::Result<()> {
         loop {
             let begun = Instant::now();
@@ -161,7 +161,7 @@ impl<'a> Body<'a> {
         Ok(State::Size)
     }
 
-    /// Reads bytes of which `left` follow, and gives how many follow them.
+    /// Reads some of the `left` bytes. Returns the bytes read, and how many are left after them.
     fn read_some(&mut self, buffer: &mut [u8], left: u64) -> io::Result<(usize, u64)> {
         let most = buffer.len().min(left.try_into().unwrap_or(usize::MAX));
         let begun = Instant::now();
@@ -202,7 +202,7 @@ impl Read for Body<'_> {
     }
 }
 
-/// Not inlined: an upload needs no stack for the fields until its end.
+/// Not inlined, so that an upload does not keep stack space for the fields.
 #[inline(never)]
 fn check_trailers(trailers: &[u8]) -> io::Result<State> {
     match httparse::parse_headers(trailers, &mut [EMPTY_HEADER; FIELDS_MAX]) {
@@ -211,7 +211,7 @@ fn check_trailers(trailers: &[u8]) -> io::Result<State> {
     }
 }
 
-/// The size that a line gives: `1*HEXDIG *( BWS ";" ext ) CRLF`. Of an extension only the end matters.
+/// Parses a chunk's size line: `1*HEXDIG *( BWS ";" ext ) CRLF`. Extensions are not parsed.
 fn chunk_size(line: &[u8]) -> Option<u64> {
     let line = line.strip_suffix(b"\r\n")?;
     let digits = line.iter().take_while(|byte| byte.is_ascii_hexdigit()).count();
@@ -230,7 +230,7 @@ mod tests {
 
     const STALL: Duration = Duration::from_millis(200);
 
-    /// Reads a body that a client sends in two pieces, and gives what follows it on the connection.
+    /// Reads a body that a client sends in two pieces. Returns it, and what follows it on the connection.
     fn read(headers: &str, sent: &str) -> (io::Result<String>, String) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

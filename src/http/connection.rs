@@ -12,15 +12,14 @@ use super::response::Next;
 use super::server::{Counted, Server};
 use super::{Handler, Refusal};
 
-/// How long a connection is still read after its last response: were it closed with bytes unread, the
-/// kernel would reset it, and the client could lose the response.
+/// How long a connection is read after its last response. If it were closed with unread bytes, the kernel
+/// would reset it, and the client could lose the response.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// A body that nobody wants is read to its end up to this length, in bytes, instead of ending the
-/// connection.
+/// An unread body of at most this many bytes is skipped, so that the connection can be kept.
 const SKIP_MAX: u64 = 64 << 10;
 
-/// An idle connection keeps its buffers up to this length, in bytes.
+/// An idle connection keeps buffers of at most this many bytes.
 const KEEP: usize = 2 << 10;
 
 pub struct Connection<'a, H> {
@@ -31,14 +30,14 @@ pub struct Connection<'a, H> {
     date: Date,
 }
 
-/// Frees a large buffer. Shrunk in its place it would leave a hole that no larger one fits into.
+/// Frees a large buffer. Shrinking it in place would fragment the heap.
 fn trim(buffer: &mut Vec<u8>) {
     if buffer.capacity() > KEEP {
         *buffer = Vec::new();
     }
 }
 
-/// The time as a Date header has it, made once a second.
+/// The text of the Date header, formatted once a second.
 #[derive(Default)]
 struct Date {
     second: u64,
@@ -82,7 +81,7 @@ impl<'a, H: Handler> Connection<'a, H> {
         }
     }
 
-    /// Sends the response to what is no request, and ends the connection.
+    /// Sends a refusal and ends the connection.
     pub fn refuse(&mut self, refusal: Refusal) {
         match self.send_refusal(refusal) {
             Ok(_) => self.linger(),
@@ -90,7 +89,8 @@ impl<'a, H: Handler> Connection<'a, H> {
         }
     }
 
-    /// Reads the next head with its empty line; `false`: the client has closed, or is idle.
+    /// Reads the next head including its empty line. `false`: the client has closed the connection or was idle for
+    /// too long.
     fn read_head(&mut self) -> Result<bool, Refusal> {
         self.head.clear();
         let (mut begun, mut start, mut skipped) = (Instant::now(), 0, false);
@@ -108,16 +108,17 @@ impl<'a, H: Handler> Connection<'a, H> {
             } else if start > 0 || skipped {
                 return Ok(true);
             } else {
-                // Section 2.2: one empty line before a request is ignored.
+                // RFC 9112, 2.2: one empty line before a request is ignored.
                 skipped = true;
                 self.head.clear();
             }
         }
     }
 
-    /// Waits for more of a head, which began at `begun`; `false`: the client has closed, or is idle.
+    /// Waits for more of a head that began at `begun`. `false`: the client has closed the connection or was idle for
+    /// too long.
     fn wait(&mut self, begun: Instant) -> Result<bool, Refusal> {
-        // A TLS client, for example, would otherwise wait until the timeout.
+        // Without this check, a TLS client would wait until the timeout.
         if self.head.first().is_some_and(|first| !first.is_ascii_graphic() && *first != b'\r') {
             return Err(Refusal::Malformed("this is no HTTP"));
         }
@@ -131,7 +132,7 @@ impl<'a, H: Handler> Connection<'a, H> {
         }
     }
 
-    /// Answers the request whose head was read; whether the connection goes on.
+    /// Answers the request whose head was read. Returns whether the connection is kept.
     fn answer(&mut self) -> io::Result<bool> {
         let busy = Counted::new(&self.server.busy);
         let mut fields = NO_FIELDS;
@@ -161,7 +162,7 @@ impl<'a, H: Handler> Connection<'a, H> {
         Ok(goes_on)
     }
 
-    /// Sends the response to what is no request. The connection does not go on.
+    /// Sends a refusal. Returns false: the connection is not kept.
     fn send_refusal(&mut self, refusal: Refusal) -> io::Result<bool> {
         let response = self.server.handler.refuse(refusal);
         let (socket, date) = (self.input.socket(), self.date.now());
@@ -170,7 +171,7 @@ impl<'a, H: Handler> Connection<'a, H> {
         Ok(false)
     }
 
-    /// Reads on until the client has closed.
+    /// Discards input until the client closes the connection, for `LINGER` at most.
     fn linger(&mut self) {
         let until = Instant::now() + LINGER;
         if self.input.socket().shutdown(Shutdown::Write).is_err() {

@@ -1,4 +1,4 @@
-//! A client's socket, buffered, with a limit for each wait.
+//! A client's socket with a buffer and a timeout for each read.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read};
 use std::net::TcpStream;
@@ -33,7 +33,7 @@ impl Input {
         self.reader.consume(count);
     }
 
-    /// Waits until there are bytes, and gives their number; 0: the client has closed.
+    /// Waits for input and returns the number of buffered bytes. 0: the client has closed the connection.
     pub fn wait(&mut self, within: Duration) -> io::Result<usize> {
         self.limit(within)?;
         loop {
@@ -44,7 +44,7 @@ impl Input {
         }
     }
 
-    /// Reads into `buffer`; large reads go past the buffer.
+    /// Reads into `buffer`. Large reads bypass the internal buffer.
     pub fn read(&mut self, buffer: &mut [u8], within: Duration) -> io::Result<usize> {
         self.limit(within)?;
         loop {
@@ -57,15 +57,15 @@ impl Input {
 
     fn limit(&mut self, within: Duration) -> io::Result<()> {
         if self.timeout != Some(within) {
-            // The socket takes 0 for no limit at all.
+            // A socket takes a timeout of 0 as "no timeout".
             self.socket().set_read_timeout(Some(within.max(Duration::from_millis(1))))?;
             self.timeout = Some(within);
         }
         Ok(())
     }
 
-    /// Moves bytes from the buffer to `line`, up to the CRLF that ends it; whether that was there. A
-    /// line that ends in a bare LF, or would make `line` longer than `limit`, is an error.
+    /// Moves buffered bytes to `line`, up to and including the next CRLF. Returns whether there was one. Fails if a
+    /// line ends in a bare LF, or if `line` would exceed `limit` bytes.
     pub fn take_line(&mut self, line: &mut Vec<u8>, limit: usize) -> Result<bool, Refusal> {
         let bytes = self.reader.buffer();
         let end = bytes.iter().position(|byte| *byte == b'\n').map(|at| at + 1);

@@ -3,12 +3,12 @@
 //! One thread accepts connections. Each connection has a thread of its own, which reads a request, lets
 //! the `Handler` answer it, writes the response and goes on with the next request.
 //!
-//! It promises that a handler sees only well-formed requests, that `Ok(0)` from a body is the body's
-//! true end, and that no client costs more than one thread and about 100 KiB, however it behaves: heads,
-//! idle connections, bodies and unread responses all have limits. Whatever could be read in two ways is
-//! refused and ends its connection, so that no part of it is taken for another request.
+//! It promises that a handler sees only well-formed requests, that `Ok(0)` from a body means the body is
+//! complete, and that a client costs at most one thread and about 100 KiB: heads, idle connections, bodies and
+//! unread responses all have limits. An ambiguous request is refused and its connection closed, so that no part of
+//! it can be taken for another request (request smuggling).
 //!
-//! It knows nothing of what is served, and words no response: those come from the handler.
+//! It knows nothing of what is served. The handler makes all responses, also the refusals.
 
 mod body;
 mod connection;
@@ -26,9 +26,9 @@ pub use response::{Content, Response};
 pub use server::Server;
 
 pub struct Config {
-    /// Empty: every address of the machine.
+    /// The address to listen on. Empty: all addresses of the machine.
     pub host: String,
-    /// 0: one that the kernel chooses.
+    /// 0: the kernel chooses a free port.
     pub port: u16,
     pub max_connections: usize,
     /// From a head's first byte to its last.

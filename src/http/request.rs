@@ -1,8 +1,7 @@
 //! A request's head (RFC 9112, sections 2 to 6): method, target, fields, and where its body ends.
 //!
-//! httparse reads the syntax. What it leaves open is decided here, always for the strict reading: a
-//! field that says where the body ends may stand once, and there is one of them at most. Nothing is
-//! copied; a request borrows the head's bytes.
+//! httparse parses the syntax. This file adds the checks that httparse leaves to its caller, and is always strict:
+//! at most one field may say where the body ends, and it may appear only once. A request borrows the head's bytes.
 
 use std::mem::MaybeUninit;
 use std::str::from_utf8;
@@ -29,18 +28,18 @@ pub const NO_FIELDS: Fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
 pub struct Request<'a> {
     pub method: &'a str,
     pub target: &'a str,
-    /// Bytes of the body; `None`: it is chunked.
+    /// The body's length in bytes. `None`: it is chunked.
     pub length: Option<u64>,
     /// The client waits for `100 Continue` before it sends the body.
     pub expects_continue: bool,
     /// The minor version of HTTP/1.
     pub minor: u8,
-    /// The connection ends with the response.
+    /// The connection is to be closed after the response.
     pub close: bool,
     fields: &'a [Header<'a>],
 }
 
-/// Fields that may stand once. A proxy could act on the first, and this server on the last.
+/// Fields that may appear only once: a proxy could use the first of two, and this server the last.
 const ONCE: [&str; 5] = ["Host", "Content-Length", "Transfer-Encoding", "Expect", "Authorization"];
 
 impl<'a> Request<'a> {
@@ -60,7 +59,7 @@ impl<'a> Request<'a> {
             let is = |name: &&str| field.name.eq_ignore_ascii_case(name);
             if let Some(n) = ONCE.iter().position(is) {
                 if once[n].replace(value).is_some() {
-                    return Err(Refusal::Malformed("a header that may stand once stands twice"));
+                    return Err(Refusal::Malformed("a header that may appear only once appears twice"));
                 }
             } else if is(&"Connection") {
                 let has = |word| value.split(',').any(|w| w.trim().eq_ignore_ascii_case(word));
@@ -81,7 +80,7 @@ impl<'a> Request<'a> {
         })
     }
 
-    /// The first header of this name, whose case does not matter.
+    /// The first header with this name. The case of the name does not matter.
     pub fn header(&self, name: &str) -> Option<&'a str> {
         let field = self.fields.iter().find(|field| field.name.eq_ignore_ascii_case(name))?;
         from_utf8(field.value).ok()
@@ -143,7 +142,7 @@ fn body_length(length: Option<&str>, encoding: Option<&str>, minor: u8) -> Resul
 mod tests {
     use super::*;
 
-    /// What `see` sees of a request that has these lines.
+    /// Parses a request of these lines, separated by `|`, and returns what `see` returns for it.
     fn parse<T>(lines: &str, see: impl Fn(&Request) -> T) -> Result<T, Refusal> {
         let head = format!("{}\r\n\r\n", lines.replace('|', "\r\n"));
         let mut fields = NO_FIELDS;

@@ -1,14 +1,14 @@
-//! A response, and how it is written: head and text in one piece, a stream after its head.
+//! A response and how it is sent: head and text with one write, a stream after its head.
 
 use std::io::{self, BufWriter, Write};
 use std::net::TcpStream;
 
-/// A stream is sent in pieces of so many bytes.
+/// A stream is sent in writes of this many bytes.
 const PIECE: usize = 64 << 10;
 
 pub struct Response<'a> {
     pub status: u16,
-    /// Content-Length, Date and Connection are the server's to add.
+    /// Without Content-Length, Date and Connection, which the server adds.
     pub headers: Vec<(&'static str, String)>,
     pub content: Content<'a>,
 }
@@ -18,24 +18,24 @@ type WriteFn<'a> = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + 'a>;
 pub enum Content<'a> {
     Empty,
     Text(String),
-    /// Writes its bytes, as many as `length` says.
+    /// `write` writes exactly `length` bytes.
     Stream {
         length: u64,
         write: WriteFn<'a>,
     },
 }
 
-/// What becomes of the connection.
+/// Whether the connection is kept after the response.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Next {
     Close,
     Keep,
-    /// HTTP/1.0 has to be told.
+    /// Keep it and say so, for HTTP/1.0.
     SayKeep,
 }
 
 impl Response<'_> {
-    /// Sends the response and gives its bytes; `buffer` is room for it.
+    /// Sends the response and returns the bytes sent. `buffer` is reused between responses.
     pub(super) fn send(
         self,
         mut socket: &TcpStream,
@@ -87,7 +87,7 @@ impl Response<'_> {
     }
 }
 
-/// The words behind a status, which only people read.
+/// The reason phrase of a status.
 fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",

@@ -1,7 +1,7 @@
 //! Accepting connections, and the end of a server.
 //!
-//! No error ends the accept loop. Where descriptors or threads are used up, it tries again every 10 ms:
-//! connections wait in the kernel's queue meanwhile, and those that are open are served.
+//! No error ends the accept loop. When the process is out of descriptors or threads, it tries again every 10 ms;
+//! new connections wait in the kernel's queue meanwhile, and open ones are served.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -19,13 +19,13 @@ use crate::threads::{Job, Pool};
 /// The pause after a failure to accept or to start a thread.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// How many connections above the limit may be told so at the same time. More are closed at once.
+/// How many connections above the limit get a 503 at the same time. Further ones are closed without a response.
 const REFUSED_MAX: usize = 64;
 
-/// What the kernel holds of a response that its client does not read, in bytes.
+/// The socket's send buffer in bytes: what the kernel holds for a client that does not read.
 const SEND_BUFFER: usize = 256 << 10;
 
-/// How many new connections wait in the kernel.
+/// The listen backlog: how many new connections may wait in the kernel.
 const BACKLOG: i32 = 4096;
 
 pub struct Server<H> {
@@ -34,14 +34,14 @@ pub struct Server<H> {
     pub(super) counters: Arc<Counters>,
     /// Requests that are being answered.
     pub(super) busy: AtomicUsize,
-    /// Connections above the limit, which are being told so.
+    /// Connections above the limit that are being sent a 503.
     refused: AtomicUsize,
     listener: TcpListener,
     threads: Pool,
     stopping: AtomicBool,
 }
 
-/// One more, until it is dropped.
+/// Adds one to a counter until it is dropped.
 pub(super) struct Counted<'a>(&'a AtomicUsize);
 
 impl<'a> Counted<'a> {
@@ -88,7 +88,7 @@ impl<H: Handler> Server<H> {
         }
     }
 
-    /// Serves a connection on a thread of its own, as soon as one can be had.
+    /// Serves a connection on its own thread. Waits until a thread can be started.
     fn start(self: &Arc<Self>, socket: TcpStream, warned: &mut Option<Instant>) {
         let open = self.counters.connections.load(Ordering::SeqCst);
         let full = open >= self.config.max_connections;
@@ -107,7 +107,7 @@ impl<H: Handler> Server<H> {
         }
     }
 
-    /// Waits after a failure, which is logged once a second at most.
+    /// Pauses after a failure, and logs it at most once a second.
     fn pause(&self, warned: &mut Option<Instant>, failure: &str) {
         if !self.is_stopping() && warned.is_none_or(|at| at.elapsed() > Duration::from_secs(1)) {
             log::warn!("new connections have to wait: {failure}");
@@ -120,7 +120,7 @@ impl<H: Handler> Server<H> {
         if full { &self.refused } else { &self.counters.connections }
     }
 
-    /// Serves a connection, which is counted already.
+    /// Serves a connection that has already been counted.
     fn serve(&self, socket: TcpStream, full: bool) {
         let _open = Counted(self.count(full));
         match Connection::new(self, socket) {
@@ -134,8 +134,7 @@ impl<H: Handler> Server<H> {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// Accepts no more connections, refuses new requests, and waits for those that are being answered,
-    /// for `drain` at most.
+    /// Stops accepting connections, refuses new requests, and waits at most `drain` for the requests under way.
     pub fn stop(&self, drain: Duration) {
         self.stopping.store(true, Ordering::SeqCst);
         // Wakes `accept`.
