@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::is_volume;
 use crate::http;
+use crate::man;
 use crate::ops::{import, rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
@@ -55,7 +56,7 @@ pub struct Cli {
 /// Name, value (empty: a switch), and help. A group's first element is its command.
 type Flag = (&'static str, &'static str, &'static str);
 
-const COMMANDS: [(&str, &str); 6] = [
+pub(crate) const COMMANDS: [(&str, &str); 6] = [
     ("server", "answer requests until SIGTERM or Ctrl-C"),
     ("rebuild", "make a new index from the files on the volumes"),
     ("rebalance", "move values to the volumes where they belong"),
@@ -64,7 +65,7 @@ const COMMANDS: [(&str, &str); 6] = [
     ("dump", "print the index: a percent-encoded key, a tab and its record on each line"),
 ];
 
-const FLAGS: [(&str, &[Flag]); 7] = [
+pub(crate) const FLAGS: [(&str, &[Flag]); 7] = [
     (
         "every command",
         &[
@@ -166,6 +167,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Cli> {
         return cli(Command::Print(format!("mkv {}", env!("CARGO_PKG_VERSION"))));
     }
     match (command, rest.len()) {
+        (Some("man"), 1) => return cli(Command::Print(man::page())), // for packages; -help does not name it
         (None, _) => {
             return usage("say what to do: server, rebuild, rebalance, verify, import or dump; see mkv -help");
         }
