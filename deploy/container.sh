@@ -35,12 +35,14 @@ make_certificate() {
   printf 'container.sh: the certificate is self-signed; replace %s with one that clients trust\n' "$data/mkv.pem" >&2
 }
 
-# front.conf with the lines marked HERE set for this container.
+# front.conf with the lines marked HERE set for this container, and with temporary folders that nginx can make.
 configure_front() { # PORT
-  local conf=/usr/share/mkv/front.conf
+  local conf=/usr/share/mkv/front.conf temp
+  temp=$(printf '%s_temp_path %s/temp; ' client_body "$run" proxy "$run" fastcgi "$run" uwsgi "$run" scgi "$run")
   if [ ! -e "$conf" ]; then conf=$(dirname -- "${BASH_SOURCE[0]}")/front.conf; fi
   sed -e "s|server 127.0.0.1:3000;|server ${MASTER:-127.0.0.1:3000};|" -e "s|listen 443 |listen ${bind:+$bind:}$1 |" \
-    -e "s|/etc/ssl/mkv\.|$data/mkv.|" "$conf"
+    -e "s|/etc/ssl/mkv\.|$data/mkv.|" \
+    -e "s|^http {|http { $temp|" "$conf"
 }
 
 start_front() { # PORT
