@@ -29,9 +29,16 @@ install_tools() {
     need openssl command -v openssl
     need python3 command -v python3
     need python3-requests python3 -c 'import requests'
+    need dpkg-dev command -v dpkg-shlibdeps
+    need lintian command -v lintian
+    need man-db command -v man
+    need groff command -v groff
+    need systemd command -v systemd-analyze
+    need prometheus command -v promtool
   fi
   if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}"; fi
   install_rust
+  if [ "$1" = tests ]; then install_cargo_deb; fi
 }
 
 # need PACKAGE COMMAND…: adds the package to `missing` if the command fails.
@@ -40,7 +47,7 @@ need() { if ! "${@:2}" >/dev/null 2>&1; then missing+=("$1"); fi; }
 has_libclang() { [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || ldconfig -p | grep libclang; }
 
 apt_install() {
-  local attempt root=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0)
+  local attempt name root=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0)
   command -v apt-get >/dev/null || fail "missing packages: $*; there is no apt-get here, so install this system's equivalents"
   if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null || fail "missing packages: $*; run as root: apt-get install $*"
@@ -53,7 +60,18 @@ apt_install() {
     sleep 5
   done
   # Debian's nginx package also starts a web server on port 80, now and at every boot, which mkv does not use.
-  if [[ " $* " == *' nginx '* ]] && [ -d /run/systemd/system ]; then "${root[@]}" systemctl disable --now nginx >&2 || true; fi
+  # Its prometheus package starts one as well.
+  for name in nginx prometheus; do
+    if [[ " $* " == *" $name "* ]] && [ -d /run/systemd/system ]; then "${root[@]}" systemctl disable --now "$name" >&2 || true; fi
+  done
+}
+
+# A build without optimisation takes a minute, and is fast enough for the tests.
+install_cargo_deb() {
+  if cargo deb --version >/dev/null 2>&1; then return; fi
+  printf '%s: installing cargo-deb\n' "${0##*/}" >&2
+  env -u CARGO_TARGET_DIR CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --debug --no-default-features cargo-deb >&2 ||
+    fail "cargo-deb could not be installed; the reason is above"
 }
 
 install_rust() {

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::{TAGS, is_volume};
 use crate::http;
+use crate::man;
 use crate::ops::{rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
@@ -33,6 +34,7 @@ pub enum Command {
     },
     Rebalance {
         db: PathBuf,
+        sync: bool,
         store: store::Config,
         dry_run: bool,
     },
@@ -66,7 +68,7 @@ type Flag = (&'static str, &'static str, &'static str);
 const EVERY: &str = "every command";
 
 /// The flags of every command, then each command with what it does and its own flags.
-const GROUPS: [(&str, &str, &[Flag]); 7] = [
+pub(crate) const GROUPS: [(&str, &str, &[Flag]); 7] = [
     (
         EVERY,
         "",
@@ -115,6 +117,7 @@ const GROUPS: [(&str, &str, &[Flag]); 7] = [
         &[
             ("dry-run", "", "say what would be done"),
             ("settle", "TIME", "how long copies rest before what they replace is deleted (60s)"),
+            ("sync", "", "flush the index to the disk with each change"),
             ("lost", "VOLUME", "treat as empty, ask it nothing; may be repeated"),
         ],
     ),
@@ -168,6 +171,7 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
         return cli(Command::Print(format!("mkv {}", env!("CARGO_PKG_VERSION"))));
     }
     match &words[..] {
+        [word] if word == "man" => cli(Command::Print(man::page())), // for packages; -help does not name it
         [] => usage("say what to do: server, rebuild, rebalance, verify, import or dump; see mkv -help"),
         [word] if !is_command(&word) => usage(format!("{word}: no such command, see mkv -help")),
         [word] => cli(flags.command(word, verbose)?),
@@ -216,7 +220,7 @@ impl Flags {
                 let (from, rehash) = (self.last("from").map(PathBuf::from), self.switch("rehash", false)?);
                 Command::Rebuild { store, rebuild: rebuild::Config { db, from, rehash, verbose } }
             }
-            "rebalance" => Command::Rebalance { db, store, dry_run: self.switch("dry-run", false)? },
+            "rebalance" => Command::Rebalance { db, sync, store, dry_run: self.switch("dry-run", false)? },
             "verify" => Command::Verify { store, verify: self.verify(db, verbose)? },
             "import" => match self.last("leveldb") {
                 Some(leveldb) => Command::Import { db, leveldb: leveldb.into() },

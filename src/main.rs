@@ -32,9 +32,9 @@ fn run(Cli { command, verbose, voltimeout }: Cli) -> Result<()> {
             serve(&db, sync, store, volumes(), http, api)?;
         }
         Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
-        Command::Rebalance { db, store, dry_run } => {
+        Command::Rebalance { db, sync, store, dry_run } => {
             let _lock = lock_dir(&db, false)?;
-            let index = Index::open(&database(&db)?, false, false)?;
+            let index = Index::open(&database(&db)?, false, sync)?;
             rebalance::run(&Store::new(store, index, volumes()), dry_run, verbose)?;
         }
         Command::Verify { store, verify } => verify::run(verify, store, volumes())?,

@@ -14,7 +14,7 @@
 #
 # Changed before a command runs: host names, folders such as /srv (each machine has its own), and how long rebalance
 # waits. ./test.sh is not run. Functions replace commands that need a whole machine: systemctl runs the ExecStart=
-# of a unit, mount empties a folder, apt-get, chattr, mkfs.ext4, umount, useradd and git do nothing.
+# of a unit, mount empties a folder, apt-get, chattr, mkfs.ext4, umount, useradd, git, cargo and docker do nothing.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 release=${CARGO_TARGET_DIR:-$HOME/.cache/mkv/target}/release
@@ -66,7 +66,7 @@ background() { # NAME COMMAND…: starts a service of this machine and waits unt
   (exec "${@:2}") >>"$log" 2>&1 </dev/null 3<&- 4>&- &
   services[$name]=$!
   case $1 in
-    mkv-volume) await grep -q ' serves ' "$log" ;;
+    mkv-volume*) await grep -q ' serves ' "$log" ;;
     *) await curl -q -s -o "$dir/list" "http://$(address master):3000/?list&limit=1" ;;
   esac
 }
@@ -81,7 +81,7 @@ stop() { # MACHINE/NAME
 
 stop_all() { # the masters before their volumes
   local name
-  for name in "${!services[@]}"; do if [[ $name != */mkv-volume ]]; then stop "$name"; fi; done
+  for name in "${!services[@]}"; do if [[ $name != */mkv-volume* ]]; then stop "$name"; fi; done
   for name in "${!services[@]}"; do stop "$name"; done
 }
 
@@ -97,6 +97,8 @@ mkfs.ext4() { :; }
 umount() { :; }
 useradd() { :; }
 git() { :; }
+cargo() { :; }
+docker() { :; }
 install() { if [ "$2" = -o ]; then mkdir -p "$4"; else command install "$@"; fi; } # the user is not there
 mount() { find "$1" -mindepth 1 -delete; } # an empty disk
 
@@ -114,7 +116,7 @@ systemctl() { # VERB [--now] [UNIT [MACHINE]]
   if [ "${1:-}" = --now ]; then shift; fi
   machine=${2:-$machine}
   case $verb:${1:-} in
-    daemon-reload: | *:nginx) ;;
+    daemon-reload: | *:nginx | *:prometheus) ;;
     enable:* | start:* | restart:*) run_unit "$1" ;;
     stop:*) stop "$machine/$1" ;;
     *) fail "systemctl $verb is not known here" ;;
@@ -124,6 +126,7 @@ systemctl() { # VERB [--now] [UNIT [MACHINE]]
 run_unit() { # UNIT: its Environment=, EnvironmentFile= and ExecStart=
   local unit line file script=
   unit=$(root "$machine")/etc/systemd/system/$1.service
+  if [ ! -e "$unit" ]; then install_package_unit "$1" "$unit"; fi
   while IFS= read -r line; do
     case $line in
       Environment=*) script+="export ${line#*=}"$'\n' ;;
@@ -135,6 +138,12 @@ run_unit() { # UNIT: its Environment=, EnvironmentFile= and ExecStart=
     esac
   done <"$unit"
   background "$1" env BIND="$(address "$machine")" bash -c "$script"
+}
+
+install_package_unit() { # UNIT FILE: the unit of the Debian package, for this machine
+  local template=$here/deploy/$1.service
+  if [[ $1 == *@* ]]; then template=$here/deploy/${1%@*}@.service; fi
+  translate "$machine" "$(sed -e "s|%i|${1#*@}|" -e "s|/usr/bin/mkv-volume|$here/volume.sh|" -e "s|/usr/bin/mkv |$dir/bin/mkv |" "$template")" >"$2"
 }
 
 run_cron() { # runs all lines of the master's crontab
@@ -185,7 +194,7 @@ address() { # MACHINE
 
 root() { # MACHINE: the folder that stands for its /
   local root=$dir/machines/$1
-  mkdir -p "$root"/{etc/{default,cron.d,nginx,systemd/system},srv,usr/local/bin,var/lib}
+  mkdir -p "$root"/{etc/{default,cron.d,nginx,prometheus,systemd/system},srv,usr/local/bin,var/lib}
   printf '%s' "$root"
 }
 
