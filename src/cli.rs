@@ -99,6 +99,7 @@ const GROUPS: [(&str, &str, &[Flag]); 8] = [
             ("settle", "TIME", "how long copies of REBALANCE rest before what they replace is deleted (60s)"),
             ("basicauth", "", "every request needs a login that the volumes accept"),
             ("linktime", "TIME", "how long the redirect of a GET is valid, with -secret (1h)"),
+            ("accel", "", "let the nginx of deploy/front.conf fetch the value, in place of a redirect"),
             ("md5sum", "BOOL", "keep the md5 of each value (true)"),
             ("sync", "", "flush the index to the disk before a write is answered"),
             ("maxconns", "N", "the most connections of clients (4096)"),
@@ -292,8 +293,8 @@ impl Flags {
 
     fn api(&self) -> Result<api::Config> {
         let fallback = self.last("fallback").filter(|host| !host.is_empty()).map(String::from);
-        let basicauth = self.switch("basicauth", false)?;
-        Ok(api::Config { fallback, basicauth, linktime: self.timeout("linktime", 3600)? })
+        let (basicauth, accel) = (self.switch("basicauth", false)?, self.switch("accel", false)?);
+        Ok(api::Config { fallback, basicauth, accel, linktime: self.timeout("linktime", 3600)? })
     }
 
     fn verify(&self, db: PathBuf, verbose: bool) -> Result<verify::Config> {

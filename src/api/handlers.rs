@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+use super::accel;
 use super::auth::{Authenticator, Credentials};
 use super::metrics::Metrics;
 use super::route::{Command, route};
@@ -77,7 +78,8 @@ impl Api {
         }
         let content_md5 = request.header("Content-MD5").map(content_md5).transpose()?;
         let upload = Upload { length: body.length(), content_md5, reader: body };
-        let response = self.run(command, upload, client.as_ref());
+        let front = Some(request).filter(|_| self.config.accel && accel::is_from_front(request));
+        let response = self.run(command, upload, client.as_ref(), front);
         // The credentials were revoked since the authenticator cached them.
         if let (Err(Error::Refused { status: 401 | 403, .. }), Some(authenticator), Some(client)) =
             (&response, &self.authenticator, &client)
@@ -88,15 +90,28 @@ impl Api {
         response
     }
 
-    fn run(&self, command: Command, upload: Upload, client: Option<&Credentials>) -> Result<Response<'_>> {
+    /// `front`: the request, if it came through the front.
+    fn run(
+        &self,
+        command: Command,
+        upload: Upload,
+        client: Option<&Credentials>,
+        front: Option<&Request>,
+    ) -> Result<Response<'_>> {
         let store = &self.store;
         let auth = client.map(|client| client.header.as_str()).or(store.own_auth());
         let done = |()| status::empty(204);
         match command {
-            Command::Get { key, path } => match store.get(&key, auth)? {
-                Some(located) => Ok(self.redirect(&located, client)),
-                None => self.missing(&path),
-            },
+            Command::Get { key, path } => {
+                let failed = front.map_or(Vec::new(), accel::failed);
+                match (store.get(&key, auth, &failed)?, front) {
+                    (Some(located), Some(front)) => {
+                        accel::response(store, &located, front, client, self.config.linktime)
+                    }
+                    (Some(located), None) => Ok(self.redirect(&located, client)),
+                    (None, _) => self.missing(&path),
+                }
+            }
             Command::Put { key, replace } => {
                 self.metrics.uploads.fetch_add(1, Ordering::Relaxed);
                 let stored = store.put(&key, replace, upload, auth);

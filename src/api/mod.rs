@@ -2,6 +2,7 @@
 //!
 //! - `route.rs`: method and target to command
 //! - `auth.rs`: basic authorization
+//! - `accel.rs`: GET through the front (`-accel`)
 //! - `handlers.rs`: command to response
 //! - `status.rs`: error to status
 //! - `metrics.rs`: what the master counts, as Prometheus text
@@ -9,6 +10,7 @@
 //! All statuses and headers are made here and nowhere else. The room decides nothing about a key; it reaches past the
 //! store to index and volumes only for metrics, health and authorization.
 
+mod accel;
 pub mod auth;
 pub mod handlers;
 mod metrics;
@@ -37,6 +39,8 @@ pub struct Config {
     pub fallback: Option<String>,
     /// Whether every request needs a login that the volumes accept.
     pub basicauth: bool,
+    /// Whether to let the front fetch blobs, in place of redirects, for the requests that come through it.
+    pub accel: bool,
     /// How long the signature of a redirect is valid.
     pub linktime: Duration,
 }

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::client::Response;
-use super::{Auth, Target, Volumes};
+use super::{Auth, Target, Volumes, unreachable};
 use crate::error::{Error, Result};
+use crate::format::record::volume_of;
 
 /// Where a volume that checks signatures asks for a password. No blob has a name with a dot in front.
 const LOGIN: &str = "/.login";
@@ -48,5 +49,12 @@ impl Volumes {
     pub fn link(&self, replica: &str, path: &str, time: Duration) -> String {
         let signature = self.secret.as_ref().map(|secret| secret.query("GET", Target(replica, path), time));
         format!("{replica}{path}{}", signature.unwrap_or_default())
+    }
+
+    /// The same, with an address in place of the volume's name: the one where it answered last.
+    pub fn link_by_address(&self, replica: &str, path: &str, time: Duration) -> Result<String> {
+        let address = self.volume(replica).connections.peer().map_err(|e| unreachable(replica, &e.to_string()))?;
+        let link = self.link(replica, path, time);
+        Ok(format!("{address}{}", &link[volume_of(replica).len()..]))
     }
 }
