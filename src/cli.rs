@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::{TAGS, is_volume};
 use crate::http;
+use crate::index::Location;
 use crate::man;
 use crate::ops::{rebuild, verify};
 use crate::store;
@@ -23,7 +24,7 @@ use crate::volumes::secret::{self, Secret};
 /// A command with everything that it needs to run.
 pub enum Command {
     Server {
-        db: PathBuf,
+        db: Location,
         sync: bool,
         store: store::Config,
         http: http::Config,
@@ -34,7 +35,7 @@ pub enum Command {
         rebuild: rebuild::Config,
     },
     Rebalance {
-        db: PathBuf,
+        db: Location,
         sync: bool,
         store: store::Config,
         dry_run: bool,
@@ -44,11 +45,11 @@ pub enum Command {
         verify: verify::Config,
     },
     Import {
-        db: PathBuf,
+        db: Location,
         leveldb: PathBuf,
     },
     Dump {
-        db: PathBuf,
+        db: Location,
     },
     /// Writes a new secret to this file.
     Secret(PathBuf),
@@ -223,10 +224,10 @@ impl Flags {
 
     fn command(&self, name: &str, verbose: bool) -> Result<Command> {
         self.check_group(name)?;
-        let db: PathBuf = self.last("db").unwrap_or_default().into();
-        if db.as_os_str().is_empty() {
-            return usage("-db: give the folder of the index");
-        }
+        let db = match self.last("db").unwrap_or_default() {
+            "" => return usage("-db: give the folder of the index"),
+            folder => Location::Folder(folder.into()),
+        };
         // A wrong value of a server's flag is an error of every command, as with the Go master.
         let (store, sync, http, api) = (self.store()?, self.switch("sync", false)?, self.http()?, self.api()?);
         if !["import", "dump"].contains(&name) {
@@ -235,7 +236,8 @@ impl Flags {
         Ok(match name {
             "server" => Command::Server { db, sync, store, http, api },
             "rebuild" => {
-                let (from, rehash) = (self.last("from").map(PathBuf::from), self.switch("rehash", false)?);
+                let (from, rehash) =
+                    (self.last("from").map(|from| Location::Folder(from.into())), self.switch("rehash", false)?);
                 Command::Rebuild { store, rebuild: rebuild::Config { db, from, rehash, verbose } }
             }
             "rebalance" => Command::Rebalance { db, sync, store, dry_run: self.switch("dry-run", false)? },
@@ -301,7 +303,7 @@ impl Flags {
         Ok(api::Config { fallback, basicauth, accel, linktime: self.timeout("linktime", 3600)? })
     }
 
-    fn verify(&self, db: PathBuf, verbose: bool) -> Result<verify::Config> {
+    fn verify(&self, db: Location, verbose: bool) -> Result<verify::Config> {
         let (repair, strays) = (self.switch("repair", false)?, self.switch("strays", false)?);
         if strays && !repair {
             return usage("-strays: only together with -repair");
@@ -428,7 +430,7 @@ mod tests {
             assert_eq!(cli.voltimeout, Duration::from_millis(61500), "{line}");
             assert!(!cli.verbose);
             let Command::Server { db, store, http, .. } = cli.command else { panic!("{line}") };
-            assert_eq!(db.to_str(), Some("/x"));
+            assert!(matches!(db, Location::Folder(folder) if folder.to_str() == Some("/x")));
             let Placement { volumes, replicas, subvolumes } = store.placement;
             assert_eq!(volumes, ["a:1", "b:2"]);
             assert_eq!((replicas, http.port, subvolumes), (2, 7, 10));

@@ -1,12 +1,11 @@
 //! The program: parses the command line, runs the command, prints the error once.
 
 use std::io::Write;
-use std::path::Path;
 use std::sync::Arc;
 
 use mkv::cli::{self, Cli, Command};
 use mkv::error::Result;
-use mkv::index::{Index, database, lock_dir};
+use mkv::index::Location;
 use mkv::ops::{dump, import, rebalance, rebuild, verify};
 use mkv::store::{self, Store};
 use mkv::volumes::{Volumes, secret};
@@ -34,8 +33,7 @@ fn run(Cli { command, verbose, voltimeout, secret: own }: Cli) -> Result<()> {
         }
         Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
         Command::Rebalance { db, sync, store, dry_run } => {
-            let _lock = lock_dir(&db, false)?;
-            let index = Index::open(&database(&db)?, false, sync)?;
+            let index = db.open(false, sync)?;
             rebalance::run(&Store::new(store, index, volumes()), dry_run, verbose)?;
         }
         Command::Verify { store, verify } => verify::run(verify, store, volumes())?,
@@ -46,15 +44,14 @@ fn run(Cli { command, verbose, voltimeout, secret: own }: Cli) -> Result<()> {
 }
 
 fn serve(
-    db: &Path,
+    db: &Location,
     sync: bool,
     store: store::Config,
     volumes: Arc<Volumes>,
     http: http::Config,
     api: api::Config,
 ) -> Result<()> {
-    let _lock = lock_dir(db, true)?;
-    let index = Index::open(&database(db)?, true, sync)?;
+    let index = db.open(true, sync)?;
     api::serve(Store::new(store, index, volumes), api, http)
 }
 

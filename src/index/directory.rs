@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
-use super::Index;
+use super::rocks::Rocks;
 use crate::error::{Error, Result};
 
 /// Locks `dir` against every other command that writes, until the file that this returns is closed. `create`: makes the
@@ -51,10 +51,10 @@ pub fn database(dir: &Path) -> Result<PathBuf> {
 }
 
 /// Makes an empty database, which is to replace the one in `dir`, for a bulk load.
-pub fn create_new(dir: &Path) -> Result<Index> {
+pub fn create_new(dir: &Path) -> Result<Rocks> {
     let folder = dir.join("index.new");
     remove(&folder)?;
-    Index::create(&folder)
+    Rocks::create(&folder)
 }
 
 /// Makes the new database, which must be closed, that of `dir`. The one before it is kept as `index.old`, unless `dir`

@@ -1,9 +1,12 @@
 //! RocksDB: records under their key, debris in a column family under the key and 8 bytes of version (big-endian).
 //!
-//! The only file that names rocksdb. It opens, reads, scans and writes batches; `index/mod.rs` says what a batch means
-//! for a write. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
+//! The only file that names rocksdb. It opens, reads, scans and writes batches; `write.rs` has the verbs of the store's
+//! protocols on them. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
+
+mod write;
 
 use std::fmt::Display;
+use std::fs::File;
 use std::path::Path;
 
 use rocksdb::{
@@ -11,8 +14,8 @@ use rocksdb::{
     LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
 };
 
-use super::Entry;
 use super::locks::Locks;
+use super::{Entry, Row, record_of, undecodable};
 use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
@@ -30,17 +33,19 @@ const BULK_WRITE_BUFFER: usize = 16 << 20;
 /// Bytes of the block cache.
 const CACHE: usize = 64 << 20;
 
-pub struct Index {
+pub struct Rocks {
     db: DB,
     sync: bool,
     /// It belongs to another process, which may write it meanwhile.
     follower: bool,
     pub(super) locks: Locks,
+    /// The lock of the folder `-db`, where the index was opened through it.
+    pub(super) folder_lock: Option<File>,
 }
 
-impl Index {
+impl Rocks {
     /// Opens the database in this folder, or makes it if `create` is set. `sync`: a write is on disk when it returns.
-    pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Index> {
+    pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Rocks> {
         let wrong = |e: &dyn Display| {
             Error::Index(format!(
                 "the index {} does not open ({e}): if this stays so, move it away and run mkv rebuild",
@@ -54,12 +59,12 @@ impl Index {
         let mut options = options();
         options.create_if_missing(create);
         let db = DB::open_cf_descriptors(&options, folder, families()).map_err(|e| wrong(&e))?;
-        Ok(Index { db, sync, follower: false, locks: Locks::default() })
+        Ok(Rocks { db, sync, follower: false, locks: Locks::default(), folder_lock: None })
     }
 
     /// Makes a database for a bulk load.
-    pub fn create(folder: &Path) -> Result<Index> {
-        let index = Index::open(folder, true, false)?;
+    pub fn create(folder: &Path) -> Result<Rocks> {
+        let index = Rocks::open(folder, true, false)?;
         let buffer = BULK_WRITE_BUFFER.to_string();
         index.db.set_options(&[("write_buffer_size", &buffer)]).map_err(index_error)?;
         Ok(index)
@@ -67,7 +72,7 @@ impl Index {
 
     /// Opens the database in this folder for reading, also beside a running master. It shows the state at the last
     /// `catch_up`.
-    pub fn follow(folder: &Path) -> Result<Index> {
+    pub fn follow(folder: &Path) -> Result<Rocks> {
         let wrong = |e: &dyn Display| Error::Index(format!("the index {} cannot be read: {e}", folder.display()));
         if !folder.join("CURRENT").exists() {
             return Err(wrong(&"there is none: check -db"));
@@ -82,7 +87,7 @@ impl Index {
         // The folder holds only RocksDB's own log, which nobody reads.
         let _ = std::fs::remove_dir_all(&scratch);
         let db = db.map_err(|e| wrong(&e))?;
-        let index = Index { db, sync: false, follower: true, locks: Locks::default() };
+        let index = Rocks { db, sync: false, follower: true, locks: Locks::default(), folder_lock: None };
         index.catch_up()?;
         Ok(index)
     }
@@ -168,7 +173,7 @@ impl Index {
 }
 
 pub struct Batch<'a> {
-    index: &'a Index,
+    index: &'a Rocks,
     batch: WriteBatch,
 }
 
@@ -201,11 +206,8 @@ impl Batch<'_> {
     }
 }
 
-/// A name and its text, as RocksDB gives them.
-type Row = (Box<[u8]>, Box<[u8]>);
-
 pub struct View<'a> {
-    index: &'a Index,
+    index: &'a Rocks,
     snapshot: Option<SnapshotWithThreadMode<'a, DB>>,
 }
 
@@ -226,15 +228,6 @@ impl View<'_> {
     /// Each key and the text of its record, by key.
     pub fn texts(&self) -> impl Iterator<Item = Result<Row>> {
         self.rows(RECORDS, b"", b"")
-    }
-
-    /// Each key and its record, by key.
-    pub fn all_records(&self) -> impl Iterator<Item = Result<(Box<[u8]>, Record)>> {
-        self.texts().map(|row| {
-            let (key, text) = row?;
-            let record = record_of(&key, &text)?;
-            Ok((key, record))
-        })
     }
 
     /// Each entry of debris, in the order of key and version run together.
@@ -259,7 +252,7 @@ impl View<'_> {
     pub fn debris(&self, prefix: &[u8], mut f: impl FnMut(&[u8], u64, Debris) -> Result<()>) -> Result<()> {
         for row in self.rows(DEBRIS, prefix, b"") {
             let (name, text) = row?;
-            let Entry { key, version, debris } = entry_of(&name, &text)?;
+            let Entry { key, version, debris, .. } = entry_of(&name, &text)?;
             if key.starts_with(prefix) {
                 f(&key, version, debris)?;
             }
@@ -305,17 +298,8 @@ fn has_tables(folder: &Path) -> bool {
     kinds.any(|kind| kind == "sst" || kind == "log")
 }
 
-/// Decodes the text of a record; the error names the key.
-pub fn record_of(key: &[u8], text: &[u8]) -> Result<Record> {
-    Record::decode(text).ok_or_else(|| undecodable(key, text))
-}
-
 fn debris_of(key: &[u8], text: &[u8]) -> Result<Debris> {
     Debris::decode(text).ok_or_else(|| undecodable(key, text))
-}
-
-fn undecodable(key: &[u8], text: &[u8]) -> Error {
-    Error::Index(format!("the record of key {} does not decode: {}: rebuild the index", quoted(key), quoted(text)))
 }
 
 fn debris_name(key: &[u8], version: u64) -> Vec<u8> {
@@ -327,7 +311,8 @@ fn entry_of(name: &[u8], text: &[u8]) -> Result<Entry> {
     let (key, version) = name
         .split_last_chunk::<VERSION_BYTES>()
         .ok_or_else(|| Error::Index(format!("an entry of debris has no version: {}", quoted(name))))?;
-    Ok(Entry { key: key.into(), version: u64::from_be_bytes(*version), debris: debris_of(key, text)? })
+    let version = u64::from_be_bytes(*version);
+    Ok(Entry { key: key.into(), version, debris: debris_of(key, text)?, deleted: false })
 }
 
 fn index_error(e: rocksdb::Error) -> Error {

@@ -3,14 +3,13 @@
 //! One line for each key, in the order of keys: the percent-encoded key, a tab, the record.
 
 use std::io::{BufWriter, Write};
-use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::format::percent_encoded;
-use crate::index::{Index, database};
+use crate::index::Location;
 
-pub fn run(db: &Path) -> Result<()> {
-    let index = Index::follow(&database(db)?)?;
+pub fn run(db: &Location) -> Result<()> {
+    let index = db.follow()?;
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     let broken = |e: std::io::Error| Error::Failed(format!("the dump could not be written: {e}"));
     for row in index.view().texts() {

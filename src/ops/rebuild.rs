@@ -8,7 +8,6 @@
 //! names and that lists nothing stops it too, because an unmounted disk looks the same.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -18,15 +17,15 @@ use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::{Hash, Record, volume_of};
-use crate::index::{Index, create_new, database, lock_dir, publish_new};
+use crate::index::{Index, Location};
 use crate::store::{self, Store};
 use crate::threads::lock;
 use crate::volumes::Volumes;
 
 pub struct Config {
-    pub db: PathBuf,
+    pub db: Location,
     /// Another `-db` to carry over from; by default the one that is rebuilt.
-    pub from: Option<PathBuf>,
+    pub from: Option<Location>,
     /// Whether to read blobs whose md5 is not known.
     pub rehash: bool,
     pub verbose: bool,
@@ -34,13 +33,12 @@ pub struct Config {
 
 pub fn run(config: &Config, store: store::Config, volumes: Arc<Volumes>) -> Result<()> {
     let begun = Instant::now();
-    let _lock = lock_dir(&config.db, true)?;
-    let index = database(&config.db)?;
-    let old = old_index(config, &index)?;
-    let unread = old.is_none() && index.exists();
+    let replacement = config.db.replace()?;
+    let old = old_index(config)?;
+    let unread = old.is_none() && config.db.exists()?;
     check_lost(&store, old.as_ref())?;
     let rebuild = Rebuild {
-        store: Store::new(store, create_new(&config.db)?, volumes),
+        store: Store::new(store, replacement.create()?, volumes),
         old,
         totals: Mutex::default(),
         report: Report::new(config.verbose),
@@ -51,7 +49,7 @@ pub fn run(config: &Config, store: store::Config, volumes: Arc<Volumes>) -> Resu
     let failed = [LOST, UNHASHED, DOUBTFUL].iter().any(|kind| rebuild.report.count(kind) > 0);
     // Closes the indexes: their folders are renamed now.
     drop(rebuild);
-    publish_new(&config.db)?;
+    replacement.publish(false)?;
     println!("the new index holds {keys} keys");
     if failed || unread {
         return Err(Error::Failed("the index is rebuilt, but see what is named above".into()));
@@ -60,14 +58,14 @@ pub fn run(config: &Config, store: store::Config, volumes: Arc<Volumes>) -> Resu
 }
 
 /// The index to carry over from. One that `-from` names must open; a damaged one in `-db` is what rebuild is for.
-fn old_index(config: &Config, index: &Path) -> Result<Option<Index>> {
+fn old_index(config: &Config) -> Result<Option<Index>> {
     if let Some(from) = &config.from {
-        return Index::follow(&database(from)?).map(Some);
+        return from.follow().map(Some);
     }
-    if !index.exists() {
+    if !config.db.exists()? {
         return Ok(None);
     }
-    match Index::follow(index) {
+    match config.db.follow() {
         Err(Error::Index(text)) => {
             eprintln!("{text}: its unlinked states, hashes and debris are lost");
             Ok(None)

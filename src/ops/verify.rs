@@ -9,7 +9,6 @@
 
 use std::collections::BTreeMap;
 use std::mem::take;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use super::scan::{Blob, PrefixListing, scan, threads};
 use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
-use crate::index::{Index, database, is_locked, lock_dir};
+use crate::index::{Index, Location};
 use crate::store::{self, Store, now};
 use crate::threads::lock;
 use crate::volumes::Volumes;
@@ -36,7 +35,7 @@ const UNREADABLE: &str = "folders that a volume does not list";
 const NOT_REPAIRED: &str = "keys that are not repaired";
 
 pub struct Config {
-    pub db: PathBuf,
+    pub db: Location,
     /// Whether to read every blob.
     pub deep: bool,
     pub repair: bool,
@@ -47,11 +46,9 @@ pub struct Config {
 }
 
 pub fn run(config: Config, store: store::Config, volumes: Arc<Volumes>) -> Result<()> {
-    let folder = database(&config.db)?;
-    let running = !config.repair && is_locked(&config.db);
-    // Held to the end: no master starts during a repair.
-    let _lock = if config.repair { Some(lock_dir(&config.db, false)?) } else { None };
-    let index = if config.repair { Index::open(&folder, false, false)? } else { Index::follow(&folder)? };
+    let running = !config.repair && config.db.is_in_use();
+    // No master starts during a repair.
+    let index = if config.repair { config.db.open(false, false)? } else { config.db.follow()? };
     let (records, newest) = count_and_age(&index)?;
     if config.repair && records == 0 {
         return Err(Error::Failed(
@@ -230,7 +227,7 @@ impl Verify {
             found = self.examiner.look_again(suspects)?;
         } else if self.examiner.running && !found.is_empty() {
             // RocksDB's follower may miss what was deleted just before a master's restart; a new follower does not.
-            let index = Index::follow(&database(&self.config.db)?)?;
+            let index = self.config.db.follow()?;
             found = self.examiner.with_index(index).look_again(suspects)?;
         }
         Ok(found.iter().filter(|(suspect, findings)| self.note(&suspect.0, findings)).count())

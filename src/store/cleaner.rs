@@ -65,7 +65,7 @@ impl Store {
     /// One round over all debris that is due.
     pub fn clean_once(self: &Arc<Store>) -> Result<()> {
         let mut batch = Vec::new();
-        self.index.due(now(), |entry| {
+        self.index.due(|entry| {
             batch.push(entry);
             if batch.len() >= WIDTH { self.clean_batch(&mut batch) } else { Ok(()) }
         })?;
@@ -99,13 +99,13 @@ impl Store {
             log::info!("surplus of {} stays: a replica is missing", quoted(&entry.key));
             return Ok(());
         }
-        let (gone, failed) = self.delete_blobs(entry, targets, false, self.own_auth());
-        if let Some(error) = failed {
+        let deleted = self.delete_blobs(entry, targets, false, self.own_auth());
+        if let Some(error) = &deleted.failed {
             log::info!("debris of {} stays for now: {error}", quoted(&entry.key));
         }
         // If a writer has come meanwhile, the next round sees that the blobs are gone.
         let forgotten = match self.index.hold_to_clean(entry)? {
-            Some(held) => self.index.forget(&held, entry, &gone),
+            Some(held) => self.index.forget(&held, entry, &deleted),
             None => Ok(()),
         };
         drop(clearing);

@@ -52,9 +52,8 @@ impl Store {
         } else {
             writing = self.copy(writing, &record, &plan.sources, &plan.copies, auth)?;
         }
-        let keep_until = now() + self.config.settle.as_secs();
         let new = Record { replicas: plan.wanted.clone(), ..record };
-        self.index.flip(writing, &new, surplus, keep_until)?;
+        self.index.flip(writing, &new, surplus, Some(self.config.settle))?;
         self.wake_cleaner();
         Ok(Some(plan))
     }
@@ -64,7 +63,7 @@ impl Store {
         let writing = self.index.claim(key)?;
         let record = writing.held.record.clone().ok_or(Error::NOT_FOUND)?;
         let writing = self.copy(writing, &record, sources, bad, self.own_auth())?;
-        self.index.flip(writing, &record, Vec::new(), 0)
+        self.index.flip(writing, &record, Vec::new(), None)
     }
 
     /// Copies a claimed key's blob to these replicas, from the first source whose bytes are the record's. Gives the

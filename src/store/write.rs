@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::{Record, State};
-use crate::index::{Entry, Held, Writing};
+use crate::index::{Deleted, Entry, Held, Writing};
 use crate::volumes::Auth;
 use crate::volumes::upload::{PutFailed, PutOptions, Upload};
 
@@ -56,7 +56,7 @@ impl Store {
                 };
                 let old = writing.held.record.as_ref().map(|old| old.replicas.clone());
                 let replaced = old.is_some();
-                self.index.flip(writing, &record, old.unwrap_or_default(), 0)?;
+                self.index.flip(writing, &record, old.unwrap_or_default(), None)?;
                 if replaced {
                     self.wake_cleaner();
                 }
@@ -77,17 +77,18 @@ impl Store {
 
     /// Ends a write that failed: deletes the blobs that it may have left. Returns the error for the client.
     pub(super) fn abandon(&self, mut writing: Writing, failed: PutFailed, auth: Auth) -> Error {
-        let cleared = self.note_doubt(&mut writing, &failed).and_then(|()| {
-            let Writing { held, entry, replicas } = &mut writing;
-            self.clear(held, entry, replicas, false, auth)
+        let mut left = false;
+        let ended = self.note_doubt(&mut writing, &failed).and_then(|()| {
+            self.index.abandon(writing, |held, entry, replicas| {
+                let deleted = self.delete_unwanted(held, entry, replicas, false, auth);
+                left = deleted.failed.is_some();
+                deleted
+            })
         });
-        drop(writing);
-        match cleared {
-            Ok(()) => {}
-            Err(error @ Error::Index(_)) => return error,
-            Err(_) => self.wake_cleaner(),
+        if left {
+            self.wake_cleaner();
         }
-        failed.error
+        ended.err().unwrap_or(failed.error)
     }
 
     /// Records for how long a failed write makes a 404 doubtful.
@@ -148,18 +149,24 @@ impl Store {
     /// record names. `patient`: also asks volumes that did not answer a moment ago. Fails if a volume refuses or does
     /// not answer; a 404 that proves nothing yet is no failure, the replica just stays in the entry.
     pub fn clear(&self, held: &Held, entry: &mut Entry, replicas: &[String], patient: bool, auth: Auth) -> Result<()> {
-        let targets = unwanted(held, entry, replicas);
-        let (gone, failed) = self.delete_blobs(entry, targets, patient, auth);
-        self.index.forget(held, entry, &gone)?;
-        let Some(error) = failed else { return Ok(()) };
-        log::warn!("debris of {} stays for now: {error}", quoted(&entry.key));
-        Err(error)
+        let deleted = self.delete_unwanted(held, entry, replicas, patient, auth);
+        self.index.forget(held, entry, &deleted)?;
+        deleted.failed.map_or(Ok(()), Err)
+    }
+
+    /// Sends the DELETEs for these replicas of an entry, but for blobs that the record names.
+    fn delete_unwanted(&self, held: &Held, entry: &Entry, replicas: &[String], patient: bool, auth: Auth) -> Deleted {
+        let deleted = self.delete_blobs(entry, unwanted(held, entry, replicas), patient, auth);
+        if let Some(error) = &deleted.failed {
+            log::warn!("debris of {} stays for now: {error}", quoted(&entry.key));
+        }
+        deleted
     }
 
     /// Deletes all debris of a key that is due at this time (seconds since 1970).
     pub fn clear_due(&self, key: &[u8], now: u64) -> Result<()> {
         for (version, debris) in self.index.debris(key)? {
-            let mut entry = Entry { key: key.into(), version, debris };
+            let mut entry = Entry { key: key.into(), version, debris, deleted: false };
             if entry.debris.keep_until > now {
                 continue;
             }
@@ -170,31 +177,25 @@ impl Store {
         Ok(())
     }
 
-    /// Sends the DELETEs: the replicas that are gone for good, and an error if a volume refused or did not answer.
-    pub(super) fn delete_blobs(
-        &self,
-        entry: &Entry,
-        replicas: Vec<String>,
-        patient: bool,
-        auth: Auth,
-    ) -> (Vec<String>, Option<Error>) {
+    /// Sends the DELETEs.
+    pub(super) fn delete_blobs(&self, entry: &Entry, replicas: Vec<String>, patient: bool, auth: Auth) -> Deleted {
         let blob = path(&entry.key, entry.version);
         let outcomes = self.volumes.delete_all(&replicas, &blob, patient, auth);
-        let (mut gone, mut failed) = (Vec::new(), None);
+        let mut deleted = Deleted::default();
         for (replica, outcome) in replicas.into_iter().zip(outcomes) {
             match outcome {
                 // It is not there now, but it may still appear.
                 Ok(false) if now() < entry.debris.doubtful_until => {}
-                Ok(_) => gone.push(replica),
+                Ok(_) => deleted.gone.push(replica),
                 Err(error) => {
                     if matches!(error, Error::Unreachable { maybe_done: true, .. }) {
                         self.index.note_unconfirmed_delete(&entry.key);
                     }
-                    failed = Some(error);
+                    deleted.failed = Some(error);
                 }
             }
         }
-        (gone, failed)
+        deleted
     }
 }
 

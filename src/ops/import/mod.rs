@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::{Debris, Record, State};
-use crate::index::{Index, create_new, database, lock_dir, publish_new, remove};
+use crate::index::{Location, Replacement};
 use leveldb::{read, wrong};
 
 /// How many of the records that do not decode are listed. The others are only counted.
@@ -34,17 +34,14 @@ struct Counts {
 
 /// Carries out `mkv -db NEW import -leveldb OLD`. The new index takes its place as the last step, so that an
 /// interrupted import leaves none.
-pub fn run(db: &Path, old: &Path) -> Result<()> {
+pub fn run(db: &Location, old: &Path) -> Result<()> {
     let _held = hold(old)?;
-    keep_apart(db, old)?;
-    let folder = database(db)?;
-    let _lock = lock_dir(db, true)?;
-    if folder.exists() && !Index::open(&folder, false, false)?.is_empty()? {
-        return Err(Error::Failed(format!("the index {} is not empty: give another -db", folder.display())));
-    }
-    let counts = fill(db, old).inspect_err(|_| drop(remove(&db.join("index.new"))))?;
-    remove(&folder)?;
-    publish_new(db)?;
+    let Location::Folder(folder) = db;
+    keep_apart(folder, old)?;
+    let replacement = db.replace()?;
+    replacement.check_empty()?;
+    let counts = fill(&replacement, old).inspect_err(|_| drop(replacement.discard()))?;
+    replacement.publish(true)?;
     let Counts { live, unlinked, half_written, undecodable, elsewhere } = counts;
     println!(
         "imported {live} live and {unlinked} unlinked keys, {half_written} half-written, \
@@ -104,8 +101,8 @@ fn keep_apart(db: &Path, old: &Path) -> Result<()> {
 }
 
 /// Fills the new index with the records of the LevelDB.
-fn fill(db: &Path, old: &Path) -> Result<Counts> {
-    let index = create_new(db)?;
+fn fill(replacement: &Replacement, old: &Path) -> Result<Counts> {
+    let index = replacement.create()?;
     let mut counts = Counts::default();
     read(old, |rows| {
         let mut batch = index.batch();
@@ -146,6 +143,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::index::Index;
     use leveldb::log_records;
 
     fn fixture(name: &str) -> PathBuf {
@@ -189,7 +187,7 @@ mod tests {
     #[test]
     fn records_arrive_unchanged_and_half_written_ones_as_debris() {
         let new = folder("records");
-        run(&new, &fixture("killed")).unwrap();
+        run(&Location::Folder(new.clone()), &fixture("killed")).unwrap();
         let index = Index::open(&new.join("index"), false, false).unwrap();
         let (mut records, mut debris) = (Vec::new(), Vec::new());
         index

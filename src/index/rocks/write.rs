@@ -1,0 +1,195 @@
+//! The verbs of the store's protocols on RocksDB.
+//!
+//! One process writes this index, so a key's lock is a lock in memory, and so is what is known of deletions without an
+//! answer. The trace of a write is its debris entry, written before the first byte is sent. Each verb is one batch.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::Rocks;
+use crate::error::{Error, Result};
+use crate::format::record::{Debris, Record};
+use crate::index::locks::{Clearing, Owner};
+use crate::index::{Deleted, Entry, Held, Writing};
+
+impl Rocks {
+    pub fn begin(
+        &self,
+        key: &[u8],
+        replicas: Vec<String>,
+        check: impl FnOnce(Option<&Record>) -> Result<()>,
+    ) -> Result<Writing<'_>> {
+        let held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        check(held.record.as_ref())?;
+        let version = self.new_version(key, held.record.as_ref())?;
+        let debris = Debris { replicas: replicas.clone(), ..Debris::default() };
+        let entry = Entry { key: key.into(), version, debris, deleted: false };
+        self.put_entry(&entry)?;
+        Ok(Writing { held, entry, replicas })
+    }
+
+    pub fn claim(&self, key: &[u8]) -> Result<Writing<'_>> {
+        let held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        let version = held.record.as_ref().ok_or(Error::NOT_FOUND)?.version;
+        let debris = self.debris_entry(key, version)?;
+        let entry = Entry { key: key.into(), version, debris, deleted: false };
+        Ok(Writing { held, entry, replicas: Vec::new() })
+    }
+
+    pub fn claim_copies(&self, writing: &mut Writing, copies: &[String]) -> Result<()> {
+        let key = writing.held.key();
+        if self.locks.is_clearing(key, writing.entry.version) {
+            return Err(Error::Locked);
+        }
+        if self.locks.has_unconfirmed_delete(key) {
+            let text = "a deletion of this key got no answer: try again in an hour";
+            return Err(Error::Unavailable(text.into()));
+        }
+        writing.entry.debris.merge(&Debris { replicas: copies.to_vec(), ..Debris::default() });
+        writing.replicas = copies.to_vec();
+        self.put_entry(&writing.entry)
+    }
+
+    pub fn doubt(&self, writing: &mut Writing, until: u64) -> Result<()> {
+        let debris = &mut writing.entry.debris;
+        debris.doubtful_until = debris.doubtful_until.max(until);
+        self.put_entry(&writing.entry)
+    }
+
+    pub fn abandon(&self, writing: Writing, delete: impl FnOnce(&Held, &Entry, &[String]) -> Deleted) -> Result<()> {
+        let Writing { held, mut entry, replicas } = writing;
+        let deleted = delete(&held, &entry, &replicas);
+        self.forget(&held, &mut entry, &deleted)
+    }
+
+    pub fn flip(&self, writing: Writing, new: &Record, surplus: Vec<String>, keep: Option<Duration>) -> Result<()> {
+        let Writing { held, entry: Entry { key, version, mut debris, .. }, .. } = writing;
+        let keep_until = keep.map_or(0, |keep| now().as_secs() + keep.as_secs());
+        debris.replicas.retain(|replica| !new.replicas.contains(replica));
+        let mut batch = self.batch().put(&key, new);
+        if let Some(old) = held.record.as_ref().filter(|_| !surplus.is_empty()) {
+            let surplus = Debris { keep_until, replicas: surplus, ..Debris::default() };
+            if old.version == version {
+                debris.merge(&surplus);
+            } else {
+                let mut entry = self.debris_entry(&key, old.version)?;
+                entry.merge(&surplus);
+                batch = batch.set_debris(&key, old.version, &entry);
+            }
+        }
+        batch.set_debris(&key, version, &debris).commit()
+    }
+
+    pub fn remove(&self, key: &[u8], check: impl FnOnce(&Record) -> Result<()>) -> Result<(Held<'_>, Vec<Entry>)> {
+        let mut held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        let entry = |(version, debris)| Entry { key: key.into(), version, debris, deleted: false };
+        let Some(record) = held.record.take() else {
+            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).collect();
+            return if entries.is_empty() { Err(Error::NOT_FOUND) } else { Ok((held, entries)) };
+        };
+        check(&record)?;
+        let version = record.version;
+        let mut debris = self.debris_entry(key, version)?;
+        debris.merge(&Debris { replicas: record.replicas, ..Debris::default() });
+        self.batch().remove(key).set_debris(key, version, &debris).commit()?;
+        Ok((held, vec![entry((version, debris))]))
+    }
+
+    pub fn update(&self, key: &[u8], change: impl Fn(Option<Record>) -> Result<Record>) -> Result<()> {
+        let mut held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+        self.batch().put(key, &change(held.record.take())?).commit()
+    }
+
+    pub fn due(&self, mut f: impl FnMut(Entry) -> Result<()>) -> Result<()> {
+        let now = now().as_secs();
+        self.view().entries().try_for_each(|entry| {
+            let entry = entry?;
+            if entry.debris.keep_until <= now { f(entry) } else { Ok(()) }
+        })
+    }
+
+    pub fn hold_to_clean(&self, entry: &mut Entry) -> Result<Option<Held<'_>>> {
+        let held = self.hold(&entry.key, Owner::Cleaner)?;
+        if held.is_some() {
+            entry.debris = self.debris_entry(&entry.key, entry.version)?;
+        }
+        Ok(held)
+    }
+
+    pub fn release(&self, held: Held, entry: &Entry) -> Clearing<'_> {
+        let guard = self.locks.clear(held.key(), entry.version);
+        drop(held);
+        guard
+    }
+
+    pub fn forget(&self, held: &Held, entry: &mut Entry, deleted: &Deleted) -> Result<()> {
+        let version = entry.version;
+        let is_record = |replica: &String| held.record.as_ref().is_some_and(|r| r.is_at(version, replica));
+        self.drop_replicas(entry, |replica| deleted.gone.contains(replica) || is_record(replica))
+    }
+
+    fn drop_replicas(&self, entry: &mut Entry, is_gone: impl Fn(&String) -> bool) -> Result<()> {
+        let before = entry.debris.replicas.len();
+        entry.debris.replicas.retain(|replica| !is_gone(replica));
+        if entry.debris.replicas.len() < before { self.put_entry(entry) } else { Ok(()) }
+    }
+
+    fn put_entry(&self, Entry { key, version, debris, .. }: &Entry) -> Result<()> {
+        self.batch().set_debris(key, *version, debris).commit()
+    }
+
+    pub fn note_unconfirmed_delete(&self, key: &[u8]) {
+        self.locks.note_unconfirmed_delete(key);
+    }
+
+    pub fn suspect_after_crash(&self, until: u64) -> Result<()> {
+        for entry in self.view().entries() {
+            let mut entry = entry?;
+            self.locks.note_crash();
+            entry.debris.doubtful_until = entry.debris.doubtful_until.max(until);
+            self.put_entry(&entry)?;
+        }
+        Ok(())
+    }
+
+    /// How many entries of debris there are.
+    pub fn left(&self) -> Result<u64> {
+        self.view().entries().try_fold(0, |left, entry| entry.map(|_| left + 1))
+    }
+
+    pub fn forget_lost(&self, is_lost: impl Fn(&str) -> bool) -> Result<u64> {
+        let mut keep_until = 0;
+        for entry in self.view().entries() {
+            let mut entry = entry?;
+            keep_until = keep_until.max(entry.debris.keep_until);
+            self.drop_replicas(&mut entry, |replica| is_lost(replica))?;
+        }
+        Ok(keep_until)
+    }
+
+    pub fn locked(&self) -> usize {
+        self.locks.count()
+    }
+
+    fn hold(&self, key: &[u8], owner: Owner) -> Result<Option<Held<'_>>> {
+        let Some(lock) = self.locks.lock(key, owner) else { return Ok(None) };
+        Ok(Some(Held { lock, record: self.get(key)? }))
+    }
+
+    /// The version of a blob that is about to be written. No path ever holds two values: the plain name is used only if
+    /// no blob of the key can lie anywhere; otherwise the version is one that the key never had.
+    fn new_version(&self, key: &[u8], old: Option<&Record>) -> Result<u64> {
+        let debris = self.debris(key)?;
+        let versions = debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version));
+        let highest = match versions.max() {
+            Some(highest) => highest,
+            None if self.locks.is_plain_name_unsafe(key) => 0,
+            None => return Ok(0),
+        };
+        Ok((now().as_micros() as u64).max(highest + 1))
+    }
+}
+
+/// The time since 1970.
+fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
