@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::{TAGS, is_volume};
 use crate::http;
-use crate::index::Location;
+use crate::index::{Location, Url};
 use crate::man;
 use crate::ops::{rebuild, verify};
 use crate::store;
@@ -46,7 +46,7 @@ pub enum Command {
     },
     Import {
         db: Location,
-        leveldb: PathBuf,
+        from: Source,
     },
     Dump {
         db: Location,
@@ -55,6 +55,12 @@ pub enum Command {
     Secret(PathBuf),
     /// Prints this text.
     Print(String),
+}
+
+/// What `import` reads.
+pub enum Source {
+    LevelDb(PathBuf),
+    Index(Location),
 }
 
 /// A parsed command line.
@@ -79,7 +85,7 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
         EVERY,
         "",
         &[
-            ("db", "DIR", "the folder of the index"),
+            ("db", "DIR", "the folder of the index, or postgres://user@host,host2/database"),
             ("volumes", "LIST", "the volumes, host:port,host:port,…"),
             ("replicas", "N", "how many volumes hold a value (3)"),
             ("subvolumes", "N", "how many folders, each a disk, a volume has (10)"),
@@ -116,7 +122,7 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
         "make a new index from the files on the volumes",
         &[
             ("rehash", "", "read the blobs whose md5 is not known"),
-            ("from", "DIR", "another -db to carry over unlinked states, hashes and debris from"),
+            ("from", "DB", "another -db to carry over unlinked states, hashes and debris from"),
             ("lost", "VOLUME", "host:port or host:port/svXX that is gone for good; may be repeated"),
         ],
     ),
@@ -142,8 +148,11 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
     ),
     (
         "import",
-        "take over the index of a Go minikeyvalue",
-        &[("leveldb", "DIR", "the index of a Go minikeyvalue; it is only read")],
+        "take over the index of a Go minikeyvalue, or another one of mkv",
+        &[
+            ("leveldb", "DIR", "the index of a Go minikeyvalue; it is only read"),
+            ("index", "DB", "another -db of mkv, as a folder or a database; it is only read"),
+        ],
     ),
     ("secret", "write a new secret to a new file: mkv secret FILE; or print one", &[]),
     ("dump", "print the index: a percent-encoded key, a tab and its record on each line", &[]),
@@ -225,8 +234,8 @@ impl Flags {
     fn command(&self, name: &str, verbose: bool) -> Result<Command> {
         self.check_group(name)?;
         let db = match self.last("db").unwrap_or_default() {
-            "" => return usage("-db: give the folder of the index"),
-            folder => Location::Folder(folder.into()),
+            "" => return usage("-db: give the folder of the index, or the URL of its database"),
+            db => self.location(db, name)?,
         };
         // A wrong value of a server's flag is an error of every command, as with the Go master.
         let (store, sync, http, api) = (self.store()?, self.switch("sync", false)?, self.http()?, self.api()?);
@@ -236,18 +245,36 @@ impl Flags {
         Ok(match name {
             "server" => Command::Server { db, sync, store, http, api },
             "rebuild" => {
-                let (from, rehash) =
-                    (self.last("from").map(|from| Location::Folder(from.into())), self.switch("rehash", false)?);
+                let (from, rehash) = (
+                    self.last("from").map(|from| self.location(from, name)).transpose()?,
+                    self.switch("rehash", false)?,
+                );
                 Command::Rebuild { store, rebuild: rebuild::Config { db, from, rehash, verbose } }
             }
             "rebalance" => Command::Rebalance { db, sync, store, dry_run: self.switch("dry-run", false)? },
             "verify" => Command::Verify { store, verify: self.verify(db, verbose)? },
-            "import" => match self.last("leveldb") {
-                Some(leveldb) => Command::Import { db, leveldb: leveldb.into() },
-                None => return usage("-leveldb: give the folder of the Go master's index"),
+            "import" => match (self.last("leveldb"), self.last("index")) {
+                (Some(leveldb), None) => Command::Import { db, from: Source::LevelDb(leveldb.into()) },
+                (None, Some(index)) => Command::Import { db, from: Source::Index(self.location(index, name)?) },
+                _ => return usage("-leveldb: give the folder of the Go master's index, or -index and one of mkv's"),
             },
             _ => Command::Dump { db },
         })
+    }
+
+    /// Where an index is. `command`: the command that opens it.
+    fn location(&self, db: &str, command: &str) -> Result<Location> {
+        if !Url::is_url(db) {
+            return Ok(Location::Folder(db.into()));
+        }
+        let url = Url::parse(db, std::env::var("PGPASSWORD").ok())?;
+        let Placement { mut volumes, replicas, subvolumes } = self.store()?.placement;
+        volumes.sort();
+        let flags = format!("-volumes {} -replicas {replicas} -subvolumes {subvolumes}", volumes.join(","));
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let port = if command == "server" { self.last("port").unwrap_or("3000").to_string() } else { String::new() };
+        let name = format!("{command} {port} on {}, process {}", host.trim(), std::process::id()).replace("  ", " ");
+        Ok(Location::Database { url, name, flags })
     }
 
     /// Refuses flags that belong to other commands. The server's flags are accepted everywhere: the Go master has one

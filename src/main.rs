@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use mkv::cli::{self, Cli, Command};
+use mkv::cli::{self, Cli, Command, Source};
 use mkv::error::Result;
 use mkv::index::Location;
 use mkv::ops::{dump, import, rebalance, rebuild, verify};
@@ -37,7 +37,8 @@ fn run(Cli { command, verbose, voltimeout, secret: own }: Cli) -> Result<()> {
             rebalance::run(&Store::new(store, index, volumes()), dry_run, verbose)?;
         }
         Command::Verify { store, verify } => verify::run(verify, store, volumes())?,
-        Command::Import { db, leveldb } => import::run(&db, &leveldb)?,
+        Command::Import { db, from: Source::LevelDb(folder) } => import::run(&db, &folder)?,
+        Command::Import { db, from: Source::Index(index) } => import::copy(&db, &index)?,
         Command::Dump { db } => dump::run(&db)?,
     }
     Ok(())

@@ -16,6 +16,7 @@ use super::{Config, status};
 use crate::error::{Error, Result};
 use crate::format::record::{Hash, hex, unhex};
 use crate::http::{Body, Content, Counters, Handler, Refusal, Request, Response};
+use crate::index::Peer;
 use crate::store::{List, Located, Store};
 use crate::volumes::Auth;
 use crate::volumes::upload::Upload;
@@ -125,6 +126,8 @@ impl Api {
             Command::List(list) => self.list(list),
             Command::Metrics => Ok(self.metrics_text()),
             Command::Health => Ok(self.health(auth)),
+            Command::Ready if store.index.is_ready() => Ok(status::text(200, "text/plain", "ready\n".into())),
+            Command::Ready => Err(Error::Unavailable("the database is away: ask another master".into())),
         }
     }
 
@@ -173,7 +176,7 @@ impl Api {
 
     /// Whether the index can be written and every volume answers.
     fn health(&self, auth: Auth) -> Response<'_> {
-        let Store { index, volumes, config, .. } = &*self.store;
+        let (store, Store { index, volumes, config, .. }) = (&self.store, &*self.store);
         let index = index.probe().map_or_else(|e| e.to_string(), |()| "ok".into());
         let (asked, auth) = (volumes.clone(), auth.map(String::from));
         let ask = move |name: String| match asked.accepts_login(&name, auth.as_deref()) {
@@ -184,7 +187,12 @@ impl Api {
         let states = volumes.pool.each(config.placement.volumes.clone(), ask);
         let healthy = index == "ok" && states.iter().all(|(_, state)| state == "ok");
         let states: serde_json::Map<_, _> = states.into_iter().map(|(name, state)| (name, state.into())).collect();
-        let text = serde_json::json!({ "healthy": healthy, "index": index, "volumes": states });
+        let mut text = serde_json::json!({ "healthy": healthy, "index": index, "volumes": states });
+        if let Some((peers, warnings)) = store.index.peers() {
+            let peer = |peer: &Peer| serde_json::json!({ "name": peer.name, "flags": peer.flags });
+            text["masters"] = peers.iter().map(peer).collect();
+            text["warnings"] = warnings.into();
+        }
         status::text(if healthy { 200 } else { 503 }, "application/json", format!("{text}\n"))
     }
 

@@ -25,6 +25,7 @@ pub enum Command {
     List(List),
     Metrics,
     Health,
+    Ready,
 }
 
 /// Parses a request's method and target (RFC 9112, origin or absolute form).
@@ -61,7 +62,7 @@ pub fn route(method: &str, target: &str) -> Result<Command> {
 }
 
 const FORBIDDEN_QUERY: Error = Error::Forbidden(
-    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics and ?health; a ? in a key is sent as %3F",
+    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics, ?health and ?ready; a ? in a key is sent as %3F",
 );
 
 fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
@@ -73,6 +74,7 @@ fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
         Some("writing") => Listed::Writing,
         Some("metrics") if prefix == b"/" => return Ok(Command::Metrics),
         Some("health") if prefix == b"/" => return Ok(Command::Health),
+        Some("ready") if prefix == b"/" => return Ok(Command::Ready),
         _ => return Err(FORBIDDEN_QUERY),
     };
     let mut list = List { of, prefix, start: Vec::new(), limit: 0, url: false };

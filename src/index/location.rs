@@ -1,10 +1,12 @@
 //! Where an index is, as `-db` says, and how each command opens it.
 
+use std::fs::File;
 use std::path::PathBuf;
 
 use super::Index;
 use super::directory::{create_new, database, is_locked, lock_dir, publish_new, remove};
 use super::rocks::Rocks;
+use super::sql::{Sql, Url};
 use crate::error::{Error, Result};
 
 /// Where an index is.
@@ -12,56 +14,88 @@ use crate::error::{Error, Result};
 pub enum Location {
     /// A folder with a RocksDB.
     Folder(PathBuf),
+    /// A PostgreSQL database.
+    Database {
+        url: Url,
+        /// What this process is, and where: other masters show it.
+        name: String,
+        /// The flags on which all masters have to agree.
+        flags: String,
+    },
 }
 
 impl Location {
-    /// Opens the index for a command that writes it, and locks it against all others. `create`: makes it if there is
-    /// none. `sync`: a write is on disk when it returns.
+    /// Opens the index for a command that writes it. A folder is locked against all others; a database gets a session,
+    /// beside those of others. `create`: makes the index if there is none. `sync`: a write to a folder is on disk when
+    /// it returns.
     pub fn open(&self, create: bool, sync: bool) -> Result<Index> {
-        let Location::Folder(folder) = self;
-        let lock = lock_dir(folder, create)?;
-        let mut rocks = Rocks::open(&database(folder)?, create, sync)?;
-        rocks.folder_lock = Some(lock);
-        Ok(Index::Rocks(rocks))
+        match self {
+            Location::Folder(folder) => {
+                let lock = lock_dir(folder, create)?;
+                let mut rocks = Rocks::open(&database(folder)?, create, sync)?;
+                rocks.folder_lock = Some(lock);
+                Ok(rocks.into())
+            }
+            Location::Database { url, name, flags } => Sql::open(url, name, flags, create).map(Index::Sql),
+        }
     }
 
-    /// Opens the index for reading, also beside a running master. It shows the state at the last `catch_up`.
+    /// Opens the index for reading, also beside a running master. A folder shows the state at the last `catch_up`.
     pub fn follow(&self) -> Result<Index> {
-        let Location::Folder(folder) = self;
-        Rocks::follow(&database(folder)?).map(Index::Rocks)
+        match self {
+            Location::Folder(folder) => Rocks::follow(&database(folder)?).map(Index::from),
+            Location::Database { url, .. } => Sql::follow(url).map(Index::Sql),
+        }
+    }
+
+    /// Whether several processes may write the index at once.
+    pub fn is_shared(&self) -> bool {
+        matches!(self, Location::Database { .. })
     }
 
     /// Whether a command that writes, such as a running master, uses the index.
-    pub fn is_in_use(&self) -> bool {
-        let Location::Folder(folder) = self;
-        is_locked(folder)
+    pub fn is_in_use(&self) -> Result<bool> {
+        match self {
+            Location::Folder(folder) => Ok(is_locked(folder)),
+            Location::Database { url, .. } => Sql::follow(url)?.is_in_use(),
+        }
     }
 
-    /// Whether there is an index, readable or not.
+    /// Whether there is an index, readable or not. A database that is to be replaced has none.
     pub fn exists(&self) -> Result<bool> {
-        let Location::Folder(folder) = self;
-        Ok(database(folder)?.exists())
+        match self {
+            Location::Folder(folder) => Ok(database(folder)?.exists()),
+            Location::Database { .. } => Ok(false),
+        }
     }
 
-    /// Locks the index, to make another one in its place.
+    /// Locks the index, to make another one in its place. A database has to be empty and in nobody's use.
     pub fn replace(&self) -> Result<Replacement> {
-        let Location::Folder(folder) = self;
-        let lock = lock_dir(folder, true)?;
-        database(folder)?;
-        Ok(Replacement { folder: folder.clone(), _lock: lock })
+        match self {
+            Location::Folder(folder) => {
+                let lock = lock_dir(folder, true)?;
+                database(folder)?;
+                Ok(Replacement::Folder { folder: folder.clone(), _lock: lock })
+            }
+            Location::Database { url, .. } => {
+                Sql::fill(url)?;
+                Ok(Replacement::Database(url.clone()))
+            }
+        }
     }
 }
 
 /// A new index that is to take the place of one.
-pub struct Replacement {
-    folder: PathBuf,
-    _lock: std::fs::File,
+pub enum Replacement {
+    Folder { folder: PathBuf, _lock: File },
+    Database(Url),
 }
 
 impl Replacement {
     /// Fails unless the index that is to be replaced is empty.
     pub fn check_empty(&self) -> Result<()> {
-        let folder = database(&self.folder)?;
+        let Replacement::Folder { folder, .. } = self else { return Ok(()) };
+        let folder = database(folder)?;
         if folder.exists() && !Rocks::open(&folder, false, false)?.is_empty()? {
             return Err(Error::Failed(format!("the index {} is not empty: give another -db", folder.display())));
         }
@@ -70,20 +104,31 @@ impl Replacement {
 
     /// Makes the new index, empty.
     pub fn create(&self) -> Result<Index> {
-        create_new(&self.folder).map(Index::Rocks)
+        match self {
+            Replacement::Folder { folder, .. } => create_new(folder).map(Index::from),
+            Replacement::Database(url) => Sql::filling(url).map(Index::Sql),
+        }
     }
 
-    /// Removes what was made of the new index.
+    /// Removes what was made of the new index. A database stays closed to masters.
     pub fn discard(&self) -> Result<()> {
-        remove(&self.folder.join("index.new"))
+        match self {
+            Replacement::Folder { folder, .. } => remove(&folder.join("index.new")),
+            Replacement::Database(_) => Ok(()),
+        }
     }
 
     /// Puts the new index, which must be closed, in the place of the old one. An old one is kept as `index.old`, unless
     /// `forget` is set.
     pub fn publish(self, forget: bool) -> Result<()> {
-        if forget {
-            remove(&database(&self.folder)?)?;
+        match &self {
+            Replacement::Folder { folder, .. } => {
+                if forget {
+                    remove(&database(folder)?)?;
+                }
+                publish_new(folder)
+            }
+            Replacement::Database(url) => Sql::filled(url),
         }
-        publish_new(&self.folder)
     }
 }

@@ -43,7 +43,7 @@ impl Locks {
             match lock(&self.held).entry(key.to_vec()) {
                 Entry::Vacant(entry) => {
                     entry.insert(owner);
-                    return Some(KeyLock { locks: self, key: key.to_vec() });
+                    return Some(KeyLock { locks: self, key: key.to_vec(), kept: false });
                 }
                 Entry::Occupied(holder) if owner == Owner::Client && *holder.get() == Owner::Client => return None,
                 Entry::Occupied(_) if begun.elapsed() > patience => return None,
@@ -95,15 +95,32 @@ impl Locks {
     }
 }
 
+impl Locks {
+    /// Frees a key whose lock was kept.
+    pub fn free(&self, key: &[u8]) {
+        lock(&self.held).remove(key);
+    }
+}
+
 /// Frees the key when it is dropped.
 pub struct KeyLock<'a> {
     locks: &'a Locks,
     pub key: Vec<u8>,
+    kept: bool,
+}
+
+impl KeyLock<'_> {
+    /// Keeps the key locked, until `Locks::free`.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
 }
 
 impl Drop for KeyLock<'_> {
     fn drop(&mut self) {
-        lock(&self.locks.held).remove(&self.key);
+        if !self.kept {
+            self.locks.free(&self.key);
+        }
     }
 }
 

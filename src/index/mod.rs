@@ -15,22 +15,34 @@ mod directory;
 mod location;
 mod locks;
 mod rocks;
+mod sql;
+mod view;
 
 use std::path::Path;
 use std::time::Duration;
 
 pub use location::{Location, Replacement};
 pub use locks::Clearing;
+pub use sql::{Peer, Url};
+pub use view::{Batch, View};
 
 use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
 use locks::KeyLock;
 use rocks::Rocks;
+use sql::Sql;
 
 /// An index on one of the engines.
 pub enum Index {
-    Rocks(Rocks),
+    Rocks(Box<Rocks>),
+    Sql(Sql),
+}
+
+impl From<Rocks> for Index {
+    fn from(rocks: Rocks) -> Index {
+        Index::Rocks(Box::new(rocks))
+    }
 }
 
 /// A key that only the owner of this value writes, until it is dropped.
@@ -52,13 +64,36 @@ pub struct Entry {
     pub key: Vec<u8>,
     pub version: u64,
     pub debris: Debris,
-    /// The blobs were deleted, and no request can bring one back any more: the entry ends if they are seen to be gone.
-    pub deleted: bool,
+    pub stage: Stage,
+}
+
+impl Entry {
+    /// Whether DELETEs may be sent for it now.
+    pub fn may_delete(&self) -> bool {
+        match self.stage {
+            Stage::Marked { at } => sql::boot_time().saturating_sub(at) < MARKED,
+            _ => true,
+        }
+    }
+}
+
+/// How far the deletion of an entry is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Stage {
+    /// Its blobs are to be deleted.
+    Due,
+    /// The same, and they have the version of the key's record: the entry was marked at this time, counted from the
+    /// start of the machine.
+    Marked { at: Duration },
+    /// They were deleted. When no request can bring one back any more, the entry ends, if they are seen to be gone.
+    Deleted,
 }
 
 /// What came of the DELETEs for an entry.
 #[derive(Debug, Default)]
 pub struct Deleted {
+    /// The replicas that were asked: those that the entry names and the record does not.
+    pub asked: Vec<String>,
     /// Replicas whose blob is gone for good.
     pub gone: Vec<String>,
     /// The first error of a volume that refused or did not answer.
@@ -72,7 +107,21 @@ pub struct Writing<'a> {
     pub entry: Entry,
     /// The replicas that this write sends to.
     pub replicas: Vec<String>,
+    /// Whether it may replace a live record.
+    replace: bool,
+    /// Its row in a database.
+    trace: Option<sql::Trace<'a>>,
 }
+
+impl Writing<'_> {
+    /// Whether it cannot be completed: another master takes this one for dead.
+    pub fn is_lost(&self) -> bool {
+        self.trace.as_ref().is_some_and(sql::Trace::is_lost)
+    }
+}
+
+/// How long after it was marked DELETEs may be sent for an entry.
+const MARKED: Duration = Duration::from_secs(10);
 
 /// A key, and the text of its record.
 pub type Row = (Box<[u8]>, Box<[u8]>);
@@ -82,6 +131,7 @@ macro_rules! engine {
     ($index:expr, $method:ident($($argument:expr),*)) => {
         match $index {
             Index::Rocks(rocks) => rocks.$method($($argument),*),
+            Index::Sql(sql) => sql.$method($($argument),*),
         }
     };
 }
@@ -89,12 +139,12 @@ macro_rules! engine {
 impl Index {
     /// Opens the RocksDB in this folder, or makes it if `create` is set. `sync`: a write is on disk when it returns.
     pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Index> {
-        Rocks::open(folder, create, sync).map(Index::Rocks)
+        Rocks::open(folder, create, sync).map(Index::from)
     }
 
     /// Makes a RocksDB for a bulk load.
     pub fn create(folder: &Path) -> Result<Index> {
-        Rocks::create(folder).map(Index::Rocks)
+        Rocks::create(folder).map(Index::from)
     }
 
     /// The record of a key.
@@ -107,15 +157,20 @@ impl Index {
         engine!(self, debris(key))
     }
 
-    /// Locks a key, chooses a version and records that these replicas may hold a blob of it. `check` sees the record
-    /// under the lock and can refuse the write. Fails with `Locked` if another request writes the key.
+    /// Locks a key, chooses a version and records that these replicas may hold a blob of it. `replace`: also if the
+    /// record is live. `check` sees the record under the lock and can refuse the write. Fails with `Locked` if another
+    /// request writes the key.
     pub fn begin(
         &self,
         key: &[u8],
         replicas: Vec<String>,
+        replace: bool,
         check: impl FnOnce(Option<&Record>) -> Result<()>,
     ) -> Result<Writing<'_>> {
-        engine!(self, begin(key, replicas, check))
+        match self {
+            Index::Rocks(rocks) => rocks.begin(key, replicas, replace, check),
+            Index::Sql(sql) => sql.begin(key, replicas, replace, false, check),
+        }
     }
 
     /// Locks a key for copies of its blob under the version it has. Fails with `Locked` or `NotFound`.
@@ -125,7 +180,7 @@ impl Index {
 
     /// Records that a claimed key is about to be copied to these replicas. Fails with `Locked` while the cleaner
     /// deletes blobs of the same name, and with `Unavailable` if such a deletion may still be carried out.
-    pub fn claim_copies(&self, writing: &mut Writing, copies: &[String]) -> Result<()> {
+    pub fn claim_copies<'a>(&'a self, writing: &mut Writing<'a>, copies: &[String]) -> Result<()> {
         engine!(self, claim_copies(writing, copies))
     }
 
@@ -136,7 +191,9 @@ impl Index {
     }
 
     /// Ends a write: `new` becomes the record, the replicas it names are no debris any more, and `surplus`, the
-    /// replicas of the old record that are not needed any more, become debris, which is kept this long.
+    /// replicas of the old record that are not needed any more, become debris, which is kept this long. Fails with
+    /// `Locked` if another master has changed the record in a way that this write may not replace, and with
+    /// `Unavailable` if another master has taken it over or, in doubt, if it is not known whether it was carried out.
     pub fn flip(&self, writing: Writing, new: &Record, surplus: Vec<String>, keep: Option<Duration>) -> Result<()> {
         engine!(self, flip(writing, new, surplus, keep))
     }
@@ -174,21 +231,62 @@ impl Index {
         engine!(self, release(held, entry))
     }
 
+    /// Says that blobs of an entry are about to be deleted, `record` being the key's. `false`: the entry has changed,
+    /// and they stay.
+    pub fn mark(&self, entry: &mut Entry, record: Option<&Record>) -> Result<bool> {
+        match self {
+            Index::Rocks(_) => Ok(true),
+            Index::Sql(sql) => sql.mark(entry, record),
+        }
+    }
+
     /// Takes the replicas that are gone from an entry, and those that the record names. The last replica takes the
     /// entry with it.
     pub fn forget(&self, held: &Held, entry: &mut Entry, deleted: &Deleted) -> Result<()> {
-        engine!(self, forget(held, entry, deleted))
+        match self {
+            Index::Rocks(rocks) => rocks.forget(held, entry, deleted),
+            Index::Sql(sql) => sql.forget(entry, deleted),
+        }
+    }
+
+    /// The same for an entry whose key was released. If a writer has come meanwhile, the entry may stay as it is.
+    pub fn forget_released(&self, clearing: Clearing, entry: &mut Entry, deleted: &Deleted) -> Result<()> {
+        let forgotten = match self {
+            Index::Rocks(rocks) => match rocks.hold_to_clean(entry)? {
+                Some(held) => rocks.forget(&held, entry, deleted),
+                None => Ok(()),
+            },
+            Index::Sql(sql) => sql.forget(entry, deleted),
+        };
+        drop(clearing);
+        forgotten
+    }
+
+    /// Makes a blob debris that neither the record nor debris names. `false`: nobody else uses this index, so the
+    /// caller can delete the blob.
+    pub fn condemn(&self, key: &[u8], version: u64, replica: &str) -> Result<bool> {
+        match self {
+            Index::Rocks(_) => Ok(false),
+            Index::Sql(sql) => sql.condemn(key, version, replica).map(|()| true),
+        }
     }
 
     /// A volume gave no answer to a DELETE of a blob of this key: it may carry it out within the hour.
     pub fn note_unconfirmed_delete(&self, key: &[u8]) {
-        engine!(self, note_unconfirmed_delete(key))
+        // A database has this in its entries.
+        if let Index::Rocks(rocks) = self {
+            rocks.note_unconfirmed_delete(key);
+        }
     }
 
     /// Writes from before a crash may still land: until this time (seconds since 1970) a 404 proves nothing for any
     /// debris.
     pub fn suspect_after_crash(&self, until: u64) -> Result<()> {
-        engine!(self, suspect_after_crash(until))
+        match self {
+            Index::Rocks(rocks) => rocks.suspect_after_crash(until),
+            // A takeover does this for its rows.
+            Index::Sql(_) => Ok(()),
+        }
     }
 
     /// Takes the replicas of lost volumes from all debris. Returns the latest time (seconds since 1970) until which
@@ -211,6 +309,7 @@ impl Index {
     pub fn view(&self) -> View<'_> {
         match self {
             Index::Rocks(rocks) => View::Rocks(rocks.view()),
+            Index::Sql(sql) => View::Sql(sql),
         }
     }
 
@@ -223,6 +322,7 @@ impl Index {
     pub fn batch(&self) -> Batch<'_> {
         match self {
             Index::Rocks(rocks) => Batch::Rocks(rocks.batch()),
+            Index::Sql(sql) => Batch::Sql(sql.batch()),
         }
     }
 
@@ -246,80 +346,42 @@ impl Index {
         engine!(self, estimate())
     }
 
+    /// The highest version that the engine takes.
+    pub fn max_version(&self) -> u64 {
+        match self {
+            Index::Rocks(_) => u64::MAX,
+            Index::Sql(_) => i64::MAX as u64,
+        }
+    }
+
+    /// Whether this process is known to be able to write. If not, others can.
+    pub fn is_ready(&self) -> bool {
+        match self {
+            Index::Rocks(_) => true,
+            Index::Sql(sql) => sql.is_ready(),
+        }
+    }
+
+    /// Whether this process is the one that deletes what no live master is about to delete.
+    pub fn leads(&self) -> bool {
+        match self {
+            Index::Rocks(_) => true,
+            Index::Sql(sql) => sql.leads(),
+        }
+    }
+
+    /// All processes that write this index, this one among them, and warnings for the operator. `None`: there is only
+    /// this one.
+    pub fn peers(&self) -> Option<(Vec<Peer>, Vec<String>)> {
+        match self {
+            Index::Rocks(_) => None,
+            Index::Sql(sql) => Some((sql.peers(), sql.warnings())),
+        }
+    }
+
     /// Ends the engine's threads, so that the process can exit.
     pub fn close(&self) {
         engine!(self, close())
-    }
-}
-
-/// An index as it was at one moment.
-pub enum View<'a> {
-    Rocks(rocks::View<'a>),
-}
-
-impl View<'_> {
-    /// Each key and the text of its record, by key.
-    pub fn texts(&self) -> Box<dyn Iterator<Item = Result<Row>> + Send + '_> {
-        match self {
-            View::Rocks(view) => Box::new(view.texts()),
-        }
-    }
-
-    /// Each key and its record, by key.
-    pub fn all_records(&self) -> impl Iterator<Item = Result<(Box<[u8]>, Record)>> + Send {
-        self.texts().map(|row| {
-            let (key, text) = row?;
-            let record = record_of(&key, &text)?;
-            Ok((key, record))
-        })
-    }
-
-    /// Each entry of debris. RocksDB has them in the order of key and version run together.
-    pub fn entries(&self) -> Box<dyn Iterator<Item = Result<Entry>> + Send + '_> {
-        match self {
-            View::Rocks(view) => Box::new(view.entries()),
-        }
-    }
-
-    /// Calls `f` with each key that begins with `prefix` and is not below `start`, and the text of its record, in
-    /// order, until `f` returns `false`.
-    pub fn records(&self, prefix: &[u8], start: &[u8], f: impl FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
-        match self {
-            View::Rocks(view) => view.records(prefix, start, f),
-        }
-    }
-
-    /// Calls `f` with the key, version and debris of each entry whose key begins with `prefix`.
-    pub fn debris(&self, prefix: &[u8], f: impl FnMut(&[u8], u64, Debris) -> Result<()>) -> Result<()> {
-        match self {
-            View::Rocks(view) => view.debris(prefix, f),
-        }
-    }
-}
-
-/// Changes that are written together.
-pub enum Batch<'a> {
-    Rocks(rocks::Batch<'a>),
-}
-
-impl Batch<'_> {
-    pub fn put(self, key: &[u8], record: &Record) -> Self {
-        match self {
-            Batch::Rocks(batch) => Batch::Rocks(batch.put(key, record)),
-        }
-    }
-
-    /// Replaces the debris of this key and version; debris without replicas is removed.
-    pub fn set_debris(self, key: &[u8], version: u64, debris: &Debris) -> Self {
-        match self {
-            Batch::Rocks(batch) => Batch::Rocks(batch.set_debris(key, version, debris)),
-        }
-    }
-
-    pub fn commit(self) -> Result<()> {
-        match self {
-            Batch::Rocks(batch) => batch.commit(),
-        }
     }
 }
 
@@ -398,11 +460,11 @@ mod tests {
     fn a_flip_makes_the_new_blob_the_record_and_the_old_one_debris() {
         let (index, folder) = index("flip");
         let write = |replica: &str| {
-            let writing = index.begin(b"/a", vec![replica.into()], |_| Ok(())).unwrap();
+            let writing = index.begin(b"/a", vec![replica.into()], true, |_| Ok(())).unwrap();
             let old = writing.held.record.clone();
             let surplus = old.map_or(Vec::new(), |old| old.replicas);
             let record = Record { version: writing.entry.version, replicas: vec![replica.into()], ..Record::default() };
-            assert_eq!(index.begin(b"/a", Vec::new(), |_| Ok(())).err(), Some(Error::Locked));
+            assert_eq!(index.begin(b"/a", Vec::new(), true, |_| Ok(())).err(), Some(Error::Locked));
             index.flip(writing, &record, surplus, None).unwrap();
             record
         };

@@ -15,7 +15,7 @@ use rocksdb::{
 };
 
 use super::locks::Locks;
-use super::{Entry, Row, record_of, undecodable};
+use super::{Entry, Row, Stage, record_of, undecodable};
 use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
@@ -312,7 +312,7 @@ fn entry_of(name: &[u8], text: &[u8]) -> Result<Entry> {
         .split_last_chunk::<VERSION_BYTES>()
         .ok_or_else(|| Error::Index(format!("an entry of debris has no version: {}", quoted(name))))?;
     let version = u64::from_be_bytes(*version);
-    Ok(Entry { key: key.into(), version, debris: debris_of(key, text)?, deleted: false })
+    Ok(Entry { key: key.into(), version, debris: debris_of(key, text)?, stage: Stage::Due })
 }
 
 fn index_error(e: rocksdb::Error) -> Error {

@@ -30,7 +30,7 @@ pub fn run(store: &Arc<Store>, dry_run: bool, verbose: bool) -> Result<()> {
     let progress = Progress::new(store.index.estimate(), "keys");
     let run = Rebalance { store, dry_run, verbose, progress, totals: Mutex::default() };
     threads(WIDTH)?.install(|| {
-        store.index.view().texts().par_bridge().try_for_each(|row| {
+        store.index.view().texts().par_bridge().try_for_each(|row| -> Result<()> {
             let (key, text) = row?;
             run.rebalance(&key, &text);
             Ok(())

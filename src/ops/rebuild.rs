@@ -190,9 +190,11 @@ impl Rebuild<'_> {
     fn record(&self, key: &[u8], blobs: Vec<Blob>) -> Result<Option<Record>> {
         let old = self.old.as_ref().map_or(Ok(None), |old| old.get(key))?;
         // No value is empty: a power cut leaves such files.
-        let (empty, mut blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(|b| b.size == 0);
-        for Blob { replica, version, .. } in empty {
-            self.report.add(FOREIGN, format!("{replica}{} is empty", path(key, version)));
+        let is_wrong = |blob: &Blob| blob.size == 0 || blob.version > self.store.index.max_version();
+        let (wrong, mut blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(is_wrong);
+        for Blob { replica, version, size, .. } in wrong {
+            let why = if size == 0 { "is empty" } else { "has too high a version" };
+            self.report.add(FOREIGN, format!("{replica}{} {why}", path(key, version)));
         }
         self.drop_debris(key, old.as_ref(), &mut blobs)?;
         let mut versions = group(blobs, |blob| blob.version);

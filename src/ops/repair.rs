@@ -92,6 +92,9 @@ impl Examiner {
     }
 
     fn delete(&self, key: &[u8], finding: &Finding) -> Result<()> {
+        if self.store.index.condemn(key, finding.version, &finding.replica)? {
+            return Ok(());
+        }
         let blob = path(key, finding.version);
         self.store.volumes.delete(&finding.replica, &blob, self.store.own_auth()).map(drop)
     }
@@ -104,6 +107,6 @@ impl Examiner {
                 self.delete(key, finding)?;
             }
         }
-        Ok(())
+        self.store.clear_due(key, now())
     }
 }

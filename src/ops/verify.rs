@@ -46,7 +46,7 @@ pub struct Config {
 }
 
 pub fn run(config: Config, store: store::Config, volumes: Arc<Volumes>) -> Result<()> {
-    let running = !config.repair && config.db.is_in_use();
+    let running = config.db.is_shared() || (!config.repair && config.db.is_in_use()?);
     // No master starts during a repair.
     let index = if config.repair { config.db.open(false, false)? } else { config.db.follow()? };
     let (records, newest) = count_and_age(&index)?;
@@ -179,7 +179,18 @@ impl Verify {
             Some(record) => blob.version > record.version,
             None => blob.time >= self.newest,
         };
-        let ahead = unknown.iter().find(is_ahead).map(|blob| format!("{}{}", blob.replica, path(&key, blob.version)));
+        // A running master may have written the key since its record was read.
+        let is_there = |blob: &&&Blob| match self.examiner.running {
+            true => {
+                matches!(index.get(&key), Ok(now) if now == record)
+                    && matches!(self.examiner.blob(&key, blob.version, &blob.replica), Ok(Some(_)))
+            }
+            false => true,
+        };
+        let ahead = unknown
+            .iter()
+            .find(|blob| is_ahead(blob) && is_there(blob))
+            .map(|blob| format!("{}{}", blob.replica, path(&key, blob.version)));
         let is_unknown = !seen && !unknown.is_empty();
         let mut found = lock(&self.found);
         found.unknown += u64::from(is_unknown);

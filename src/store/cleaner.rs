@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use super::write::unwanted;
 use super::{Store, now};
 use crate::error::Result;
+use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::Record;
-use crate::index::Entry;
+use crate::index::{Deleted, Entry, Stage};
 
 /// How long a 404 proves nothing for debris that a crash left, in seconds.
 const AFTER_CRASH: u64 = 10;
@@ -56,7 +57,7 @@ impl Store {
             if let Ok(Err(error)) = catch_unwind(AssertUnwindSafe(|| self.clean_once())) {
                 log::error!("cleaner: {error}");
             }
-            let _ = self.woken.recv_timeout(INTERVAL);
+            while self.woken.recv_timeout(INTERVAL).is_err() && !self.index.leads() {}
             // Take deletions that come one by one together.
             std::thread::sleep(Duration::from_millis(20).min(begun.elapsed()));
         }
@@ -91,12 +92,19 @@ impl Store {
     fn clean_entry(&self, entry: &mut Entry) -> Result<()> {
         let Some(held) = self.index.hold_to_clean(entry)? else { return Ok(()) };
         let targets = unwanted(&held, entry, &entry.debris.replicas);
-        // A power cut on a volume may have cost the copies that replace surplus replicas.
-        let successor =
-            held.record.clone().filter(|record| record.version == entry.version && entry.debris.keep_until > 0);
+        let successor = held.record.clone().filter(|record| record.version == entry.version);
         let clearing = self.index.release(held, entry);
-        if successor.is_some_and(|record| !self.is_whole(&entry.key, &record)) {
+        if entry.stage == Stage::Deleted && successor.is_some() && self.are_absent(entry, &targets)? {
+            let deleted = Deleted { asked: targets.clone(), gone: targets, ..Deleted::default() };
+            return self.index.forget_released(clearing, entry, &deleted);
+        }
+        // A power cut on a volume may have cost the copies that replace surplus replicas.
+        let needed = successor.as_ref().filter(|_| entry.debris.keep_until > 0);
+        if needed.is_some_and(|record| !self.is_whole(&entry.key, record)) {
             log::info!("surplus of {} stays: a replica is missing", quoted(&entry.key));
+            return Ok(());
+        }
+        if !self.index.mark(entry, successor.as_ref())? {
             return Ok(());
         }
         let deleted = self.delete_blobs(entry, targets, false, self.own_auth());
@@ -104,12 +112,18 @@ impl Store {
             log::info!("debris of {} stays for now: {error}", quoted(&entry.key));
         }
         // If a writer has come meanwhile, the next round sees that the blobs are gone.
-        let forgotten = match self.index.hold_to_clean(entry)? {
-            Some(held) => self.index.forget(&held, entry, &deleted),
-            None => Ok(()),
-        };
-        drop(clearing);
-        forgotten
+        self.index.forget_released(clearing, entry, &deleted)
+    }
+
+    /// Whether none of these replicas has the entry's blob. Fails if a volume does not answer.
+    fn are_absent(&self, entry: &Entry, replicas: &[String]) -> Result<bool> {
+        let blob = path(&entry.key, entry.version);
+        for replica in replicas {
+            if self.volumes.head(replica, &blob, self.own_auth())?.is_some() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether all replicas of a record are seen to be there.

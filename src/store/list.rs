@@ -2,7 +2,7 @@
 //!
 //! `{"next":"","keys":["/a","/b"]}`: `next` is the first key of the next page, and empty on the last page. A page is read
 //! twice from one view of the index, once for its `next` and its length in bytes and once to be written, so that its
-//! memory does not grow with it.
+//! memory does not grow with it. Where the view is no snapshot, the keys of the first reading are kept.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -15,6 +15,9 @@ use crate::index::{View, record_of};
 
 /// The longest list without a limit, in keys.
 const MAX_KEYS: usize = 1_000_000;
+
+/// The most bytes of keys that are kept for a page.
+const KEPT_MAX: usize = 256 << 20;
 
 /// Which page of keys.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,6 +45,8 @@ pub struct Page<'a> {
     list: List,
     next: String,
     count: usize,
+    /// The keys, if the view is no snapshot.
+    kept: Option<Vec<Vec<u8>>>,
     /// Bytes of the JSON text.
     pub length: u64,
 }
@@ -50,7 +55,8 @@ impl Store {
     /// A page of keys. Fails with `TooMany` if a list without a limit is longer than 1,000,000 keys.
     pub fn page(&self, list: List) -> Result<Page<'_>> {
         let view = self.index.view();
-        let mut page = Page { view, list, next: "\"\"".into(), count: 0, length: 0 };
+        let kept = (!view.is_snapshot()).then(Vec::new);
+        let mut page = Page { view, list, next: "\"\"".into(), count: 0, kept, length: 0 };
         page.measure()?;
         Ok(page)
     }
@@ -58,7 +64,7 @@ impl Store {
 
 impl Page<'_> {
     fn measure(&mut self) -> Result<()> {
-        let (list, page) = (&self.list, &*self);
+        let (mut kept, list, page) = (self.kept.take(), &self.list, &*self);
         let (mut count, mut bytes, mut next) = (0, 0, None);
         page.keys(&mut |key| {
             if list.limit > 0 && count == list.limit {
@@ -70,8 +76,15 @@ impl Page<'_> {
             }
             count += 1;
             bytes += page.text(key).len();
+            if let Some(kept) = &mut kept {
+                kept.push(key.to_vec());
+                if bytes > KEPT_MAX {
+                    return Err(Error::TooMany);
+                }
+            }
             Ok(true)
         })?;
+        self.kept = kept;
         if let Some(next) = next {
             if !list.url && std::str::from_utf8(&next).is_err() {
                 return Err(Error::BadRequest(
@@ -115,6 +128,10 @@ impl Page<'_> {
 
     /// Calls `f` with the keys from the page's start on, until it returns `false`.
     fn keys(&self, f: &mut dyn FnMut(&[u8]) -> Result<bool>) -> Result<()> {
+        if let Some(kept) = &self.kept {
+            kept.iter().try_for_each(|key| f(key).map(drop))?;
+            return Ok(());
+        }
         let wanted = match self.list.of {
             Listed::Live => State::Live,
             Listed::Unlinked => State::Unlinked,

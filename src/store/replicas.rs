@@ -69,7 +69,7 @@ impl Store {
     /// Copies a claimed key's blob to these replicas, from the first source whose bytes are the record's. Gives the
     /// claim back for the flip.
     fn copy<'a>(
-        &self,
+        &'a self,
         mut writing: Writing<'a>,
         record: &Record,
         sources: &[String],

@@ -14,12 +14,14 @@
 //! the same time. The answer is 204 if all are gone; otherwise the key already reads 404 and the cleaner goes on.
 //! UNLINK and RELINK change the record's state and touch no blob.
 
+use std::io::{self, Read};
+
 use super::{Store, now};
 use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::{Record, State};
-use crate::index::{Deleted, Entry, Held, Writing};
+use crate::index::{Deleted, Entry, Held, Stage, Writing};
 use crate::volumes::Auth;
 use crate::volumes::upload::{PutFailed, PutOptions, Upload};
 
@@ -38,12 +40,19 @@ impl Store {
             return Err(Error::NoValue);
         }
         let replicas = self.place(key);
-        let writing = self.index.begin(key, replicas.clone(), |old| {
+        let over_live = replace && !self.config.protect;
+        let writing = self.index.begin(key, replicas.clone(), over_live, |old| {
             self.check_put(old, replace)?;
             self.volumes.check_silent(&replicas, auth)
         })?;
         let (version, options) = (writing.entry.version, PutOptions { time: now(), md5sum: self.config.md5sum });
+        let mut reader = Watched { reader: upload.reader, writing: &writing };
+        let upload = Upload { reader: &mut reader, ..upload };
         match self.volumes.put(&replicas, &path(key, version), upload, options, auth) {
+            Err(failed) if writing.is_lost() => {
+                self.abandon(writing, failed, auth);
+                Err(Error::Unavailable("another master took this one for dead: try again".into()))
+            }
             Err(failed) => Err(self.abandon(writing, failed, auth)),
             Ok(stored) => {
                 let record = Record {
@@ -114,8 +123,7 @@ impl Store {
         let (held, entries) = self.index.remove(key, check)?;
         let mut failed = None;
         for mut entry in entries {
-            let replicas = entry.debris.replicas.clone();
-            match self.clear(&held, &mut entry, &replicas, true, auth) {
+            match self.clear(&held, &mut entry, true, auth) {
                 Ok(()) => {}
                 Err(error @ Error::Index(_)) => return Err(error),
                 Err(error) => failed = Some(error),
@@ -145,11 +153,14 @@ impl Store {
         })
     }
 
-    /// Deletes the blobs of an entry from these replicas and takes them from the entry. Never touches a blob that the
-    /// record names. `patient`: also asks volumes that did not answer a moment ago. Fails if a volume refuses or does
-    /// not answer; a 404 that proves nothing yet is no failure, the replica just stays in the entry.
-    pub fn clear(&self, held: &Held, entry: &mut Entry, replicas: &[String], patient: bool, auth: Auth) -> Result<()> {
-        let deleted = self.delete_unwanted(held, entry, replicas, patient, auth);
+    /// Deletes the blobs of an entry and takes their replicas from it. Never touches a blob that the record names.
+    /// `patient`: also asks volumes that did not answer a moment ago. Fails if a volume refuses or does not answer; a
+    /// 404 that proves nothing yet is no failure, the replica just stays in the entry.
+    pub fn clear(&self, held: &Held, entry: &mut Entry, patient: bool, auth: Auth) -> Result<()> {
+        if !self.index.mark(entry, held.record.as_ref())? {
+            return Ok(());
+        }
+        let deleted = self.delete_unwanted(held, entry, &entry.debris.replicas, patient, auth);
         self.index.forget(held, entry, &deleted)?;
         deleted.failed.map_or(Ok(()), Err)
     }
@@ -166,13 +177,12 @@ impl Store {
     /// Deletes all debris of a key that is due at this time (seconds since 1970).
     pub fn clear_due(&self, key: &[u8], now: u64) -> Result<()> {
         for (version, debris) in self.index.debris(key)? {
-            let mut entry = Entry { key: key.into(), version, debris, deleted: false };
-            if entry.debris.keep_until > now {
-                continue;
+            let mut entry = Entry { key: key.into(), version, debris, stage: Stage::Due };
+            if entry.debris.keep_until <= now
+                && let Some(held) = self.index.hold_to_clean(&mut entry)?
+            {
+                self.clear(&held, &mut entry, true, self.own_auth())?;
             }
-            let held = self.index.hold_to_clean(&mut entry)?.ok_or(Error::Locked)?;
-            let replicas = entry.debris.replicas.clone();
-            self.clear(&held, &mut entry, &replicas, true, self.own_auth())?;
         }
         Ok(())
     }
@@ -181,7 +191,11 @@ impl Store {
     pub(super) fn delete_blobs(&self, entry: &Entry, replicas: Vec<String>, patient: bool, auth: Auth) -> Deleted {
         let blob = path(&entry.key, entry.version);
         let outcomes = self.volumes.delete_all(&replicas, &blob, patient, auth);
-        let mut deleted = Deleted::default();
+        let mut deleted = Deleted { asked: replicas.clone(), ..Deleted::default() };
+        if !entry.may_delete() {
+            deleted.failed = Some(Error::Unavailable("the volumes are asked again later".into()));
+            return deleted;
+        }
         for (replica, outcome) in replicas.into_iter().zip(outcomes) {
             match outcome {
                 // It is not there now, but it may still appear.
@@ -196,6 +210,21 @@ impl Store {
             }
         }
         deleted
+    }
+}
+
+/// The body of an upload. It ends in an error once the write cannot be completed any more.
+struct Watched<'a, 'b> {
+    reader: &'a mut dyn Read,
+    writing: &'a Writing<'b>,
+}
+
+impl Read for Watched<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.writing.is_lost() {
+            return Err(io::Error::other("another master took this one for dead"));
+        }
+        self.reader.read(buffer)
     }
 }
 

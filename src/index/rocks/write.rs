@@ -9,30 +9,31 @@ use super::Rocks;
 use crate::error::{Error, Result};
 use crate::format::record::{Debris, Record};
 use crate::index::locks::{Clearing, Owner};
-use crate::index::{Deleted, Entry, Held, Writing};
+use crate::index::{Deleted, Entry, Held, Stage, Writing};
 
 impl Rocks {
     pub fn begin(
         &self,
         key: &[u8],
         replicas: Vec<String>,
+        replace: bool,
         check: impl FnOnce(Option<&Record>) -> Result<()>,
     ) -> Result<Writing<'_>> {
         let held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
         check(held.record.as_ref())?;
         let version = self.new_version(key, held.record.as_ref())?;
         let debris = Debris { replicas: replicas.clone(), ..Debris::default() };
-        let entry = Entry { key: key.into(), version, debris, deleted: false };
+        let entry = Entry { key: key.into(), version, debris, stage: Stage::Due };
         self.put_entry(&entry)?;
-        Ok(Writing { held, entry, replicas })
+        Ok(Writing { held, entry, replicas, replace, trace: None })
     }
 
     pub fn claim(&self, key: &[u8]) -> Result<Writing<'_>> {
         let held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
         let version = held.record.as_ref().ok_or(Error::NOT_FOUND)?.version;
         let debris = self.debris_entry(key, version)?;
-        let entry = Entry { key: key.into(), version, debris, deleted: false };
-        Ok(Writing { held, entry, replicas: Vec::new() })
+        let entry = Entry { key: key.into(), version, debris, stage: Stage::Due };
+        Ok(Writing { held, entry, replicas: Vec::new(), replace: true, trace: None })
     }
 
     pub fn claim_copies(&self, writing: &mut Writing, copies: &[String]) -> Result<()> {
@@ -56,7 +57,7 @@ impl Rocks {
     }
 
     pub fn abandon(&self, writing: Writing, delete: impl FnOnce(&Held, &Entry, &[String]) -> Deleted) -> Result<()> {
-        let Writing { held, mut entry, replicas } = writing;
+        let Writing { held, mut entry, replicas, .. } = writing;
         let deleted = delete(&held, &entry, &replicas);
         self.forget(&held, &mut entry, &deleted)
     }
@@ -81,7 +82,7 @@ impl Rocks {
 
     pub fn remove(&self, key: &[u8], check: impl FnOnce(&Record) -> Result<()>) -> Result<(Held<'_>, Vec<Entry>)> {
         let mut held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
-        let entry = |(version, debris)| Entry { key: key.into(), version, debris, deleted: false };
+        let entry = |(version, debris)| Entry { key: key.into(), version, debris, stage: Stage::Due };
         let Some(record) = held.record.take() else {
             let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).collect();
             return if entries.is_empty() { Err(Error::NOT_FOUND) } else { Ok((held, entries)) };

@@ -1,6 +1,8 @@
 //! `mkv import`: makes an index from that of a Go minikeyvalue, a LevelDB written by goleveldb.
 //!
 //! The LevelDB is only read. Records are copied unchanged; a half-written one becomes debris.
+//!
+//! With `-index` it copies another index of mkv: from a folder to a database, and back.
 
 pub mod leveldb;
 
@@ -16,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::{Debris, Record, State};
-use crate::index::{Location, Replacement};
+use crate::index::{Entry, Index, Location, Replacement};
 use leveldb::{read, wrong};
 
 /// How many of the records that do not decode are listed. The others are only counted.
@@ -32,12 +34,51 @@ struct Counts {
     elsewhere: u64,
 }
 
+/// Rows of an index that are written together.
+const BATCH: usize = 1000;
+
+/// Carries out `mkv -db NEW import -index OLD`. The new index can be used when all of it is there.
+pub fn copy(db: &Location, old: &Location) -> Result<()> {
+    if old.is_in_use()? {
+        return Err(Error::Failed("-index: a master uses it: stop it first".into()));
+    }
+    let (from, replacement) = (old.follow()?, db.replace()?);
+    replacement.check_empty()?;
+    let counts = copy_all(&from, &replacement).inspect_err(|_| drop(replacement.discard()))?;
+    replacement.publish(true)?;
+    println!("imported {} keys and {} entries of debris", counts.0, counts.1);
+    Ok(())
+}
+
+fn copy_all(from: &Index, replacement: &Replacement) -> Result<(u64, u64)> {
+    let (index, mut counts) = (replacement.create()?, (0, 0));
+    let view = from.view();
+    let mut records = view.all_records().peekable();
+    while records.peek().is_some() {
+        let mut batch = index.batch();
+        for row in records.by_ref().take(BATCH) {
+            let (key, record) = row?;
+            batch = batch.put(&key, &record);
+            counts.0 += 1;
+        }
+        batch.commit()?;
+    }
+    for entry in view.entries() {
+        let Entry { key, version, debris, .. } = entry?;
+        index.batch().set_debris(&key, version, &debris).commit()?;
+        counts.1 += 1;
+    }
+    index.sync()?;
+    Ok(counts)
+}
+
 /// Carries out `mkv -db NEW import -leveldb OLD`. The new index takes its place as the last step, so that an
 /// interrupted import leaves none.
 pub fn run(db: &Location, old: &Path) -> Result<()> {
     let _held = hold(old)?;
-    let Location::Folder(folder) = db;
-    keep_apart(folder, old)?;
+    if let Location::Folder(folder) = db {
+        keep_apart(folder, old)?;
+    }
     let replacement = db.replace()?;
     replacement.check_empty()?;
     let counts = fill(&replacement, old).inspect_err(|_| drop(replacement.discard()))?;
@@ -143,7 +184,6 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::index::Index;
     use leveldb::log_records;
 
     fn fixture(name: &str) -> PathBuf {
