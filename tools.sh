@@ -2,6 +2,7 @@
 # Sourced by bringup.sh and test.sh. Installs only what is missing.
 #
 #   install_tools build     nginx and what the build needs: a C++ compiler, libclang, Rust
+#   install_tools masters   the same, and PostgreSQL
 #   install_tools tests     the same, and what the tests use
 PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/sbin:/sbin
 export PATH
@@ -20,6 +21,7 @@ install_tools() {
   need curl command -v curl
   need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
   need util-linux command -v setpriv
+  if [ "$1" != build ]; then need postgresql postgres_bin; fi
   if [ "$1" = tests ]; then
     need wrk command -v wrk
     need shellcheck command -v shellcheck
@@ -47,6 +49,13 @@ need() { if ! "${@:2}" >/dev/null 2>&1; then missing+=("$1"); fi; }
 
 has_libclang() { [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || ldconfig -p | grep libclang; }
 
+# Prints the folder of PostgreSQL's programs, which Debian keeps away from PATH.
+postgres_bin() {
+  local initdb
+  initdb=$(compgen -G '/usr/lib/postgresql/*/bin/initdb' | sort -V | tail -n 1 || true)
+  dirname -- "${initdb:-$(command -v initdb)}"
+}
+
 apt_install() {
   local attempt name root=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0)
   command -v apt-get >/dev/null || fail "missing packages: $*; there is no apt-get here, so install this system's equivalents"
@@ -61,8 +70,8 @@ apt_install() {
     sleep 5
   done
   # Debian's nginx package also starts a web server on port 80, now and at every boot, which mkv does not use.
-  # Its prometheus package starts one as well.
-  for name in nginx prometheus; do
+  # Its prometheus and postgresql packages start servers as well.
+  for name in nginx prometheus postgresql; do
     if [[ " $* " == *" $name "* ]] && [ -d /run/systemd/system ]; then "${root[@]}" systemctl disable --now "$name" >&2 || true; fi
   done
 }

@@ -26,6 +26,7 @@ mod crash_recovery;
 mod failed_uploads;
 mod index_failures;
 mod kills_under_load;
+mod masters;
 mod upload_timeouts;
 mod volume_failures;
 

@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::faulty_proxy::FaultyProxy;
 use crate::support::http_client::{self, Answer, Conn, TIMEOUT, follow, target, wait_until};
+use crate::support::postgres::Postgres;
 use crate::support::reference;
 
 /// Reserves a loopback address for one test, so that all its ports are free and stay free while a
@@ -36,6 +37,8 @@ pub struct Setup {
     subvolumes: u32,
     proxied: bool,
     secret: bool,
+    postgres: bool,
+    lease: &'static str,
     flags: Vec<String>,
     launcher: Vec<String>,
 }
@@ -43,7 +46,10 @@ pub struct Setup {
 impl Setup {
     pub fn new() -> Setup {
         let (flags, launcher) = Default::default();
-        Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied: false, secret: false, flags, launcher }
+        // The same tests run on the other engine.
+        let postgres = std::env::var("MKV_ENGINE").is_ok_and(|engine| engine == "postgres");
+        let (proxied, secret, lease) = (false, false, "lease=2&late=3600");
+        Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied, secret, postgres, lease, flags, launcher }
     }
 
     pub fn volumes(self, volumes: usize) -> Setup {
@@ -74,6 +80,11 @@ impl Setup {
     /// Volumes and master share a secret.
     pub fn secret(self) -> Setup {
         Setup { secret: true, ..self }
+    }
+
+    /// Keeps the index in a PostgreSQL, with these options in its URL.
+    pub fn postgres(self, lease: &'static str) -> Setup {
+        Setup { postgres: true, lease, ..self }
     }
 
     pub fn flags(self, flags: &[&str]) -> Setup {
@@ -214,6 +225,40 @@ fn walk(folder: &Path, below: &str, files: &mut BTreeMap<String, PathBuf>) {
     }
 }
 
+/// Another master of the same store.
+pub struct Master {
+    child: Child,
+    pub address: String,
+}
+
+impl Master {
+    /// Stops the process with SIGSTOP.
+    pub fn freeze(&self) {
+        signal(self.child.id(), Signal::STOP);
+    }
+
+    pub fn thaw(&self) {
+        signal(self.child.id(), Signal::CONT);
+    }
+
+    #[track_caller]
+    pub fn send(&self, method: &str, key: impl AsRef<[u8]>, body: impl AsRef<[u8]>) -> Answer {
+        http_client::ask(&self.address, method, &target(key), &[], Some(body.as_ref()))
+    }
+
+    #[track_caller]
+    pub fn ask(&self, method: &str, target: &str) -> Answer {
+        http_client::ask(&self.address, method, target, &[], None)
+    }
+}
+
+impl Drop for Master {
+    fn drop(&mut self) {
+        signal(self.child.id(), Signal::KILL);
+        let _ = self.child.wait();
+    }
+}
+
 /// What a redirect says about a key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KeyInfo {
@@ -231,6 +276,12 @@ pub struct Cluster {
     pub volumes: Vec<Volume>,
     pub proxies: Vec<FaultyProxy>,
     pub setup: Setup,
+    /// The database of the index, if it is not in a folder.
+    pub postgres: Option<Postgres>,
+    /// A synchronous standby of it.
+    pub standby: Option<Postgres>,
+    /// Masters that share the requests of this test.
+    pub others: Vec<Master>,
     /// The addresses of the volumes in the master's -volumes.
     pub names: Vec<String>,
     master: Option<Child>,
@@ -266,6 +317,9 @@ impl Cluster {
             port: 0,
             allowed_debris: BTreeSet::new(),
             mounted: Vec::new(),
+            postgres: None,
+            standby: None,
+            others: Vec::new(),
             _reserved: reserved,
             folder,
             host,
@@ -280,6 +334,9 @@ impl Cluster {
         if let Some(file) = cluster.secret() {
             let made = Command::new(env!("CARGO_BIN_EXE_mkv")).arg("secret").arg(&file).status();
             assert!(made.expect("mkv starts").success());
+        }
+        if cluster.setup.postgres {
+            cluster.postgres = Some(Postgres::start(&cluster.folder, &cluster.host, &[]));
         }
         prepare(&mut cluster);
         cluster.volumes.iter_mut().for_each(Volume::launch);
@@ -331,6 +388,13 @@ impl Cluster {
         self.proxies.iter().for_each(act);
     }
 
+    /// The value of -db.
+    pub fn db_flag(&self) -> String {
+        let standbys: Vec<&Postgres> = self.standby.iter().collect();
+        let url = self.postgres.as_ref().map(|postgres| postgres.url(&standbys, self.setup.lease));
+        url.unwrap_or_else(|| self.folder.join("db").to_string_lossy().into_owned())
+    }
+
     // The master.
 
     /// The command line that starts the master. The first start takes any free port, later ones the
@@ -341,8 +405,7 @@ impl Cluster {
         command
             .args(&self.setup.launcher)
             .arg(env!("CARGO_BIN_EXE_mkv"))
-            .arg("-db")
-            .arg(self.folder.join("db"))
+            .args(["-db", &self.db_flag()])
             .args(["-volumes", &self.names.join(",")])
             .args(["-replicas", &self.setup.replicas.to_string()])
             .args(["-subvolumes", &self.setup.subvolumes.to_string()])
@@ -434,14 +497,29 @@ impl Cluster {
         self.restart_master();
     }
 
+    /// Starts another master, with further flags.
+    pub fn start_another(&self, flags: &[&str]) -> Master {
+        let log = fs::File::options().append(true).create(true).open(self.folder.join("master.log"));
+        let mut command = self.master_command();
+        command.args(["-port", "0"]).args(flags).stdout(Stdio::piped()).stderr(log.expect("the log can be written"));
+        let mut child = command.spawn().expect("the master starts");
+        let line = first_line(&mut child);
+        let address = line.strip_prefix("mkv listens on ").unwrap_or_else(|| panic!("{line}\n{}", self.log()));
+        Master { child, address: address.trim().into() }
+    }
+
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder.join("master.log")).unwrap_or_default()
     }
 
     // Requests.
 
+    /// The address of the master, or of one of several.
     pub fn address(&self) -> String {
-        format!("{}:{}", self.host, self.port)
+        match self.others.get(fastrand::usize(..=self.others.len())) {
+            Some(other) => other.address.clone(),
+            None => format!("{}:{}", self.host, self.port),
+        }
     }
 
     pub fn conn(&self) -> Conn {
@@ -709,6 +787,8 @@ impl Cluster {
             wait(&mut master, "the killed master");
         }
         self.volumes.iter_mut().for_each(Volume::stop);
+        self.others.clear();
+        (self.standby, self.postgres) = (None, None);
         for folder in &self.mounted {
             let _ = Command::new("umount").arg(folder).output();
         }

@@ -158,8 +158,7 @@ impl Cluster {
         let secret = self.secret();
         command
             .arg(env!("CARGO_BIN_EXE_mkv"))
-            .arg("-db")
-            .arg(self.db())
+            .args(["-db", &self.db_flag()])
             .args(["-volumes", &self.names.join(",")])
             .args(["-replicas", &self.setup.replica_count().to_string()])
             .args(["-subvolumes", &self.setup.subvolume_count().to_string()])

@@ -4,6 +4,7 @@
 //! - `http_client`: a raw HTTP/1.1 client that can also violate the protocol
 //! - `faulty_proxy`: a proxy in front of a volume that injects faults
 //! - `commands`: runs mkv's commands and compares disks and indexes before and after
+//! - `postgres`: a private PostgreSQL for one test
 //! - `random`: random input from a seed that is printed
 //! - `reference`: a second implementation of blob paths and placement
 
@@ -11,5 +12,6 @@ pub mod cluster;
 pub mod commands;
 pub mod faulty_proxy;
 pub mod http_client;
+pub mod postgres;
 pub mod random;
 pub mod reference;
