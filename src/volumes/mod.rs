@@ -1,7 +1,7 @@
 //! The volumes: nginx servers that hold the blobs as plain files.
 //!
-//! `Volumes` has a verb for each thing that mkv asks of them: HEAD, PUT, DELETE, listings, and
-//! reading a blob. The verbs that go to several replicas reach them at the same time from the
+//! `Volumes` has a verb for each thing that mkv asks of them: HEAD, PUT, DELETE, listings, reading a
+//! blob, and how full the disks are. The verbs that go to several replicas reach them at the same time from the
 //! caller's thread, through `client`; a single blob is read with ureq, which only this file names.
 //! Addresses and idle connections are kept for each volume, and so is whether it answered when last
 //! asked.
@@ -14,6 +14,7 @@
 
 pub mod autoindex;
 mod client;
+pub mod space;
 pub mod upload;
 
 use std::collections::HashMap;
@@ -35,6 +36,7 @@ use crate::histogram::Histogram;
 use crate::threads::{Pool, lock};
 use autoindex::Entry;
 use client::{Call, Connections, NO_BODY, Response, STALL};
+use space::{Disk, Space};
 use upload::CHUNK;
 
 /// How long a volume may take for a DELETE.
@@ -58,6 +60,7 @@ struct Volume {
     /// When the volume last gave no answer; `None`: it answers.
     down: Mutex<Option<Instant>>,
     latency: Mutex<Histogram>,
+    space: Mutex<Space>,
 }
 
 /// The state of a volume that was asked for something.
@@ -83,8 +86,8 @@ impl Volumes {
         }
         let connections = Arc::new(Connections::new(name, self.timeout));
         let agent = agent(connections.clone(), self.timeout);
-        let (down, latency) = Default::default();
-        let volume = Arc::new(Volume { connections, agent, down, latency });
+        let (down, latency, space) = Default::default();
+        let volume = Arc::new(Volume { connections, agent, down, latency, space });
         let mut known = self.known.write().unwrap_or_else(|e| e.into_inner());
         known.entry(name.to_string()).or_insert(volume).clone()
     }
@@ -115,12 +118,23 @@ impl Volumes {
     /// Sends a request without a body to several replicas at the same time. The body of a GET's 200
     /// is collected in memory.
     fn ask(&self, method: &str, replicas: &[&str], path: &str, auth: Auth) -> Vec<Result<Response>> {
-        let begun = Instant::now();
         let limit = match method {
             "GET" => STALL,
             "DELETE" => DELETE,
             _ => self.timeout,
         };
+        self.ask_within(limit, method, replicas, path, auth)
+    }
+
+    fn ask_within(
+        &self,
+        limit: Duration,
+        method: &str,
+        replicas: &[&str],
+        path: &str,
+        auth: Auth,
+    ) -> Vec<Result<Response>> {
+        let begun = Instant::now();
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
         let mut calls: Vec<_> = targets.map(|(replica, volume)| volume.call(method, replica, path, auth, "")).collect();
@@ -181,6 +195,19 @@ impl Volumes {
             401 | 403 => Ok(false),
             status => Err(Error::Refused { volume: volume.into(), status }),
         }
+    }
+
+    /// The disks of each of these volumes, read at most every 10 s; empty where they are not known.
+    pub fn disks(&self, names: &[String], auth: Auth) -> Vec<Arc<Vec<Disk>>> {
+        let due = |name: &&String| lock(&self.volume(name).space).begin();
+        let due: Vec<&str> = names.iter().filter(due).map(String::as_str).collect();
+        let answers = self.ask_within(self.timeout, "GET", &due, "/.space", auth);
+        for (name, answer) in due.iter().zip(answers) {
+            if let Ok(Response { status: 200, body, .. }) = answer {
+                lock(&self.volume(name).space).read(&body);
+            }
+        }
+        names.iter().map(|name| lock(&self.volume(name).space).disks()).collect()
     }
 
     /// Deletes a blob. `true`: it was there and is gone; `false`: it was not there.
