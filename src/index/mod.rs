@@ -4,13 +4,15 @@
 //! update, hold debris, forget. Each verb changes the index in one batch or not at all. Locks, versions and deletions
 //! without an answer live behind the verbs, so that another engine can stand beside RocksDB.
 //!
-//! On disk, under `-db`: `lock`, which every command that writes holds, and `index/`, the database.
+//! On disk, under `-db`: `lock`, which every command that writes holds, `index/`, the database, and `verify.json`, the
+//! result of the last `verify`.
 //!
 //! The room knows nothing of volumes and sends no request. It may name `format`, `error` and `threads`.
 
 mod directory;
 mod locks;
 mod rocks;
+pub mod scrub;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -161,6 +161,11 @@ impl Index {
         self.db.property_int_value("rocksdb.estimate-num-keys").ok().flatten().unwrap_or(0)
     }
 
+    /// The number of entries of debris, counted up to `most`.
+    pub fn count_debris(&self, most: usize) -> Result<usize> {
+        self.view().rows(DEBRIS, b"", b"").take(most).try_fold(0, |count, row| row.map(|_| count + 1))
+    }
+
     /// Ends RocksDB's threads, so that the process can exit.
     pub fn close(&self) {
         self.db.cancel_all_background_work(true);
@@ -215,6 +220,16 @@ impl View<'_> {
         // Without the upper bound a scan would step over the tombstones behind its prefix.
         let mut options = ReadOptions::default();
         options.set_iterate_range(PrefixRange(prefix));
+        self.rows_with(options, family, prefix, start)
+    }
+
+    fn rows_with(
+        &self,
+        options: ReadOptions,
+        family: &str,
+        prefix: &[u8],
+        start: &[u8],
+    ) -> impl Iterator<Item = Result<Row>> {
         let (family, mode) = (self.index.family(family), IteratorMode::From(start.max(prefix), Direction::Forward));
         let rows = match &self.snapshot {
             Some(snapshot) => snapshot.iterator_cf_opt(family, options, mode),
@@ -225,7 +240,10 @@ impl View<'_> {
 
     /// Each key and the text of its record, by key.
     pub fn texts(&self) -> impl Iterator<Item = Result<Row>> {
-        self.rows(RECORDS, b"", b"")
+        // A pass over everything must not push the blocks of the requests out of the cache.
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        self.rows_with(options, RECORDS, b"", b"")
     }
 
     /// Each key and its record, by key.
