@@ -10,7 +10,8 @@ use std::io::{self, Write};
 use super::Store;
 use crate::error::{Error, Result};
 use crate::format::percent_encoded;
-use crate::format::record::State;
+use crate::format::placement::path;
+use crate::format::record::{Record, State};
 use crate::index::{View, record_of};
 
 /// The longest list without a limit, in keys.
@@ -53,6 +54,34 @@ impl Store {
         let mut page = Page { view, list, next: "\"\"".into(), count: 0, length: 0 };
         page.measure()?;
         Ok(page)
+    }
+}
+
+/// A key, live or unlinked, and what the index holds for it.
+pub struct Detail {
+    pub key: Vec<u8>,
+    pub record: Record,
+    /// The blob's path below each replica.
+    pub path: String,
+    /// Whether the value lies where placement wants it.
+    pub balanced: bool,
+}
+
+impl Store {
+    /// The first keys, `limit` at most, that begin with `prefix` and are not below `start`, and the key after them.
+    pub fn details(&self, prefix: &[u8], start: &[u8], limit: usize) -> Result<(Vec<Detail>, Option<Vec<u8>>)> {
+        let (mut details, mut next) = (Vec::new(), None);
+        self.index.view().records(prefix, start, |key, text| {
+            if details.len() == limit {
+                next = Some(key.to_vec());
+                return Ok(false);
+            }
+            let record = record_of(key, text)?;
+            let (path, balanced) = (path(key, record.version), record.replicas == self.place(key));
+            details.push(Detail { key: key.to_vec(), record, path, balanced });
+            Ok(true)
+        })?;
+        Ok((details, next))
     }
 }
 

@@ -5,6 +5,7 @@
 //! - `replicas.rs`: one key's replicas moved, copied and checked (REBALANCE, `rebalance`, `verify -repair`)
 //! - `cleaner.rs`: deletes debris in the background
 //! - `list.rs`: pages of keys
+//! - `stats.rs`: keys and bytes by volume, prefix and size
 //!
 //! It promises that a value acknowledged is a value kept: debris names every place where a blob may lie before its
 //! first byte is sent, one index batch makes a value visible, and only what the index no longer names is deleted.
@@ -16,6 +17,7 @@ mod cleaner;
 mod list;
 mod read;
 mod replicas;
+pub mod stats;
 mod write;
 
 use std::sync::Arc;
@@ -23,7 +25,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-pub use list::{List, Listed, Page};
+pub use list::{Detail, List, Listed, Page};
 pub use read::Located;
 pub use replicas::Plan;
 
