@@ -28,6 +28,7 @@ install_tools() {
     need wget command -v wget
     need openssl command -v openssl
     need python3 command -v python3
+    need chromium command -v chromium
     need python3-requests python3 -c 'import requests'
     need dpkg-dev command -v dpkg-shlibdeps
     need lintian command -v lintian

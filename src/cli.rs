@@ -276,7 +276,17 @@ impl Flags {
 
     fn api(&self) -> Result<api::Config> {
         let fallback = self.last("fallback").filter(|host| !host.is_empty()).map(String::from);
-        Ok(api::Config { fallback, basicauth: self.switch("basicauth", false)? })
+        let db = self.last("db").unwrap_or_default().into();
+        Ok(api::Config { fallback, basicauth: self.switch("basicauth", false)?, db, flags: self.shown() })
+    }
+
+    /// The flags that were given, for the page. A password is left out.
+    fn shown(&self) -> Vec<(String, String)> {
+        let value = |name: &str, values: &[String]| match name {
+            "userpass" => "(hidden)".to_string(),
+            _ => values.last().cloned().unwrap_or_default(),
+        };
+        self.0.iter().map(|(name, values)| (name.to_string(), value(name, values))).collect()
     }
 
     fn verify(&self, db: PathBuf, verbose: bool) -> Result<verify::Config> {

@@ -9,12 +9,16 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::auth::{Authenticator, Credentials};
+use super::health::{Health, LastCheck};
 use super::metrics::Metrics;
-use super::route::{Command, route};
+use super::page::{self, Figures};
+use super::route::{Browse, Command, View, route};
+use super::samples::{EVERY, Samples};
 use super::{Config, status};
 use crate::error::{Error, Result};
 use crate::format::record::{Hash, hex, unhex};
 use crate::http::{Body, Content, Counters, Handler, Refusal, Request, Response};
+use crate::store::stats::Statistics;
 use crate::store::{List, Located, Store};
 use crate::volumes::Auth;
 use crate::volumes::upload::Upload;
@@ -23,12 +27,19 @@ use crate::volumes::upload::Upload;
 /// request.
 const IGNORED_BODY: u64 = 1024;
 
+/// How long a request for statistics waits for the pass that counts them.
+const STATS_WAIT: Duration = Duration::from_secs(5);
+
 pub struct Api {
     store: Arc<Store>,
     config: Config,
     /// `None`: every client is anonymous.
     authenticator: Option<Authenticator>,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
+    samples: Arc<Samples>,
+    checked: LastCheck,
+    statistics: Arc<Statistics>,
+    begun: Instant,
 }
 
 impl Handler for Api {
@@ -36,6 +47,7 @@ impl Handler for Api {
         let begun = Instant::now();
         let (response, error) = match self.answer(request, body) {
             Ok(response) => (response, None),
+            Err(Error::NotFound(_)) if wants_page(request) => (status::welcome(), Some("client")),
             // The Go master sends no body either.
             Err(Error::NotFound(_)) if matches!(request.method, "GET" | "HEAD") => (status::empty(404), Some("client")),
             Err(error) => (status::failure(&error), Some(status::kind(&error))),
@@ -60,7 +72,20 @@ impl Api {
         authenticator: Option<Authenticator>,
         counters: Arc<Counters>,
     ) -> Api {
-        Api { store, config, authenticator, metrics: Metrics::new(counters) }
+        let (metrics, begun) = (Arc::new(Metrics::new(counters)), Instant::now());
+        let (samples, checked, statistics) = Default::default();
+        Api { store, config, authenticator, metrics, samples, checked, statistics, begun }
+    }
+
+    /// Takes a sample for the page's charts every few seconds, for ever.
+    pub fn sampler(&self) -> impl FnOnce() + Send + 'static + use<> {
+        let (metrics, samples, volumes) = (self.metrics.clone(), self.samples.clone(), self.store.volumes.clone());
+        move || {
+            loop {
+                samples.take(metrics.totals(), || volumes.snapshot());
+                std::thread::sleep(EVERY);
+            }
+        }
     }
 
     fn answer(&self, request: &Request, body: &mut Body) -> Result<Response<'_>> {
@@ -106,8 +131,10 @@ impl Api {
             Command::Relink(key) => store.relink(&key, auth).map(done),
             Command::Rebalance(key) => store.rebalance(&key, auth).map(|_| status::empty(204)),
             Command::List(list) => self.list(list),
-            Command::Metrics => Ok(self.metrics_text()),
+            Command::Metrics => Ok(self.metrics_text(auth)),
             Command::Health => Ok(self.health(auth)),
+            Command::Stats => self.stats(),
+            Command::Status(view, browse) => self.status(view, &browse, auth),
         }
     }
 
@@ -126,27 +153,54 @@ impl Api {
         Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
     }
 
-    fn metrics_text(&self) -> Response<'_> {
-        let Store { index, volumes, .. } = &*self.store;
-        let text = self.metrics.text(&volumes.snapshot(), index.locked(), index.estimate());
-        status::text(200, "text/plain; version=0.0.4", text)
+    fn metrics_text(&self, auth: Auth) -> Response<'_> {
+        let gauges = self.metrics.gauges(&self.store, &self.config.db, auth);
+        status::text(200, "text/plain; version=0.0.4", self.metrics.text(&gauges))
     }
 
-    /// Whether the index can be written and every volume answers.
     fn health(&self, auth: Auth) -> Response<'_> {
-        let Store { index, volumes, config, .. } = &*self.store;
-        let index = index.probe().map_or_else(|e| e.to_string(), |()| "ok".into());
-        let (asked, auth) = (volumes.clone(), auth.map(String::from));
-        let ask = move |name: String| match asked.accepts_login(&name, auth.as_deref()) {
-            Ok(true) => (name, "ok".to_string()),
-            Ok(false) => (name, "it does not accept the master's login".to_string()),
-            Err(error) => (name, error.to_string()),
-        };
-        let states = volumes.pool.each(config.placement.volumes.clone(), ask);
-        let healthy = index == "ok" && states.iter().all(|(_, state)| state == "ok");
-        let states: serde_json::Map<_, _> = states.into_iter().map(|(name, state)| (name, state.into())).collect();
-        let text = serde_json::json!({ "healthy": healthy, "index": index, "volumes": states });
-        status::text(if healthy { 200 } else { 503 }, "application/json", format!("{text}\n"))
+        let health = Health::check(&self.store, auth);
+        let status = if health.is_healthy() { 200 } else { 503 };
+        status::text(status, "application/json", format!("{}\n", health.json()))
+    }
+
+    fn stats(&self) -> Result<Response<'_>> {
+        match self.statistics.get(&self.store, STATS_WAIT)? {
+            Some(stats) => {
+                let text = serde_json::to_string(&*stats).map_err(|e| Error::Failed(e.to_string()))?;
+                Ok(status::text(200, "application/json", format!("{text}\n")))
+            }
+            None => {
+                let mut response = status::text(202, "application/json", "{\"counting\":true}\n".into());
+                response.headers.push(("Retry-After", "10".into()));
+                Ok(response)
+            }
+        }
+    }
+
+    fn status(&self, view: View, browse: &Browse, auth: Auth) -> Result<Response<'_>> {
+        let json = |text| status::text(200, "application/json", text);
+        match view {
+            View::Page => {
+                let (page, policy) = page::page(&self.store, &self.figures(auth), browse)?;
+                Ok(status::html(200, policy, page))
+            }
+            View::Figures => Ok(json(page::figures_json(&self.figures(auth)))),
+            View::Keys => Ok(json(page::keys_json(&self.store, browse)?)),
+        }
+    }
+
+    fn figures(&self, auth: Auth) -> Figures<'_> {
+        Figures {
+            // First, because asking the volumes is what tells which ones are up.
+            health: self.checked.recent(&self.store, auth),
+            gauges: self.metrics.gauges(&self.store, &self.config.db, auth),
+            stats: self.statistics.last(&self.store),
+            samples: &self.samples,
+            totals: self.metrics.totals(),
+            uptime: self.begun.elapsed().as_secs(),
+            flags: &self.config.flags,
+        }
     }
 
     /// Counts and logs a response. The query is not logged.
@@ -161,6 +215,13 @@ impl Api {
             _ => log::info!("{method} {path} {status} {} ms", time.as_millis()),
         }
     }
+}
+
+/// Whether a browser asks for the root, where people look first.
+fn wants_page(request: &Request) -> bool {
+    matches!(request.method, "GET" | "HEAD")
+        && request.target == "/"
+        && request.header("Accept").is_some_and(|types| types.contains("text/html"))
 }
 
 /// Sends a reader to a blob.

@@ -5,16 +5,25 @@
 //! - `handlers.rs`: command to response
 //! - `status.rs`: error to status
 //! - `metrics.rs`: what the master counts, as Prometheus text
+//! - `health.rs`: whether the index and the volumes are well
+//! - `samples.rs`: what the master counted in the last 15 minutes
+//! - `page/`: the page for operators
+//! - `text.rs`: numbers, sizes and times in words
 //!
 //! All statuses and headers are made here and nowhere else. The room decides nothing about a key; it reaches past the
 //! store to index and volumes only for metrics, health and authorization.
 
 pub mod auth;
 pub mod handlers;
+mod health;
 mod metrics;
+mod page;
 pub mod route;
+mod samples;
 mod status;
+mod text;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +46,10 @@ pub struct Config {
     pub fallback: Option<String>,
     /// Whether every request needs a login that the volumes accept.
     pub basicauth: bool,
+    /// The folder of the index, where `verify` leaves its result.
+    pub db: PathBuf,
+    /// The flags that were given, for the page. No secrets.
+    pub flags: Vec<(String, String)>,
 }
 
 /// Serves the store until SIGTERM or SIGINT. Then it accepts nothing more, waits up to 30 s for the requests under way,
@@ -53,12 +66,14 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
     let place = if http.host.is_empty() { "every address".into() } else { http.host.clone() };
     let (port, counters) = (http.port, Arc::new(Counters::default()));
     let api = Api::new(store.clone(), config, authenticator, counters.clone());
+    let sampler = api.sampler();
     let server = Server::bind(http, counters, api).map_err(|e| {
         Error::Failed(format!("cannot listen on {place}, port {port}: {e}: choose another -port or -host"))
     })?;
     let address = server.address().map_err(|e| Error::Failed(e.to_string()))?;
     let front = server.clone();
     spawn("mkv-accept", move || front.run())?;
+    spawn("mkv-sampler", sampler)?;
     if cleans {
         let cleaner = store.clone();
         spawn("mkv-cleaner", move || cleaner.clean())?;

@@ -23,6 +23,17 @@ pub fn status(error: &Error) -> u16 {
     }
 }
 
+/// The kinds of errors in the metrics, and what they mean.
+pub const KINDS: [(&str, &str); 7] = [
+    ("client", "wrong requests and missing keys"),
+    ("locked", "two requests wrote one key"),
+    ("volume_unreachable", "a volume gave no answer"),
+    ("volume_refused", "a volume answered with an error"),
+    ("no_replica", "no volume has the value"),
+    ("unavailable", "the master or the volumes could not do it then"),
+    ("index", "the index failed"),
+];
+
 /// The `kind` label of an error in the metrics.
 pub fn kind(error: &Error) -> &'static str {
     match error {
@@ -44,6 +55,24 @@ pub fn empty<'a>(status: u16) -> Response<'a> {
 pub fn text<'a>(status: u16, content_type: &str, text: String) -> Response<'a> {
     let headers = vec![("Content-Type", content_type.to_string())];
     Response { status, headers, content: Content::Text(text) }
+}
+
+/// A page of HTML, which is never kept and runs nothing but what `policy` (Content-Security-Policy) allows.
+pub fn html<'a>(status: u16, policy: String, page: String) -> Response<'a> {
+    let mut response = text(status, "text/html; charset=utf-8", page);
+    let fixed =
+        [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")];
+    response.headers.extend(fixed.map(|(name, value)| (name, value.to_string())));
+    response.headers.push(("Content-Security-Policy", policy));
+    response
+}
+
+/// The 404 for a browser that asks for `/`, which is no key: the way to the page.
+pub fn welcome<'a>() -> Response<'a> {
+    let page = "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"color-scheme\" content=\"light dark\">\
+                <title>mkv</title><h1>mkv</h1><p>This is a key-value store, and <code>/</code> is not a key in it. \
+                <a href=\"/?status\">Look at the store</a></p></html>\n";
+    html(404, "default-src 'none'".into(), page.into())
 }
 
 /// The response to a request that failed.

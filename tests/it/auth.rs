@@ -340,7 +340,18 @@ fn every_request_without_valid_credentials_gets_the_same_401() {
                 }
             }
         }
-        for query in ["/?list", "/?unlinked", "/?writing", "/?metrics", "/?health", "/live?x", "/?list&limit=x"] {
+        for query in [
+            "/?list",
+            "/?unlinked",
+            "/?writing",
+            "/?metrics",
+            "/?health",
+            "/?stats",
+            "/?status",
+            "/?status=json",
+            "/live?x",
+            "/?list&limit=x",
+        ] {
             let answer = s.ask(user, "GET", query, None);
             assert_401(&answer);
             answers.push(without_date(answer));
@@ -365,6 +376,9 @@ fn every_request_without_valid_credentials_gets_the_same_401() {
         assert_eq!(list.text(), r#"{"next":"","keys":["/live"]}"#);
         assert_eq!(follow(&s.ask(Some(user), "GET", "/live", None).expect(302)).text(), "value");
         s.ask(Some(user), "GET", "/?metrics", None).expect(200);
+        let page = s.ask(Some(user), "GET", "/?status", None).expect(200).text();
+        assert!(page.contains("All 3 volumes answer") && page.contains("% full"), "{page}");
+        assert!(page.contains("-userpass") && !page.contains(USER.split_once(':').unwrap().1), "{page}");
         s.ask(Some(user), "FROBNICATE", "/live", None).expect(405);
         s.ask(Some(user), "GET", "/absent", None).expect(404);
     }

@@ -18,6 +18,8 @@ mod model;
 mod monitoring;
 mod real_clients;
 mod server_process;
+mod stats;
+mod status_page;
 mod values;
 
 // Failures and crashes.

@@ -156,6 +156,56 @@ fn health_names_the_volume_that_is_down() {
 }
 
 #[test]
+fn metrics_show_disks_debris_and_the_last_verify() {
+    let mut c = Setup::new().subvolumes(2).start();
+    c.put("/k", "value").expect(201);
+    let before = Metrics::fetch(&c);
+    let disk = [("volume", c.names[0].as_str()), ("disk", ".")];
+    let (size, free) = (before.get("mkv_volume_size_bytes", &disk), before.get("mkv_volume_free_bytes", &disk));
+    assert!(size > free && free > 0.0, "{size} {free}");
+    assert!(before.has("mkv_debris") && !before.has("mkv_verify_timestamp_seconds"));
+
+    c.mkv(&["verify", "-deep"]).expect(0);
+    let file = c.files("/k").remove(0);
+    let value = std::fs::read(&file).expect("a blob can be read");
+    std::fs::remove_file(&file).expect("a blob can be removed");
+    c.mkv(&["verify"]).expect(1);
+    std::fs::write(&file, value).expect("a blob can be written");
+    let after = Metrics::fetch(&c);
+    let verify = |name: &str| after.get(&format!("mkv_verify_{name}"), &[]);
+    assert_eq!((verify("findings"), verify("deep")), (1.0, 0.0));
+    assert!(verify("timestamp_seconds") >= verify("deep_timestamp_seconds") && verify("deep_timestamp_seconds") > 1e9);
+
+    // A deletion that a volume does not hear of.
+    c.volumes[1].stop();
+    c.ask("DELETE", "/k").expect(503);
+    assert_eq!(Metrics::fetch(&c).get("mkv_debris", &[]), 1.0);
+    c.volumes[1].start();
+    wait_until("the debris is gone", || Metrics::fetch(&c).get("mkv_debris", &[]) == 0.0);
+}
+
+#[test]
+fn health_names_a_disk_that_is_nearly_full() {
+    let mut mounted = false;
+    let c = Cluster::start_with(Setup::new().volumes(1), |c| {
+        let disk = c.volumes[0].folder.join("sv00");
+        std::fs::create_dir(&disk).expect("a folder can be created");
+        mounted = c.mount_small_disk(&disk, "32m");
+        if mounted {
+            std::fs::write(disk.join(".filler"), vec![1; (32 << 20) - (500 << 10)]).expect("a file can be written");
+        }
+    });
+    if !mounted {
+        return println!("skipped: this user may not mount a disk");
+    }
+    let answer = c.ask_target("GET", "/?health").expect(200);
+    let health: serde_json::Value = serde_json::from_slice(&answer.body).expect("JSON");
+    let warning = health["warnings"][0].as_str().expect("a warning");
+    assert!(warning.contains(&c.names[0]) && warning.contains("disk sv00 has 1."), "{health}");
+    assert_eq!((health["warnings"].as_array().map(Vec::len), &health["healthy"]), (Some(1), &true.into()));
+}
+
+#[test]
 fn the_log_has_one_line_per_request_without_its_query() {
     let c = Setup::new().volumes(1).start();
     c.put("/logged", "value").expect(201);
