@@ -30,7 +30,7 @@ pub const KINDS: [(&str, &str); 7] = [
     ("volume_unreachable", "a volume gave no answer"),
     ("volume_refused", "a volume answered with an error"),
     ("no_replica", "no volume has the value"),
-    ("unavailable", "the master or the volumes could not do it then"),
+    ("unavailable", "not possible at that time"),
     ("index", "the index failed"),
 ];
 

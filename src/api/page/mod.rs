@@ -265,11 +265,7 @@ fn disks(disks: &[Disk]) -> Vec<Line> {
     let line = |mount: u32| {
         let same: Vec<&Disk> = disks.iter().filter(|disk| disk.mount == mount).collect();
         let names: Vec<&str> = same.iter().map(|disk| disk.name.as_str()).filter(|name| *name != ".").collect();
-        let name = match names[..] {
-            [] => "folder".to_string(),
-            [only] => only.to_string(),
-            [first, .., last] => format!("{first}–{last}"),
-        };
+        let name = if names.is_empty() { "folder".to_string() } else { ranges(&names) };
         let (part, disk) = (same[0].free_part(), same[0]);
         let (free, size) = (text::bytes(disk.free as f64), text::bytes(disk.size as f64));
         let k = match part {
@@ -281,6 +277,17 @@ fn disks(disks: &[Disk]) -> Vec<Line> {
         Line { k, b: Some(percent), ..Line::text(format!("{name} {percent} % full, {free} of {size} free"), "") }
     };
     if mounts.is_empty() { vec![Line::text("not known", "m")] } else { mounts.into_iter().map(line).collect() }
+}
+
+/// The names of subvolumes in short: sv00–sv03, sv05.
+fn ranges(names: &[&str]) -> String {
+    let number = |name: &str| u64::from_str_radix(name.trim_start_matches("sv"), 16).unwrap_or(0);
+    let word = |range: &[&str]| match range {
+        [first, _, .., last] => format!("{first}–{last}"),
+        few => few.join(", "),
+    };
+    let words: Vec<String> = names.chunk_by(|a, b| number(b) == number(a) + 1).map(word).collect();
+    words.join(", ")
 }
 
 /// The keys that begin with a prefix.
@@ -347,10 +354,11 @@ mod tests {
     #[test]
     fn disks_on_one_file_system_are_one_line() {
         let disk = |name: &str, mount, free: u64| Disk { name: name.into(), mount, size: 100 << 30, free: free << 30 };
-        let lines = disks(&[disk(".", 0, 50), disk("sv00", 0, 50), disk("sv01", 0, 50), disk("sv02", 1, 1)]);
+        let shared = [".", "sv00", "sv01", "sv03", "sv04", "sv05"].map(|name| disk(name, 0, 50));
+        let lines = disks(&[&shared[..], &[disk("sv02", 1, 1)]].concat());
         let lines: Vec<_> = lines.iter().map(|line| (line.t.as_str(), line.k, line.b)).collect();
         let expected = [
-            ("sv00–sv01 50 % full, 50.0 GiB of 100 GiB free", "", Some(50)),
+            ("sv00, sv01, sv03–sv05 50 % full, 50.0 GiB of 100 GiB free", "", Some(50)),
             ("sv02 99 % full, 1.00 GiB of 100 GiB free", "bad", Some(99)),
         ];
         assert_eq!(lines, expected);
