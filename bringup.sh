@@ -7,7 +7,7 @@ source "$here/tools.sh"
 umask 022 # nginx's workers may run as another user
 
 USAGE="Runs a whole store on this machine: installs what is missing, builds mkv, and starts volumes and a master. Ctrl-C
-stops them.
+stops them. The volumes answer only what the master has signed with the secret in the data folder.
 
 ./bringup.sh [options] [-- flags for the master]
 
@@ -108,6 +108,11 @@ build() {
   pids=()
 }
 
+# The volumes answer only requests that are signed with it.
+make_secret() {
+  [ -e "$data/secret" ] || "$here/mkv" secret "$data/secret" || exit 1
+}
+
 # Sets volumes, the list for the master.
 start_volumes() {
   local i address
@@ -115,7 +120,8 @@ start_volumes() {
   for ((i = 0; i < count; i++)); do
     address=$bind:$((first_port + i))
     volumes+=${volumes:+,}$address
-    start "the volume on $address" env PORT="$((first_port + i))" BIND="$bind" "$here/volume.sh" "$data/volume$((i + 1))" >"$ready"
+    start "the volume on $address" env PORT="$((first_port + i))" BIND="$bind" SECRET="$data/secret" \
+      "$here/volume.sh" "$data/volume$((i + 1))" >"$ready"
     until [ -s "$ready" ]; do
       kill -0 "$!" 2>/dev/null || exit 1 # volume.sh has printed the reason
       sleep 0.05
@@ -126,7 +132,7 @@ start_volumes() {
 
 start_master() {
   start "the master" "$here/mkv" server -db "$data/index" -volumes "$volumes" -replicas "$((count < 3 ? count : 3))" \
-    -host "${bind//[\[\]]/}" -port "$port" "${master_flags[@]}"
+    -secret "$data/secret" -host "${bind//[\[\]]/}" -port "$port" "${master_flags[@]}"
   until curl -q -s --noproxy '*' -o /dev/null --max-time 5 "http://$bind:$port/?list&limit=1"; do
     kill -0 "$!" 2>/dev/null || fail "the master has ended; the reason is above"
     sleep 0.1
@@ -140,7 +146,7 @@ master on $bind:$port keeps its index in $data/index
   curl -L -X PUT -d bigswag http://$bind:$port/wehave
   curl -L http://$bind:$port/wehave
 
-Ctrl-C stops the store; its data stays in $data
+Ctrl-C stops the store; its data stays in $data. Other commands of mkv need -secret $data/secret
 END
 }
 
@@ -158,6 +164,7 @@ main() {
   make_data_folder
   prepare_to_stop
   build
+  make_secret
   start_volumes
   start_master
   print_example

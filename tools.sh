@@ -26,6 +26,7 @@ install_tools() {
     need apache2-utils command -v htpasswd
     need procps command -v ps
     need wget command -v wget
+    need chromium command -v chromium
     need openssl command -v openssl
     need python3 command -v python3
     need chromium command -v chromium

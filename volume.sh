@@ -7,6 +7,8 @@
 #   PORT     the port to listen on (default: 3001)
 #   BIND     the address to listen on (default: all addresses, IPv4 and IPv6)
 #   AUTH     an htpasswd file; every request then needs basic authentication
+#   SECRET   a file of one or two secrets, newest first (mkv secret FILE makes it); every request then needs a signature
+#            by one of them, and AUTH only decides about logins
 #   WORKERS  the number of nginx workers (default: 1, or half of the cores if there are four or more, at most 8)
 #
 # nginx writes an upload to a temporary file and renames it once it is complete. A rename works only within one disk, so
@@ -29,7 +31,7 @@ check_tools() {
   done
 }
 
-# Sets me, dir, port, bind and auth.
+# Sets me, dir, port, bind, auth and secrets.
 read_settings() {
   me=$(id -un 2>/dev/null || id -u)
   dir=${1:-/tmp/volume1/} port=${PORT:-3001} bind=${BIND:-} auth=${AUTH:-}
@@ -41,9 +43,25 @@ read_settings() {
     [ -f "$auth" ] || die "AUTH=$auth is not a file: create it with htpasswd -B -c '$auth' USER"
     auth=$(realpath -- "$auth")
   fi
+  read_secrets
   case $dir$auth in
     *[\"\\\$]* | *$'\n'*) die "nginx accepts no \", \\, \$ or newline in a path: rename $dir $auth" ;;
   esac
+}
+
+# Sets secrets, which has no elements without SECRET.
+read_secrets() {
+  local secret
+  secrets=()
+  if [ -z "${SECRET:-}" ]; then return; fi
+  [ -r "$SECRET" ] || die "$me cannot read SECRET=$SECRET: create it with mkv secret '$SECRET', or chown it to $me"
+  (((8#$(stat -Lc %a -- "$SECRET") & 7) == 0)) || die "SECRET=$SECRET is open to every user: chmod 600 '$SECRET'"
+  mapfile -t secrets <"$SECRET"
+  if ((${#secrets[@]} < 1 || ${#secrets[@]} > 2)); then die "SECRET=$SECRET must have one or two lines: mkv secret makes one"; fi
+  for secret in "${secrets[@]}"; do
+    [[ $secret =~ ^[A-Za-z0-9+/_=-]{32,256}$ ]] ||
+      die "SECRET=$SECRET must have 32 to 256 of A-Z a-z 0-9 + / - _ = on each line: mkv secret makes such a line"
+  done
 }
 
 # Sets disks: the folders that get a temporary folder.
@@ -165,10 +183,10 @@ raise_file_limit() {
   ulimit -n "$max_files"
 }
 
-# Sets secret, which makes the names of the files that test_disks writes impossible to guess.
+# Sets probe, which makes the names of the files that test_disks writes impossible to guess.
 write_config() {
   local cores listen=("${bind:+$bind:}$port")
-  secret=$(tr -d - </proc/sys/kernel/random/uuid)
+  probe=$(tr -d - </proc/sys/kernel/random/uuid)
   cores=$(nproc)
   if [ -z "$bind" ] && grep -q . /proc/net/if_inet6 2>/dev/null; then listen+=("[::]:$port"); fi
   rm -f -- "$dir/.nginx/spare" # makes room for nginx.conf and nginx.pid on a full disk
@@ -189,12 +207,13 @@ http {
   client_max_body_size 0; client_body_buffer_size 256k;
   client_body_timeout 5m; # longer than the 60 s after which the master gives up on a stalled client
   $(printf '%s_temp_path "'"$dir/.nginx/temp"'" 1; ' client_body proxy fastcgi uwsgi scgi)
+  $(secret_maps)
   server {
     $(printf 'listen %s backlog=4096 so_keepalive=10m::; ' "${listen[@]}")
     root "$dir"; merge_slashes off; absolute_redirect off;
     autoindex on; autoindex_format json; index .none; # a blob must not be served as an index page
     dav_methods PUT DELETE; create_full_put_path on; dav_access user:rw group:r all:r;
-    ${auth:+auth_basic volume; auth_basic_user_file \"$auth\";}
+    $(access_rules)
     location ~ /\. { return 404; }     # no part of a blob's name begins with a dot
     location = /.space { alias "$dir/.nginx/space.json"; default_type application/json; dav_methods off; }
     location ~ /$ { dav_methods off; } # a DELETE of a folder would delete everything in it
@@ -204,10 +223,36 @@ http {
 END
 }
 
+# Prints what access_rules compares a request with: its class, and the secret that it names by the start of its md5.
+secret_maps() {
+  local secret id
+  if [ ${#secrets[@]} = 0 ]; then return; fi
+  # shellcheck disable=SC2016 # nginx's variables
+  printf 'map $request_method $class { GET r; HEAD r; default w; } map $arg_k $secret { default "%s"; ' "${secrets[0]}"
+  for secret in "${secrets[@]}"; do
+    id=$(printf '%s' "$secret" | md5sum)
+    printf '%s "%s"; ' "${id:0:8}" "$secret"
+  done
+  printf '}\n'
+}
+
+# Prints the rules that let a request in. Without a signature every request gets 403, whatever it asks for; with one, the
+# master asks at /.login who a user is. `try_files` answers after the password was checked, which `return` would not.
+access_rules() {
+  local password=${auth:+auth_basic volume; auth_basic_user_file \"$auth\";}
+  if [ ${#secrets[@]} = 0 ]; then
+    printf '%s\n' "$password"
+    return
+  fi
+  # shellcheck disable=SC2016 # nginx's variables
+  printf '%s ' 'secure_link $arg_s,$arg_e; secure_link_md5 "$arg_e$class$uri $secret";' 'if ($secure_link != 1) { return 403; }'
+  if [ -n "$auth" ]; then printf 'location = /.login { %s try_files /.nginx/none =204; }' "$password"; fi
+}
+
 # Prints one disk's location for uploads, and one for the test file: the only name with a leading dot that is let through.
 disk_locations() {
   local path=${1#"$dir"}/ temp="client_body_temp_path \"$1/.nginx/temp\" 1;"
-  printf 'location %s { %s } location = %s.probe-%s { %s auth_basic off; }\n' "$path" "$temp" "$path" "$secret" "$temp"
+  printf 'location %s { %s } location = %s.probe-%s { %s auth_basic off; }\n' "$path" "$temp" "$path" "$probe" "$temp"
 }
 
 # Finds what would keep nginx from starting. nginx itself would retry a busy port for 2.5 s and report it in six lines.
@@ -278,12 +323,29 @@ stop_nginx() {
   done
 }
 
+# Sets query, the signature that lets a request for this path through. docs/formats.md has the grammar.
+sign() { # METHOD PATH
+  local expires=$((EPOCHSECONDS + 3600)) class=w md5 n i
+  local alphabet=ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_
+  query=
+  if [ ${#secrets[@]} = 0 ]; then return; fi
+  if [[ $1 =~ ^(GET|HEAD)$ ]]; then class=r; fi
+  md5=$(printf '%s' "$expires$class$2 ${secrets[0]}" | md5sum)
+  md5=${md5%% *}0 # 33 hex digits make 22 characters of base64url
+  for ((i = 0; i < 33; i += 3)); do
+    n=$((16#${md5:i:3}))
+    query+=${alphabet:n >> 6:1}${alphabet:n & 63:1}
+  done
+  query="?e=$expires&s=$query"
+}
+
 # Prints the status of each request that standard input lists as METHOD PATH. curl reads the URLs from its standard
-# input, because the list of processes would show the secret.
+# input, because the list of processes would show the names and signatures.
 ask() {
-  local method path separator=
+  local method path query separator=
   while read -r method path; do
-    printf '%surl = "http://%s:%s%s"\nrequest = %s\n' "$separator" "${bind:-127.0.0.1}" "$port" "$path" "$method"
+    sign "$method" "$path"
+    printf '%surl = "http://%s:%s%s"\nrequest = %s\n' "$separator" "${bind:-127.0.0.1}" "$port" "$path$query" "$method"
     printf '%s\n' silent 'noproxy = *' 'max-time = 20' 'output = /dev/null' 'write-out = "%{http_code}\n"' "${@}"
     if [ "$method" = PUT ]; then printf 'header = "Content-Length: 0"\n'; fi
     separator=$'next\n'
@@ -294,7 +356,7 @@ ask() {
 test_disks() {
   local disk n=0 statuses
   mapfile -t statuses < <(for disk in "${disks[@]}"; do
-    printf '%s\n' {PUT,GET,DELETE}" ${disk#"$dir"}/.probe-$secret"
+    printf '%s\n' {PUT,GET,DELETE}" ${disk#"$dir"}/.probe-$probe"
   done | ask)
   for disk in "${disks[@]}"; do
     [ "${statuses[*]:n:3}" = '201 200 204' ] ||
@@ -305,7 +367,9 @@ test_disks() {
 
 # nginx refuses an unknown user with 401, and answers 403 or 500 if it cannot read the file.
 test_auth() {
-  if [ -n "$auth" ] && [ "$(ask "user = \"$secret:\"" <<<'GET /')" != 401 ]; then
+  local place=/
+  if [ ${#secrets[@]} != 0 ]; then place=/.login; fi
+  if [ -n "$auth" ] && [ "$(ask "user = \"$probe:\"" <<<"GET $place")" != 401 ]; then
     die "nginx's worker ($worker) cannot read $auth: chmod o+r '$auth', and o+x the folders above it"
   fi
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::api;
@@ -18,6 +18,7 @@ use crate::man;
 use crate::ops::{rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
+use crate::volumes::secret::{self, Secret};
 
 /// A command with everything that it needs to run.
 pub enum Command {
@@ -49,6 +50,8 @@ pub enum Command {
     Dump {
         db: PathBuf,
     },
+    /// Writes a new secret to this file.
+    Secret(PathBuf),
     /// Prints this text.
     Print(String),
 }
@@ -60,6 +63,8 @@ pub struct Cli {
     pub verbose: bool,
     /// How long a HEAD to a volume, or a connection, may take.
     pub voltimeout: Duration,
+    /// Signs all that is asked of volumes.
+    pub secret: Option<Secret>,
 }
 
 /// Name, value (empty: a switch), and help.
@@ -68,7 +73,7 @@ type Flag = (&'static str, &'static str, &'static str);
 const EVERY: &str = "every command";
 
 /// The flags of every command, then each command with what it does and its own flags.
-pub(crate) const GROUPS: [(&str, &str, &[Flag]); 7] = [
+pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
     (
         EVERY,
         "",
@@ -78,6 +83,7 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 7] = [
             ("replicas", "N", "how many volumes hold a value (3)"),
             ("subvolumes", "N", "how many folders, each a disk, a volume has (10)"),
             ("userpass", "USER:PASS", "the login for volumes with basic authorization"),
+            ("secret", "FILE", "sign all requests and redirects with a secret that the volumes share"),
             ("voltimeout", "TIME", "how long to wait for a volume's HEAD, as 500ms or 1s (1s)"),
             ("v", "", "log each request, show every finding"),
             ("version", "", "print the version"),
@@ -94,6 +100,8 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 7] = [
             ("protect", "", "a key must be unlinked before it can be deleted, and is never replaced"),
             ("settle", "TIME", "how long copies of REBALANCE rest before what they replace is deleted (60s)"),
             ("basicauth", "", "every request needs a login that the volumes accept"),
+            ("linktime", "TIME", "how long the redirect of a GET is valid, with -secret (1h)"),
+            ("accel", "", "let the nginx of deploy/front.conf fetch the value, in place of a redirect"),
             ("md5sum", "BOOL", "keep the md5 of each value (true)"),
             ("sync", "", "flush the index to the disk before a write is answered"),
             ("maxconns", "N", "the most connections of clients (4096)"),
@@ -136,6 +144,7 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 7] = [
         "take over the index of a Go minikeyvalue",
         &[("leveldb", "DIR", "the index of a Go minikeyvalue; it is only read")],
     ),
+    ("secret", "write a new secret to a new file: mkv secret FILE; or print one", &[]),
     ("dump", "print the index: a percent-encoded key, a tab and its record on each line", &[]),
 ];
 
@@ -161,7 +170,7 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
     let words = words.map(|word| word.into_string().or_else(|word| usage(format!("{word:?}: use UTF-8 only"))));
     let (flags, words) = Flags::read(words.collect::<Result<_>>()?)?;
     let (verbose, voltimeout) = (flags.switch("v", false)?, flags.timeout("voltimeout", 1)?);
-    let cli = |command| Ok(Cli { command, verbose, voltimeout });
+    let cli = |command| Ok(Cli { command, verbose, voltimeout, secret: None });
     let is_command = |word: &&String| GROUPS[1..].iter().any(|(name, ..)| name == word);
     if flags.switch("help", false)? {
         let command = words.first().filter(is_command);
@@ -172,9 +181,18 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
     }
     match &words[..] {
         [word] if word == "man" => cli(Command::Print(man::page())), // for packages; -help does not name it
-        [] => usage("say what to do: server, rebuild, rebalance, verify, import or dump; see mkv -help"),
+        [] => usage("say what to do: server, rebuild, rebalance, verify, import, secret or dump; see mkv -help"),
+        [word, ..] if word == "secret" && flags.last("secret").is_some() => {
+            usage("-secret: to make a secret, name the file after the command: mkv secret FILE")
+        }
+        [word] if word == "secret" => cli(Command::Print(secret::generate()?)),
+        [word, file] if word == "secret" => cli(Command::Secret(file.into())),
         [word] if !is_command(&word) => usage(format!("{word}: no such command, see mkv -help")),
-        [word] => cli(flags.command(word, verbose)?),
+        [word] => {
+            let (command, secret) = (flags.command(word, verbose)?, flags.last("secret"));
+            let secret = secret.map(|file| Secret::read(Path::new(file))).transpose()?;
+            Ok(Cli { secret, ..cli(command)? })
+        }
         _ => usage(format!("one command at a time, not {}", words.join(" and "))),
     }
 }
@@ -249,6 +267,9 @@ impl Flags {
         if login.is_some_and(|login| !login.contains(':')) {
             return usage("-userpass: expected user:pass");
         }
+        if login.is_some() && self.last("secret").is_some() {
+            return usage("-userpass: leave it out, volumes with -secret take signatures and no password");
+        }
         Ok(store::Config {
             placement: Placement {
                 volumes: self.last("volumes").map_or(Vec::new(), |list| list.split(',').map(String::from).collect()),
@@ -276,8 +297,9 @@ impl Flags {
 
     fn api(&self) -> Result<api::Config> {
         let fallback = self.last("fallback").filter(|host| !host.is_empty()).map(String::from);
-        let db = self.last("db").unwrap_or_default().into();
-        Ok(api::Config { fallback, basicauth: self.switch("basicauth", false)?, db, flags: self.shown() })
+        let (basicauth, accel) = (self.switch("basicauth", false)?, self.switch("accel", false)?);
+        let (linktime, db) = (self.timeout("linktime", 3600)?, self.last("db").unwrap_or_default().into());
+        Ok(api::Config { fallback, basicauth, accel, linktime, db, flags: self.shown() })
     }
 
     /// The flags that were given, for the page. A password is left out.
@@ -459,6 +481,10 @@ mod tests {
             ("server -db /x -volumes a:1 -replicas 1 -voltimeout 0s", "-voltimeout"),
             ("server -db /x -volumes a:1 -replicas 1 -protect=maybe", "-protect"),
             ("server -db /x -volumes a:1 -replicas 1 -userpass me", "-userpass"),
+            ("server -db /x -volumes a:1 -replicas 1 -userpass me:pass -secret /x", "-userpass"),
+            ("server -db /x -volumes a:1 -replicas 1 -secret /no/such/file", "-secret"),
+            ("server -db /x -volumes a:1 -replicas 1 -linktime 0s", "-linktime"),
+            ("secret -secret /x", "-secret"),
             ("server -db /x -volumes a:1 -replicas 1 -subvolumes", "-subvolumes"),
             ("server -db /x -volumes a:1 -replicas 1 -frobnicate", "-frobnicate"),
             ("verify -db /x -volumes a:1 -replicas 1 -strays", "-strays"),

@@ -75,7 +75,10 @@ impl fmt::Display for Error {
             Error::Refused { volume, status } => {
                 let why = match status {
                     401 => "give a user and password that it accepts, with -userpass",
-                    403 => "its nginx may not read or write there, see owner and mode",
+                    403 => {
+                        "its nginx may not read or write there, see owner and mode; or its secret is not that of \
+                         -secret, or its clock is wrong"
+                    }
                     409 => "a folder lies where the blob belongs, or a blob where its folder does",
                     500 => "see its nginx error log, is its disk full or read-only?",
                     _ => "see its nginx error log",

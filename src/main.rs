@@ -9,7 +9,7 @@ use mkv::error::Result;
 use mkv::index::{Index, database, lock_dir};
 use mkv::ops::{dump, import, rebalance, rebuild, verify};
 use mkv::store::{self, Store};
-use mkv::volumes::Volumes;
+use mkv::volumes::{Volumes, secret};
 use mkv::{api, http};
 
 fn main() {
@@ -19,15 +19,16 @@ fn main() {
     }
 }
 
-fn run(Cli { command, verbose, voltimeout }: Cli) -> Result<()> {
+fn run(Cli { command, verbose, voltimeout, secret: own }: Cli) -> Result<()> {
     let level = if verbose { log::LevelFilter::Info } else { log::LevelFilter::Warn };
     env_logger::Builder::new().filter_module("mkv", level).init();
     log_panics();
     pin_mmap_threshold();
     schedule_as_batch();
-    let volumes = || Volumes::new(voltimeout);
+    let volumes = || Volumes::new(voltimeout, own);
     match command {
         Command::Print(text) => println!("{text}"),
+        Command::Secret(file) => secret::create(&file)?,
         Command::Server { db, sync, store, http, api } => {
             serve(&db, sync, store, volumes(), http, api)?;
         }

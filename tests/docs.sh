@@ -19,7 +19,7 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 release=${CARGO_TARGET_DIR:-$HOME/.cache/mkv/target}/release
 umask 022 # nginx's worker may be another user
-unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY AUTH WORKERS PORT
+unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY AUTH SECRET WORKERS PORT
 dir=$(mktemp -d "${TMPDIR:-/tmp}/mkv-docs.XXXXXX")
 chmod 755 "$dir"
 export CURL_HOME=$dir PATH=$PATH:/usr/sbin:/sbin

@@ -68,7 +68,7 @@ impl Authenticator {
     /// Fails if a volume accepts anonymous requests: it would accept every password.
     pub fn new(volumes: Arc<Volumes>, names: &[String]) -> Result<Authenticator> {
         for name in names {
-            if matches!(volumes.accepts_login(name, None), Ok(true)) {
+            if matches!(volumes.check_login(name, None), Ok(true)) {
                 return Err(Error::Failed(format!(
                     "-basicauth: volume {name} lets everybody in: start it with AUTH=/path/.htpasswd"
                 )));
@@ -98,9 +98,9 @@ impl Authenticator {
     fn ask(&self, credentials: &Credentials) -> Result<bool> {
         let mut failed = Error::Unavailable("no volume answers to check the login".into());
         for name in self.volumes.shuffled(&self.names) {
-            match self.volumes.accepts_login(&name, Some(&credentials.header)) {
+            match self.volumes.check_login(&name, Some(&credentials.header)) {
                 // Ignore volumes that also accept anonymous requests.
-                Ok(true) if matches!(self.volumes.accepts_login(&name, None), Ok(true)) => {
+                Ok(true) if matches!(self.volumes.check_login(&name, None), Ok(true)) => {
                     log::error!("volume {name} lets everybody in: start it with AUTH=/path/.htpasswd");
                 }
                 Ok(accepted) => {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+use super::accel;
 use super::auth::{Authenticator, Credentials};
 use super::health::{Health, LastCheck};
 use super::metrics::Metrics;
@@ -93,6 +94,8 @@ impl Api {
             Some(authenticator) => Some(authenticator.login(request.header("Authorization"))?),
             None => None,
         };
+        // Volumes that check signatures get no password.
+        let client = client.filter(|_| !self.store.volumes.are_signed());
         let command = route(request.method, request.target)?;
         let is_upload = matches!(command, Command::Put { .. });
         if !is_upload && body.length().is_none_or(|length| length > IGNORED_BODY) {
@@ -100,7 +103,8 @@ impl Api {
         }
         let content_md5 = request.header("Content-MD5").map(content_md5).transpose()?;
         let upload = Upload { length: body.length(), content_md5, reader: body };
-        let response = self.run(command, upload, client.as_ref());
+        let front = Some(request).filter(|_| self.config.accel && accel::is_from_front(request));
+        let response = self.run(command, upload, client.as_ref(), front);
         // The credentials were revoked since the authenticator cached them.
         if let (Err(Error::Refused { status: 401 | 403, .. }), Some(authenticator), Some(client)) =
             (&response, &self.authenticator, &client)
@@ -111,15 +115,28 @@ impl Api {
         response
     }
 
-    fn run(&self, command: Command, upload: Upload, client: Option<&Credentials>) -> Result<Response<'_>> {
+    /// `front`: the request, if it came through the front.
+    fn run(
+        &self,
+        command: Command,
+        upload: Upload,
+        client: Option<&Credentials>,
+        front: Option<&Request>,
+    ) -> Result<Response<'_>> {
         let store = &self.store;
         let auth = client.map(|client| client.header.as_str()).or(store.own_auth());
         let done = |()| status::empty(204);
         match command {
-            Command::Get { key, path } => match store.get(&key, auth)? {
-                Some(located) => Ok(redirect(&located, client)),
-                None => self.missing(&path),
-            },
+            Command::Get { key, path } => {
+                let failed = front.map_or(Vec::new(), accel::failed);
+                match (store.get(&key, auth, &failed)?, front) {
+                    (Some(located), Some(front)) => {
+                        accel::response(store, &located, front, client, self.config.linktime)
+                    }
+                    (Some(located), None) => Ok(self.redirect(&located, client)),
+                    (None, _) => self.missing(&path),
+                }
+            }
             Command::Put { key, replace } => {
                 self.metrics.uploads.fetch_add(1, Ordering::Relaxed);
                 let stored = store.put(&key, replace, upload, auth);
@@ -136,6 +153,28 @@ impl Api {
             Command::Stats => self.stats(),
             Command::Status(view, browse) => self.status(view, &browse, auth),
         }
+    }
+
+    /// Sends a reader to a blob.
+    fn redirect(
+        &self,
+        Located { record, replica, path, balanced }: &Located,
+        client: Option<&Credentials>,
+    ) -> Response<'_> {
+        // Clients drop the Authorization header when they are sent to another port, so the URL carries the login, as
+        // the Go master's does.
+        let login = client.map_or("", |client| &client.url);
+        let link = self.store.volumes.link(replica, path, self.config.linktime);
+        let balance = if *balanced { "balanced" } else { "unbalanced" };
+        let mut headers = vec![
+            ("Location", format!("http://{login}{link}")),
+            ("Key-Volumes", record.replicas.join(",")),
+            ("Key-Balance", balance.to_string()),
+        ];
+        let private = client.is_some() || self.store.volumes.are_signed();
+        headers.extend(private.then(|| ("Cache-Control", "no-store".to_string())));
+        headers.extend(record.hash.map(|hash| ("Content-Md5", hex(&hash))));
+        Response { headers, ..status::empty(302) }
     }
 
     /// The response for a key that is not here. `path`: the target's path as it was sent.
@@ -222,23 +261,6 @@ fn wants_page(request: &Request) -> bool {
     matches!(request.method, "GET" | "HEAD")
         && request.target == "/"
         && request.header("Accept").is_some_and(|types| types.contains("text/html"))
-}
-
-/// Sends a reader to a blob.
-fn redirect<'a>(located: &Located, client: Option<&Credentials>) -> Response<'a> {
-    let Located { record, replica, path, balanced } = located;
-    // Clients drop the Authorization header when they are sent to another port, so the URL carries the login, as the Go
-    // master's does.
-    let login = client.map_or("", |client| &client.url);
-    let balance = if *balanced { "balanced" } else { "unbalanced" };
-    let mut headers = vec![
-        ("Location", format!("http://{login}{replica}{path}")),
-        ("Key-Volumes", record.replicas.join(",")),
-        ("Key-Balance", balance.to_string()),
-    ];
-    headers.extend(client.map(|_| ("Cache-Control", "no-store".to_string())));
-    headers.extend(record.hash.map(|hash| ("Content-Md5", hex(&hash))));
-    Response { headers, ..status::empty(302) }
 }
 
 /// A digest in base64 (RFC 1864), or in hex as GET shows it.

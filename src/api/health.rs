@@ -39,7 +39,7 @@ impl Health {
         let (asked, header) = (volumes.clone(), auth.map(String::from));
         let ask = move |name: String| match asked.accepts_login(&name, header.as_deref()) {
             Ok(true) => (name, None),
-            Ok(false) => (name, Some("it does not accept the master's login".to_string())),
+            Ok(false) => (name, Some("it does not accept the master's login or signature".to_string())),
             Err(error) => (name, Some(error.to_string())),
         };
         let names = &config.placement.volumes;

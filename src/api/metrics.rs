@@ -113,7 +113,7 @@ impl Metrics {
         }
         write_volumes(&mut text, &gauges.volumes);
         write_disks(&mut text, &gauges.disks);
-        gauges.scrub.iter().for_each(|scrub| write_scrub(&mut text, scrub));
+        write_scrub(&mut text, gauges.scrub.as_ref().unwrap_or(&Scrub::default()));
         text
     }
 
@@ -169,7 +169,7 @@ fn write_disks(text: &mut String, volumes: &[(String, Arc<Vec<Disk>>)]) {
 /// The result of the last verify.
 fn write_scrub(text: &mut String, scrub: &Scrub) {
     for (name, help, value) in [
-        ("timestamp_seconds", "When the last verify ended.", scrub.time),
+        ("timestamp_seconds", "When the last verify ended; 0: never.", scrub.time),
         ("seconds", "How long the last verify took.", scrub.seconds),
         ("findings", "Keys and names with a finding in the last verify.", scrub.findings),
         ("deep", "Whether the last verify read every blob.", u64::from(scrub.deep)),

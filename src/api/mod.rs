@@ -2,6 +2,7 @@
 //!
 //! - `route.rs`: method and target to command
 //! - `auth.rs`: basic authorization
+//! - `accel.rs`: GET through the front (`-accel`)
 //! - `handlers.rs`: command to response
 //! - `status.rs`: error to status
 //! - `metrics.rs`: what the master counts, as Prometheus text
@@ -13,6 +14,7 @@
 //! All statuses and headers are made here and nowhere else. The room decides nothing about a key; it reaches past the
 //! store to index and volumes only for metrics, health and authorization.
 
+mod accel;
 pub mod auth;
 pub mod handlers;
 mod health;
@@ -50,6 +52,10 @@ pub struct Config {
     pub db: PathBuf,
     /// The flags that were given, for the page. No secrets.
     pub flags: Vec<(String, String)>,
+    /// Whether to let the front fetch blobs, in place of redirects, for the requests that come through it.
+    pub accel: bool,
+    /// How long the signature of a redirect is valid.
+    pub linktime: Duration,
 }
 
 /// Serves the store until SIGTERM or SIGINT. Then it accepts nothing more, waits up to 30 s for the requests under way,
@@ -62,7 +68,7 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
         false => None,
     };
     store.suspect_after_crash()?;
-    let cleans = authenticator.is_none() || store.own_auth().is_some();
+    let cleans = authenticator.is_none() || store.own_auth().is_some() || store.volumes.are_signed();
     let place = if http.host.is_empty() { "every address".into() } else { http.host.clone() };
     let (port, counters) = (http.port, Arc::new(Counters::default()));
     let api = Api::new(store.clone(), config, authenticator, counters.clone());
@@ -81,7 +87,11 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
         log::warn!("without -userpass the cleaner cannot delete: debris waits");
     }
     let checker = store.clone();
-    spawn("mkv-check", move || checker.warn_if_index_lost())?;
+    let check = move || {
+        checker.volumes.warn_if_open(&checker.config.placement.volumes);
+        checker.warn_if_index_lost();
+    };
+    spawn("mkv-check", check)?;
     let wrong = |e: std::io::Error| Error::Failed(format!("signals: {e}"));
     let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(wrong)?;
     println!("mkv listens on {address}");

@@ -74,8 +74,8 @@ impl Response<'_> {
                 out.extend_from_slice(part.as_bytes());
             }
         }
-        // RFC 9110, section 8.6: a 204 has no length.
-        if self.status != 204 {
+        // RFC 9110, section 8.6: a 204 has no length, and that of a 304 would be the value's.
+        if !matches!(self.status, 204 | 304) {
             write!(out, "Content-Length: {length}\r\n")?;
         }
         out.extend_from_slice(match next {
@@ -95,6 +95,7 @@ fn reason(status: u16) -> &'static str {
         202 => "Accepted",
         204 => "No Content",
         302 => "Found",
+        304 => "Not Modified",
         400 => "Bad Request",
         401 => "Unauthorized",
         403 => "Forbidden",
@@ -104,6 +105,7 @@ fn reason(status: u16) -> &'static str {
         409 => "Conflict",
         410 => "Gone",
         411 => "Length Required",
+        412 => "Precondition Failed",
         413 => "Content Too Large",
         414 => "URI Too Long",
         431 => "Request Header Fields Too Large",

@@ -19,12 +19,13 @@ pub struct Located {
 
 impl Store {
     /// Finds a replica of a live key. `None`: there is no such key. Fails with `Gone` if no volume has the value, and
-    /// with `Unreachable` if a volume that does not answer may have it.
-    pub fn get(&self, key: &[u8], auth: Auth) -> Result<Option<Located>> {
+    /// with `Unreachable` if a volume that does not answer may have it. `failed`: replicas, each with the blob's path,
+    /// that the caller could not read.
+    pub fn get(&self, key: &[u8], auth: Auth, failed: &[&str]) -> Result<Option<Located>> {
         let mut found = self.index.get(key)?;
         loop {
             let Some(record) = found.filter(Record::live) else { return Ok(None) };
-            match self.find(key, &record, auth) {
+            match self.find(key, &record, auth, failed) {
                 Ok(replica) => {
                     let balanced = record.replicas == self.place(key);
                     let path = path(key, record.version);
@@ -42,9 +43,14 @@ impl Store {
     }
 
     /// A replica that holds the record's blob in its full length. Volumes are asked one by one, in random order.
-    pub(super) fn find(&self, key: &[u8], record: &Record, auth: Auth) -> Result<String> {
+    pub(super) fn find(&self, key: &[u8], record: &Record, auth: Auth, skipped: &[&str]) -> Result<String> {
         let (blob, mut failed) = (path(key, record.version), None);
         for replica in self.volumes.shuffled(&record.replicas) {
+            if skipped.iter().any(|skipped| skipped.strip_prefix(&*replica) == Some(&blob)) {
+                let why = format!("{replica} answers the master and not the front: see both error logs");
+                failed = Some(Error::Unavailable(why));
+                continue;
+            }
             match self.volumes.head(&replica, &blob, auth) {
                 Ok(Some(length)) if record.size.is_none_or(|size| size == length) => {
                     return Ok(replica);

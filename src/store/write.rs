@@ -139,7 +139,7 @@ impl Store {
         self.index.update(key, |record| {
             let record = record.filter(|record| record.state == State::Unlinked);
             let record = record.ok_or(Error::NotFound("no unlinked key of this name"))?;
-            self.find(key, &record, auth)?;
+            self.find(key, &record, auth, &[])?;
             Ok(Record { state: State::Live, ..record })
         })
     }

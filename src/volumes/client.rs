@@ -47,14 +47,16 @@ pub struct Connections {
     host: String,
     timeout: Duration,
     addresses: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
+    /// Where the volume accepted the latest connection.
+    peer: Mutex<Option<SocketAddr>>,
     idle: Mutex<Vec<(Instant, TcpStream)>>,
 }
 
 impl Connections {
     /// `host`: with a port, or port 80 is meant. `timeout`: for connecting to one address.
     pub fn new(host: &str, timeout: Duration) -> Connections {
-        let (addresses, idle) = Default::default();
-        Connections { host: host.into(), timeout, addresses, idle }
+        let (addresses, peer, idle) = Default::default();
+        Connections { host: host.into(), timeout, addresses, peer, idle }
     }
 
     /// The host's addresses, resolved at most `RESOLVED` ago.
@@ -70,6 +72,13 @@ impl Connections {
         Ok(addresses)
     }
 
+    /// The address that accepted the latest connection: a name may have others that nobody answers at.
+    pub fn peer(&self) -> io::Result<SocketAddr> {
+        let peer = *lock(&self.peer);
+        let first = || self.addresses()?.first().copied().ok_or_else(|| io::Error::other("its name has no address"));
+        peer.map_or_else(first, Ok)
+    }
+
     /// Resolves the name anew next time: the volume may have moved.
     pub fn forget_addresses(&self) {
         *lock(&self.addresses) = None;
@@ -83,6 +92,7 @@ impl Connections {
                     socket.set_nodelay(true)?;
                     socket.set_write_timeout(Some(TICK))?;
                     socket.set_read_timeout(Some(self.timeout))?;
+                    *lock(&self.peer) = Some(address);
                     return Ok(socket);
                 }
                 Err(e) => failed = e,

@@ -6,6 +6,8 @@
 //! Addresses and idle connections are kept for each volume, and so is whether it answered when last
 //! asked.
 //!
+//! With `-secret` every request is signed: `secret.rs` has the rule, and `Volume::target` calls it.
+//!
 //! Every verb ends: after -voltimeout (HEAD), 10 s (DELETE), or 60 s without progress. An error names
 //! its volume and says whether the volume may yet do what it was asked.
 //!
@@ -14,10 +16,13 @@
 
 pub mod autoindex;
 mod client;
+mod links;
+pub mod secret;
 pub mod space;
 pub mod upload;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io::{self, ErrorKind, Read};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, RwLock};
@@ -36,6 +41,7 @@ use crate::histogram::Histogram;
 use crate::threads::{Pool, lock};
 use autoindex::Entry;
 use client::{Call, Connections, NO_BODY, Response, STALL};
+use secret::Secret;
 use space::{Disk, Space};
 use upload::CHUNK;
 
@@ -50,6 +56,8 @@ pub type Auth<'a> = Option<&'a str>;
 
 pub struct Volumes {
     timeout: Duration,
+    /// Signs all requests and links; `None`: the volumes answer without a signature.
+    secret: Option<Arc<Secret>>,
     known: RwLock<HashMap<String, Arc<Volume>>>,
     pub pool: Pool,
 }
@@ -57,6 +65,7 @@ pub struct Volumes {
 struct Volume {
     connections: Arc<Connections>,
     agent: Agent,
+    secret: Option<Arc<Secret>>,
     /// When the volume last gave no answer; `None`: it answers.
     down: Mutex<Option<Instant>>,
     latency: Mutex<Histogram>,
@@ -74,9 +83,9 @@ pub struct Snapshot {
 
 impl Volumes {
     /// `timeout`: how long a HEAD, or a connection, may take.
-    pub fn new(timeout: Duration) -> Arc<Volumes> {
-        let known = RwLock::default();
-        Arc::new(Volumes { timeout, known, pool: Pool::default() })
+    pub fn new(timeout: Duration, secret: Option<Secret>) -> Arc<Volumes> {
+        let (known, secret) = (RwLock::default(), secret.map(Arc::new));
+        Arc::new(Volumes { timeout, secret, known, pool: Pool::default() })
     }
 
     fn volume(&self, replica: &str) -> Arc<Volume> {
@@ -86,8 +95,8 @@ impl Volumes {
         }
         let connections = Arc::new(Connections::new(name, self.timeout));
         let agent = agent(connections.clone(), self.timeout);
-        let (down, latency, space) = Default::default();
-        let volume = Arc::new(Volume { connections, agent, down, latency, space });
+        let (secret, (down, latency, space)) = (self.secret.clone(), Default::default());
+        let volume = Arc::new(Volume { connections, agent, secret, down, latency, space });
         let mut known = self.known.write().unwrap_or_else(|e| e.into_inner());
         known.entry(name.to_string()).or_insert(volume).clone()
     }
@@ -123,21 +132,23 @@ impl Volumes {
             "DELETE" => DELETE,
             _ => self.timeout,
         };
-        self.ask_within(limit, method, replicas, path, auth)
+        self.ask_within(limit, method, replicas, |volume, replica| volume.target(method, replica, path), auth)
     }
 
+    /// The same within this time, with the target that `target` makes for each replica.
     fn ask_within(
         &self,
         limit: Duration,
         method: &str,
         replicas: &[&str],
-        path: &str,
+        target: impl Fn(&Volume, &str) -> String,
         auth: Auth,
     ) -> Vec<Result<Response>> {
         let begun = Instant::now();
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
-        let mut calls: Vec<_> = targets.map(|(replica, volume)| volume.call(method, replica, path, auth, "")).collect();
+        let call = |(replica, volume): (&&str, &Arc<Volume>)| volume.call(method, &target(volume, replica), auth, "");
+        let mut calls: Vec<_> = targets.map(call).collect();
         for call in &mut calls {
             call.send(NO_BODY, true);
         }
@@ -188,7 +199,8 @@ impl Volumes {
         Ok(())
     }
 
-    /// Whether the volume accepts this Authorization header, or requests without one.
+    /// Whether the volume accepts this Authorization header, or requests without one, and the
+    /// signature of a master with `-secret`.
     pub fn accepts_login(&self, volume: &str, auth: Auth) -> Result<bool> {
         match self.ask("HEAD", &[volume], "/", auth).remove(0)?.status {
             200 => Ok(true),
@@ -201,7 +213,8 @@ impl Volumes {
     pub fn disks(&self, names: &[String], auth: Auth) -> Vec<Arc<Vec<Disk>>> {
         let due = |name: &&String| lock(&self.volume(name).space).begin();
         let due: Vec<&str> = names.iter().filter(due).map(String::as_str).collect();
-        let answers = self.ask_within(self.timeout, "GET", &due, "/.space", auth);
+        let target = |volume: &Volume, replica: &str| volume.target("GET", replica, space::PATH);
+        let answers = self.ask_within(self.timeout, "GET", &due, target, auth);
         for (name, answer) in due.iter().zip(answers) {
             if let Ok(Response { status: 200, body, .. }) = answer {
                 lock(&self.volume(name).space).read(&body);
@@ -251,7 +264,8 @@ impl Volumes {
         let volume = self.volume(replica);
         let begun = Instant::now();
         let send = || {
-            let request = volume.agent.get(format!("http://{replica}{path}"));
+            let target = volume.target("GET", replica, path);
+            let request = volume.agent.get(format!("http://{}{target}", volume_of(replica)));
             match auth {
                 Some(auth) => request.header("authorization", auth),
                 None => request,
@@ -357,12 +371,17 @@ pub struct Opened {
 }
 
 impl Volume {
-    /// A request to a replica. `lines`: headers beside Host and Authorization, each with its end.
-    fn call(&self, method: &str, replica: &str, path: &str, auth: Auth, lines: &str) -> Call {
-        let folder = replica.find('/').map_or("", |at| &replica[at..]);
+    /// The target of a request for a path of a replica, signed for this method.
+    fn target(&self, method: &str, replica: &str, path: &str) -> String {
+        let target = Target(replica, path);
+        let signature = self.secret.as_ref().map(|secret| secret.query(method, &target, secret::OWN));
+        format!("{target}{}", signature.unwrap_or_default())
+    }
+
+    /// `lines`: headers beside Host and Authorization, each with its end.
+    fn call(&self, method: &str, target: &str, auth: Auth, lines: &str) -> Call {
         let auth = auth.map_or(String::new(), |auth| format!("Authorization: {auth}\r\n"));
-        let (target, lines) = (format_args!("{folder}{path}"), format_args!("{lines}{auth}"));
-        Call::new(&self.connections, method, target, lines)
+        Call::new(&self.connections, method, target, format_args!("{lines}{auth}"))
     }
 
     fn is_down(&self) -> bool {
@@ -379,6 +398,16 @@ impl Volume {
             _ => {}
         }
         *down = error.map(|_| Instant::now());
+    }
+}
+
+/// A replica and a path below it, as the path of a URL.
+struct Target<'a>(&'a str, &'a str);
+
+impl fmt::Display for Target<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Target(replica, path) = self;
+        write!(f, "{}{path}", &replica[volume_of(replica).len()..])
     }
 }
 

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
+/// Where a volume publishes it. No part of a blob's name begins with a dot.
+pub(super) const PATH: &str = "/.space";
+
 /// A volume is asked again after this time.
 const ASK: Duration = Duration::from_secs(10);
 

@@ -93,8 +93,9 @@ impl Volumes {
         let headers = format!("Date: {time}\r\n{}", chunks.framing());
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
-        let mut calls: Vec<_> =
-            targets.map(|(replica, volume)| volume.call("PUT", replica, path, auth, &headers)).collect();
+        let mut calls: Vec<_> = targets
+            .map(|(replica, volume)| volume.call("PUT", &volume.target("PUT", replica, path), auth, &headers))
+            .collect();
         let sent = send_all(&mut calls, &mut chunks);
         client::await_all(&mut calls, chunks.part(), Instant::now() + STALL, AFTER_FAILURE);
         let (mut error, mut maybe_stored) = (sent.err(), Vec::new());

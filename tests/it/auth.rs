@@ -46,6 +46,8 @@ struct Store {
     master: Option<Child>,
     port: u16,
     flags: Vec<String>,
+    /// A file for -secret and SECRET.
+    secret: Option<PathBuf>,
     /// A library to preload into the master.
     preload: Option<PathBuf>,
     _reserved: TcpListener,
@@ -54,6 +56,11 @@ struct Store {
 impl Store {
     /// Starts three volumes with these users (`user:password`), and no master.
     fn volumes(users: &[&str]) -> Store {
+        Store::volumes_with(users, false)
+    }
+
+    /// `signed`: volumes and master have a secret.
+    fn volumes_with(users: &[&str], signed: bool) -> Store {
         let (reserved, host) = reserve_address();
         let folder = std::env::temp_dir().join(format!("mkv-test-{}", host.replace('.', "-")));
         let _ = fs::remove_dir_all(&folder);
@@ -66,12 +73,17 @@ impl Store {
             master: None,
             port: 0,
             flags: Vec::new(),
+            secret: signed.then(|| folder.join("secret")),
             preload: None,
             _reserved: reserved,
             folder,
             host,
         };
         store.set_users(users);
+        if let Some(file) = &store.secret {
+            let made = Command::new(env!("CARGO_BIN_EXE_mkv")).arg("secret").arg(file).status();
+            assert!(made.expect("mkv starts").success());
+        }
         (0..3).for_each(|n| store.start_volume(n, true));
         store
     }
@@ -115,7 +127,9 @@ impl Store {
             .arg(self.folder.join(format!("v{n}")))
             .env("BIND", host)
             .env("PORT", port)
-            .env_remove("AUTH");
+            .env_remove("AUTH")
+            .env_remove("SECRET")
+            .envs(self.secret.iter().map(|file| ("SECRET", file)));
         if authorized {
             command.env("AUTH", self.folder.join(".htpasswd"));
         }
@@ -140,6 +154,7 @@ impl Store {
             .arg("-db")
             .arg(self.folder.join("db"))
             .args(["-volumes", &self.names.join(","), "-replicas", "2", "-v"])
+            .args(self.secret.iter().flat_map(|file| [Path::new("-secret"), file]))
             .args(args)
             .stdin(Stdio::null());
         command
@@ -758,4 +773,97 @@ fn logs_and_commands_never_print_passwords() {
         let at = find(text.as_bytes(), word.as_bytes());
         assert_eq!(at, None, "{word} is printed: {}", &text[at.unwrap_or(0)..][..100]);
     }
+}
+
+/// What `ps` shows of all processes.
+fn command_lines() -> String {
+    let output = Command::new("ps").args(["-eo", "args"]).output().expect("ps starts");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn with_a_secret_no_password_leaves_the_master_but_for_the_question_who_a_user_is() {
+    // Words of this test alone: ps also shows the processes of other tests.
+    let users = ["me:Unu5ual-0ne", "you:R4re/Tw0"];
+    let mut s = Store::volumes_with(&users, true);
+    s.start_master(&["-basicauth"]);
+    for user in users {
+        s.put(user, "/a", "old").expect(201);
+        s.ask(Some(user), "REPLACE", "/a", Some(b"value")).expect(201);
+        let answer = s.ask(Some(user), "GET", "/a", None).expect(302);
+        let location = answer.header("Location").unwrap();
+        assert!(location.starts_with(&format!("http://{}:300", s.host)) && location.contains("&s="), "{location}");
+        assert_eq!(crate::support::http_client::follow(&answer).expect(200).text(), "value");
+        for wrong in [format!("{user}x"), "nobody:x".into()] {
+            assert_401(&s.ask(Some(&wrong), "GET", "/a", None));
+        }
+        // The master deletes without a password of its own.
+        wait_until("the cleaner has deleted the old blobs", || s.blobs().len() == 2);
+        s.ask(Some(user), "GET", "/?health", None).expect(200);
+        s.ask(Some(user), "DELETE", "/a", None).expect(204);
+    }
+    assert_401(&s.ask(None, "GET", "/a", None));
+    // A volume that is not asked for its users decides nothing.
+    s.stop_volume(1);
+    s.start_volume(1, false);
+    let db = s.folder.join("another");
+    let flags = ["-basicauth", "-host", &s.host, "-port", "0", "-db", db.to_str().unwrap(), "server"];
+    let result = s.run(&flags);
+    let error = String::from_utf8_lossy(&result.stderr);
+    assert!(result.status.code() == Some(1) && error.contains(&s.names[1]) && error.contains("AUTH"), "{error}");
+    let text =
+        command_lines() + &s.log() + &fs::read_to_string(s.folder.join("volumes.log")).unwrap_or_default() + &error;
+    for word in ["Unu5ual", "R4re", "Authorization: Basic"] {
+        assert!(!text.contains(word), "{word} is printed");
+    }
+}
+
+#[test]
+fn with_a_secret_common_clients_read_with_one_command() {
+    let mut s = Store::volumes_with(&[USER], true);
+    s.start_master(&["-basicauth"]);
+    s.put(USER, "/a/value", "bigswag").expect(201);
+    let url = s.url("/a/value");
+    let python = "import sys, requests; print(requests.get(sys.argv[1], auth=('me', 'secret')).text, end='')";
+    for command in [
+        &["curl", "-q", "-sS", "-L", "-u", USER, &url][..],
+        &["wget", "-q", "--no-config", "--user=me", "--password=secret", "-O", "-", &url],
+        &["/usr/bin/python3", "-c", python, &url],
+    ] {
+        let output = Command::new(command[0]).args(&command[1..]).env("no_proxy", "*").output().expect("it starts");
+        assert!(output.status.success() && output.stdout == b"bigswag", "{command:?}: {output:?}");
+    }
+    let read = s.curl(&["-u", USER, "-L", "-r", "3-", &url]);
+    assert!(read.stdout == b"swag", "{read:?}");
+    assert_eq!(chromium_download(&s.folder, &format!("http://{USER}@{}/a/value", s.address())), b"bigswag");
+}
+
+/// What Chromium saves when a user opens this URL.
+fn chromium_download(folder: &Path, url: &str) -> Vec<u8> {
+    let (profile, downloads) = (folder.join("profile"), folder.join("downloads"));
+    fs::create_dir_all(profile.join("Default")).unwrap();
+    fs::create_dir_all(&downloads).unwrap();
+    let preferences =
+        serde_json::json!({ "download": { "default_directory": downloads, "prompt_for_download": false } });
+    fs::write(profile.join("Default/Preferences"), preferences.to_string()).unwrap();
+    let mut chromium = child_command("KILL");
+    chromium
+        .args(["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--no-proxy-server"])
+        .arg(format!("--user-data-dir={}", profile.display()))
+        .arg(url)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut chromium = chromium.spawn().expect("chromium starts");
+    // Chromium writes to another name first.
+    let file =
+        || {
+            fs::read_dir(&downloads).unwrap().flatten().map(|file| file.path()).find(|file| {
+                !file.file_name().unwrap().to_string_lossy().starts_with('.') && file.extension().is_none()
+            })
+        };
+    wait_until("chromium has saved the value", || file().is_some());
+    signal(chromium.id(), Signal::TERM);
+    wait(&mut chromium, "chromium");
+    fs::read(file().unwrap()).expect("the file can be read")
 }

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::Signal;
 
 use crate::support::cluster::{Cluster, Setup, assert_same_bytes, child_command, signal, wait};
+use crate::support::faulty_proxy::{Fault, FaultyProxy};
 use crate::support::http_client::{Conn, wait_until};
 
 /// The nginx of front.conf, with TLS, in front of a master.
@@ -187,5 +188,102 @@ fn the_front_proxy_refuses_malformed_requests() {
         let refused = status.is_some_and(|status| status.starts_with(['4', '5']));
         assert!(refused, "{}: {}", request.escape_debug(), answer.escape_debug());
         assert_eq!(c.live(), Vec::<Vec<u8>>::new(), "{}", request.escape_debug());
+    }
+}
+
+/// A store with -accel whose volumes are private, behind proxies that can fail.
+fn private_store() -> Cluster {
+    Setup::new().secret().proxied().flags(&["-accel"]).start()
+}
+
+#[test]
+fn the_front_proxy_streams_values_of_private_volumes() {
+    let c = private_store();
+    let front = FrontProxy::start(&c);
+    let value: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
+    let file = file_path(&c.folder, "value");
+    fs::write(&file, &value).expect("the file can be written");
+    front.curl(&["-T", &file, "--path-as-is"], "//été/..%2F%3F");
+    let get = |args: &[&str]| front.curl(&[&["--path-as-is"], args].concat(), "//été/..%2F%3F");
+    let (status, body) = get(&[]);
+    assert!(status.starts_with("200  0"), "{status}");
+    assert_same_bytes(&body, &value, "the value that a client reads through the front");
+
+    let (status, head) = get(&["-I"]);
+    let head = String::from_utf8(head).unwrap();
+    let fields: Vec<(&str, &str)> = head.lines().filter_map(|line| line.split_once(": ")).collect();
+    let field = |name: &str| fields.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim());
+    assert!(status.starts_with("200 "), "{status}");
+    assert_eq!(field("content-length"), Some("3000000"));
+    assert_eq!(field("accept-ranges"), Some("bytes"));
+    let md5 = field("content-md5").expect("the answer has the value's md5");
+    let etag = format!("\"{md5}\"");
+    assert_eq!(field("etag"), Some(etag.as_str()));
+    let modified = field("last-modified").expect("the answer has a time");
+    for private in ["location", "key-volumes", "x-mkv", "x-accel", &c.host] {
+        assert!(!head.to_ascii_lowercase().contains(private), "{private}: {head}");
+    }
+
+    let (status, body) = get(&["-r", "1000000-1000999"]);
+    assert!(status.starts_with("206 ") && body == value[1_000_000..1_001_000], "{status}");
+    assert!(get(&["-r", "3000000-"]).0.starts_with("416 "));
+    let (none_match, range) = (format!("If-None-Match: {etag}"), "Range: bytes=0-9");
+    for (headers, expected, length) in [
+        (vec![none_match.as_str()], 304, 0),
+        (vec!["If-None-Match: \"other\""], 200, value.len()),
+        (vec![&format!("If-Modified-Since: {modified}")], 304, 0),
+        (vec!["If-Modified-Since: Tue, 14 Nov 2023 22:13:20 GMT"], 200, value.len()),
+        (vec!["If-Match: \"other\""], 412, 0),
+        (vec![&format!("If-Range: {etag}"), range], 206, 10),
+        (vec!["If-Range: \"other\"", range], 200, value.len()),
+        // What a client says of its own accord changes nothing.
+        (vec!["X-Mkv-Failed: x", "X-Mkv-Front: 2", "X-Mkv-Blob: 127.0.0.1:1/x", "Connection: close"], 200, value.len()),
+    ] {
+        let args: Vec<&str> = headers.iter().flat_map(|header| ["-H", header]).collect();
+        let (status, body) = get(&args);
+        assert!(status.starts_with(&expected.to_string()), "{headers:?}: {status}");
+        assert_eq!(body.len(), length, "{headers:?}");
+    }
+    // Requests that did not come through the front get a redirect; missing keys, lists and errors pass as they are.
+    c.assert_value("//été/../?", &value);
+    assert!(front.curl(&[], "/none").0.starts_with("404 "));
+    assert!(front.curl(&[], "/?list").1.starts_with(b"{\"next\""));
+}
+
+#[test]
+fn the_front_proxy_reads_another_replica_when_a_volume_fails() {
+    let mut c = private_store();
+    let front = FrontProxy::start(&c);
+    c.put("/k", "value").expect(201);
+    // Two volumes answer HEAD, and fail when the blob itself is read.
+    for status in [500, 404, 403] {
+        c.proxies[1..].iter().for_each(|proxy| proxy.set("GET", Fault::Answer(status)));
+        for n in 0..4 {
+            let args = if n % 2 == 0 { vec![] } else { vec!["-r", "0-"] };
+            let (answer, body) = front.curl(&args, "/k");
+            assert!(answer.starts_with('2') && body == b"value", "{status}: {answer}");
+        }
+    }
+    // A volume dies before the first byte of its answer.
+    let asked = |proxy: &FaultyProxy| proxy.seen("GET").len();
+    let before: Vec<usize> = c.proxies.iter().map(asked).collect();
+    c.each_proxy(|proxy| proxy.set("GET", Fault::HoldRequest));
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| front.curl(&[], "/k"));
+        let is_asked = |n: &usize| asked(&c.proxies[*n]) > before[*n];
+        wait_until("a volume is asked for the blob", || (0..3).any(|n| is_asked(&n)));
+        for n in 0..3 {
+            if is_asked(&n) { c.proxies[n].drop_held("GET") } else { c.proxies[n].release("GET") }
+        }
+        assert_eq!(read.join().expect("curl runs").1, b"value");
+    });
+    c.each_proxy(|proxy| proxy.set("GET", Fault::Answer(500)));
+    // Every replica fails: an error that says so, and the value is back once one of them is.
+    let (status, body) = front.curl(&[], "/k");
+    assert!(status.starts_with("503 ") && String::from_utf8_lossy(&body).contains("front"), "{status}");
+    c.each_proxy(|proxy| proxy.remove_faults());
+    c.volumes[0].kill();
+    for _ in 0..4 {
+        assert_eq!(front.curl(&[], "/k").1, b"value");
     }
 }

@@ -17,6 +17,7 @@ mod lists;
 mod model;
 mod monitoring;
 mod real_clients;
+mod secret;
 mod server_process;
 mod stats;
 mod status_page;

@@ -163,7 +163,8 @@ fn metrics_show_disks_debris_and_the_last_verify() {
     let disk = [("volume", c.names[0].as_str()), ("disk", ".")];
     let (size, free) = (before.get("mkv_volume_size_bytes", &disk), before.get("mkv_volume_free_bytes", &disk));
     assert!(size > free && free > 0.0, "{size} {free}");
-    assert!(before.has("mkv_debris") && !before.has("mkv_verify_timestamp_seconds"));
+    assert!(before.has("mkv_debris") && before.has("mkv_verify_timestamp_seconds"));
+    assert_eq!(before.get("mkv_verify_timestamp_seconds", &[]), 0.0);
 
     c.mkv(&["verify", "-deep"]).expect(0);
     let file = c.files("/k").remove(0);

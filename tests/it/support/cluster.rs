@@ -35,13 +35,15 @@ pub struct Setup {
     replicas: usize,
     subvolumes: u32,
     proxied: bool,
+    secret: bool,
     flags: Vec<String>,
     launcher: Vec<String>,
 }
 
 impl Setup {
     pub fn new() -> Setup {
-        Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied: false, flags: Vec::new(), launcher: Vec::new() }
+        let (flags, launcher) = Default::default();
+        Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied: false, secret: false, flags, launcher }
     }
 
     pub fn volumes(self, volumes: usize) -> Setup {
@@ -69,6 +71,11 @@ impl Setup {
         Setup { proxied: true, ..self }
     }
 
+    /// Volumes and master share a secret.
+    pub fn secret(self) -> Setup {
+        Setup { secret: true, ..self }
+    }
+
     pub fn flags(self, flags: &[&str]) -> Setup {
         Setup { flags: flags.iter().map(|flag| flag.to_string()).collect(), ..self }
     }
@@ -87,6 +94,8 @@ impl Setup {
 pub struct Volume {
     pub folder: PathBuf,
     pub address: String,
+    /// The file for SECRET.
+    pub secret: Option<PathBuf>,
     script: Option<Child>,
 }
 
@@ -107,7 +116,9 @@ impl Volume {
             .arg(&self.folder)
             .env("BIND", host)
             .env("PORT", port)
-            .env_remove("AUTH");
+            .env_remove("AUTH")
+            .env_remove("SECRET")
+            .envs(self.secret.iter().map(|file| ("SECRET", file)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         self.script = Some(command.spawn().expect("volume.sh starts"));
     }
@@ -264,7 +275,11 @@ impl Cluster {
             let folder = cluster.folder.join(format!("v{n}"));
             fs::create_dir(&folder).expect("a volume's folder can be created");
             let address = format!("{}:{}", cluster.host, 3000 + n);
-            cluster.volumes.push(Volume { folder, address, script: None });
+            cluster.volumes.push(Volume { folder, address, secret: cluster.secret(), script: None });
+        }
+        if let Some(file) = cluster.secret() {
+            let made = Command::new(env!("CARGO_BIN_EXE_mkv")).arg("secret").arg(&file).status();
+            assert!(made.expect("mkv starts").success());
         }
         prepare(&mut cluster);
         cluster.volumes.iter_mut().for_each(Volume::launch);
@@ -307,6 +322,11 @@ impl Cluster {
         down.iter_mut().for_each(|volume| volume.wait_until_ready());
     }
 
+    /// The file with the secret that volumes and master share.
+    pub fn secret(&self) -> Option<PathBuf> {
+        self.setup.secret.then(|| self.folder.join("secret"))
+    }
+
     pub fn each_proxy(&self, act: impl Fn(&FaultyProxy)) {
         self.proxies.iter().for_each(act);
     }
@@ -317,6 +337,7 @@ impl Cluster {
     /// same.
     pub fn master_command(&self) -> Command {
         let mut command = child_command("KILL");
+        let secret = self.secret();
         command
             .args(&self.setup.launcher)
             .arg(env!("CARGO_BIN_EXE_mkv"))
@@ -326,6 +347,7 @@ impl Cluster {
             .args(["-replicas", &self.setup.replicas.to_string()])
             .args(["-subvolumes", &self.setup.subvolumes.to_string()])
             .args(["-host", &self.host, "-port", &self.port.to_string(), "-v"])
+            .args(secret.iter().flat_map(|file| [Path::new("-secret"), file]))
             .args(&self.setup.flags)
             .arg("server")
             .stdin(Stdio::null());
@@ -510,6 +532,7 @@ impl Cluster {
             other => panic!("Key-Balance: {other}"),
         };
         let location = header("Location").strip_prefix("http://").expect("a URL");
+        let location = location.split('?').next().unwrap_or_default();
         let path = replicas
             .iter()
             .find_map(|replica| location.strip_prefix(replica.as_str()))

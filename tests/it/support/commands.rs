@@ -155,6 +155,7 @@ impl Cluster {
     /// `mkv` with the store's flags. Flags in `args` override them.
     pub fn mkv_command(&self, args: &[&str]) -> Command {
         let mut command = child_command("KILL");
+        let secret = self.secret();
         command
             .arg(env!("CARGO_BIN_EXE_mkv"))
             .arg("-db")
@@ -162,6 +163,7 @@ impl Cluster {
             .args(["-volumes", &self.names.join(",")])
             .args(["-replicas", &self.setup.replica_count().to_string()])
             .args(["-subvolumes", &self.setup.subvolume_count().to_string()])
+            .args(secret.iter().flat_map(|file| [Path::new("-secret"), file]))
             .args(args);
         command
     }
