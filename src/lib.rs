@@ -9,7 +9,7 @@
 //!                       ├▶ format/   key to path and volumes; the record codec
 //!                       ├▶ index/    records, debris, locks of keys
 //!                       └▶ volumes/  requests to nginx
-//! ops/: rebuild, rebalance, verify, import, dump
+//! ops/: rebuild, rebalance, verify, import, dump, backup, restore
 //! ```
 
 pub mod api;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mkv::cli::{self, Cli, Command};
 use mkv::error::Result;
 use mkv::index::{Index, database, lock_dir};
-use mkv::ops::{dump, import, rebalance, rebuild, verify};
+use mkv::ops::{backup, dump, import, rebalance, rebuild, verify};
 use mkv::store::{self, Store};
 use mkv::volumes::{Volumes, secret};
 use mkv::{api, http};
@@ -41,6 +41,8 @@ fn run(Cli { command, verbose, voltimeout, secret: own }: Cli) -> Result<()> {
         Command::Verify { store, verify } => verify::run(verify, store, volumes())?,
         Command::Import { db, leveldb } => import::run(&db, &leveldb)?,
         Command::Dump { db } => dump::run(&db)?,
+        Command::Backup(config) => backup::run(&config)?,
+        Command::Restore { db, file } => backup::restore(&db, &file)?,
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! `deploy/mkv.1` holds the page of this version; `tests/packages.sh` fails when the two differ.
 
-use crate::cli::GROUPS;
+use crate::cli::{GROUPS, operand_of};
 
 const EXIT_STATUS: [(&str, &str); 3] = [
     ("0", "The command did everything that it was asked to do; verify found the store whole."),
@@ -29,7 +29,7 @@ pub fn page() -> String {
         last one counts.\n";
     page += ".SH COMMANDS\n";
     for (name, what, _) in &GROUPS[1..] {
-        page += &item(name, "", what);
+        page += &item(name, operand_of(name).unwrap_or_default(), what);
     }
     page += ".SH OPTIONS\n";
     for (group, _, flags) in GROUPS {
@@ -69,7 +69,7 @@ mod tests {
     fn the_page_has_every_command_and_every_flag() {
         let page = page();
         for (name, ..) in &GROUPS[1..] {
-            assert!(page.contains(&format!("\n\\fB{name}\\fR\n")), "{name}");
+            assert!(page.contains(&format!("\n\\fB{name}\\fR")), "{name}");
         }
         for (name, ..) in GROUPS.iter().flat_map(|(_, _, flags)| *flags) {
             assert!(page.contains(&format!("\n\\fB\\-{}\\fR", escape(name))), "{name}");

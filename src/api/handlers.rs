@@ -15,6 +15,7 @@ use super::route::{Command, route};
 use super::{Config, status};
 use crate::error::{Error, Result};
 use crate::format::record::{Hash, hex, unhex};
+use crate::format::time::stamp;
 use crate::http::{Body, Content, Counters, Handler, Refusal, Request, Response};
 use crate::store::{List, Located, Store};
 use crate::volumes::Auth;
@@ -125,6 +126,7 @@ impl Api {
             Command::List(list) => self.list(list),
             Command::Metrics => Ok(self.metrics_text()),
             Command::Health => Ok(self.health(auth)),
+            Command::Backup => self.backup(),
         }
     }
 
@@ -165,9 +167,20 @@ impl Api {
         Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
     }
 
+    /// The index as one file.
+    fn backup(&self) -> Result<Response<'_>> {
+        let mut backup = self.store.index.backup()?;
+        let name = format!("attachment; filename=\"mkv-{}.tar\"", stamp(backup.time));
+        let headers = vec![("Content-Type", "application/x-tar".to_string()), ("Content-Disposition", name)];
+        let length = backup.length;
+        let write = Box::new(move |out: &mut dyn io::Write| io::copy(&mut backup, out).map(drop));
+        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+    }
+
     fn metrics_text(&self) -> Response<'_> {
         let Store { index, volumes, .. } = &*self.store;
-        let text = self.metrics.text(&volumes.snapshot(), index.locked(), index.estimate());
+        let backup = self.store.last_backup().unwrap_or(0);
+        let text = self.metrics.text(&volumes.snapshot(), index.locked(), index.estimate(), backup);
         status::text(200, "text/plain; version=0.0.4", text)
     }
 

@@ -43,8 +43,9 @@ impl Metrics {
         }
     }
 
-    /// All metrics. `locked`: keys that are being written; `keys`: an estimate of the keys in the index.
-    pub fn text(&self, volumes: &[Snapshot], locked: usize, keys: u64) -> String {
+    /// All metrics. `locked`: keys that are being written; `keys`: an estimate of the keys in the index; `backup`: when
+    /// the newest one on the volumes was made, in seconds since 1970.
+    pub fn text(&self, volumes: &[Snapshot], locked: usize, keys: u64, backup: u64) -> String {
         let mut text = String::new();
         self.write_requests(&mut text);
         let connections = self.counters.connections.load(Ordering::Relaxed) as u64;
@@ -55,6 +56,7 @@ impl Metrics {
             ("connections", "gauge", "Connections of clients.", connections),
             ("locks", "gauge", "Keys that are being written.", locked as u64),
             ("keys", "gauge", "Keys in the index, an estimate.", keys),
+            ("backup_timestamp_seconds", "gauge", "When the newest backup on the volumes was made; 0: none.", backup),
         ] {
             write_head(&mut text, &format!("mkv_{name}"), kind, help);
             let _ = writeln!(text, "mkv_{name} {value}");

@@ -8,7 +8,7 @@
 //! - `metrics.rs`: what the master counts, as Prometheus text
 //!
 //! All statuses and headers are made here and nowhere else. The room decides nothing about a key; it reaches past the
-//! store to index and volumes only for metrics, health and authorization.
+//! store to index and volumes only for metrics, health, backups and authorization.
 
 mod accel;
 pub mod auth;
@@ -43,6 +43,8 @@ pub struct Config {
     pub accel: bool,
     /// How long the signature of a redirect is valid.
     pub linktime: Duration,
+    /// How old the backup of the index on the volumes may become; `None`: there is none.
+    pub backup: Option<Duration>,
 }
 
 /// Serves the store until SIGTERM or SIGINT. Then it accepts nothing more, waits up to 30 s for the requests under way,
@@ -57,7 +59,7 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
     store.suspect_after_crash()?;
     let cleans = authenticator.is_none() || store.own_auth().is_some() || store.volumes.are_signed();
     let place = if http.host.is_empty() { "every address".into() } else { http.host.clone() };
-    let (port, counters) = (http.port, Arc::new(Counters::default()));
+    let (port, counters, backup) = (http.port, Arc::new(Counters::default()), config.backup);
     let api = Api::new(store.clone(), config, authenticator, counters.clone());
     let server = Server::bind(http, counters, api).map_err(|e| {
         Error::Failed(format!("cannot listen on {place}, port {port}: {e}: choose another -port or -host"))
@@ -70,6 +72,10 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
         spawn("mkv-cleaner", move || cleaner.clean())?;
     } else {
         log::warn!("without -userpass the cleaner cannot delete: debris waits");
+    }
+    if let Some(interval) = backup {
+        let keeper = store.clone();
+        spawn("mkv-backup", move || keeper.keep_backup(interval))?;
     }
     let checker = store.clone();
     let check = move || {

@@ -4,17 +4,23 @@
 //! update, hold debris, forget. Each verb changes the index in one batch or not at all. Locks, versions and deletions
 //! without an answer live behind the verbs, so that another engine can stand beside RocksDB.
 //!
-//! On disk, under `-db`: `lock`, which every command that writes holds, and `index/`, the database.
+//! On disk, under `-db`: `lock`, which every command that writes holds, and `index/`, the database. `backup.rs` makes
+//! one file of it.
 //!
 //! The room knows nothing of volumes and sends no request. It may name `format`, `error` and `threads`.
 
+mod backup;
 mod directory;
 mod locks;
 mod rocks;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub use directory::{create_new, database, is_locked, lock_dir, publish_new, remove};
+pub use backup::{Backup, Unpacked, unpack};
+use directory::TEMPORARY;
+pub use directory::{
+    create_new, database, is_locked, lock_dir, lock_file, publish_new, remove, unpack_new, unpacked_in,
+};
 pub use locks::Clearing;
 pub use rocks::{Batch, Index, View, record_of};
 

@@ -853,3 +853,23 @@ fn chromium_download(folder: &Path, url: &str) -> Vec<u8> {
     wait(&mut chromium, "chromium");
     fs::read(file().unwrap()).expect("the file can be read")
 }
+
+#[test]
+fn a_backup_needs_a_login_as_everything_does() {
+    let s = Store::start(&[USER], &["-userpass", USER, "-backup", "1s"]);
+    s.put(USER, "/k", "value").expect(201);
+    s.ask(None, "GET", "/?backup", None).expect(401);
+    let (dir, address) = (s.folder.join("backups"), s.address());
+    let backup = |flags: &[&str]| {
+        let command = ["backup", dir.to_str().unwrap(), "-master", &address];
+        s.run(&[&command, flags].concat())
+    };
+    let refused = backup(&[]);
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("401"), "{refused:?}");
+    let done = backup(&["-userpass", USER]);
+    assert!(done.status.success(), "{done:?}");
+    http_client::wait_until("the master's own backup is stored", || {
+        s.ask(Some(USER), "GET", "/.mkv/backup/1", None).status == 302
+    });
+    assert!(!s.ask(None, "GET", "/.mkv/backup/1", None).expect(401).text().contains(".mkv"));
+}

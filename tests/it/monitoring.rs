@@ -78,6 +78,7 @@ fn metrics_count_requests_bytes_and_errors() {
         "mkv_connections",
         "mkv_locks",
         "mkv_keys",
+        "mkv_backup_timestamp_seconds",
         "mkv_volume_up",
         "mkv_errors_total",
     ] {
