@@ -70,6 +70,8 @@ pub struct Cli {
     pub voltimeout: Duration,
     /// Signs all that is asked of volumes.
     pub secret: Option<Secret>,
+    /// Log as JSON.
+    pub json: bool,
 }
 
 /// Name, value (empty: a switch), and help.
@@ -94,6 +96,7 @@ pub const GROUPS: [Group; 10] = [
             ("secret", "FILE", "sign all requests and redirects with a secret that the volumes share"),
             ("voltimeout", "TIME", "how long to wait for a volume's HEAD, as 500ms or 1s (1s)"),
             ("v", "", "log each request, show every finding"),
+            ("log", "FORMAT", "how to log: text, or json for one object a line (text)"),
             ("version", "", "print the version"),
             ("help", "", "print this; mkv COMMAND -help prints the flags of one command"),
         ],
@@ -196,7 +199,12 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
     let words = words.map(|word| word.into_string().or_else(|word| usage(format!("{word:?}: use UTF-8 only"))));
     let (flags, words) = Flags::read(words.collect::<Result<_>>()?)?;
     let (verbose, voltimeout) = (flags.switch("v", false)?, flags.timeout("voltimeout", 1)?);
-    let cli = |command| Ok(Cli { command, verbose, voltimeout, secret: None });
+    let json = flags.parsed("log", false, "text or json", |format| match format {
+        "text" => Some(false),
+        "json" => Some(true),
+        _ => None,
+    })?;
+    let cli = |command| Ok(Cli { command, verbose, voltimeout, secret: None, json });
     let is_command = |word: &&String| GROUPS[1..].iter().any(|(name, ..)| name == word);
     if flags.switch("help", false)? {
         let command = words.first().filter(is_command);
@@ -536,6 +544,7 @@ mod tests {
             ("verify -db /x -volumes a:1 -replicas 1 -repair -dry-run", "-dry-run"),
             ("server -db /x -volumes a:1 -replicas 1 -lost a:1", "-lost"),
             ("dump -db /x -rehash", "-rehash"),
+            ("dump -db /x -log xml", "-log"),
             ("server -db /x -volumes a:1 -replicas 1 -backup 9ms", "-backup"),
             ("backup", "DIR"),
             ("backup /y -master https://host/", "-master"),

@@ -19,6 +19,7 @@ pub mod format;
 pub mod histogram;
 pub mod http;
 pub mod index;
+pub mod logging;
 pub mod man;
 pub mod ops;
 pub mod store;
