@@ -14,11 +14,12 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::{TAGS, is_volume};
 use crate::http;
-use crate::man;
+use crate::index::ENGINE;
 use crate::ops::{backup, rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
 use crate::volumes::secret::{self, Secret};
+use crate::{completions, man};
 
 /// A command with everything that it needs to run.
 pub enum Command {
@@ -83,7 +84,7 @@ pub type Group = (&'static str, &'static str, &'static [Flag]);
 const EVERY: &str = "every command";
 
 /// The flags of every command, then each command.
-pub const GROUPS: [Group; 10] = [
+pub const GROUPS: [Group; 11] = [
     (
         EVERY,
         "",
@@ -97,7 +98,7 @@ pub const GROUPS: [Group; 10] = [
             ("voltimeout", "TIME", "how long to wait for a volume's HEAD, as 500ms or 1s (1s)"),
             ("v", "", "log each request, show every finding"),
             ("log", "FORMAT", "how to log: text, or json for one object a line (text)"),
-            ("version", "", "print the version"),
+            ("version", "", "print the version, its commit, and RocksDB's version"),
             ("help", "", "print this; mkv COMMAND -help prints the flags of one command"),
         ],
     ),
@@ -165,15 +166,23 @@ pub const GROUPS: [Group; 10] = [
         &[("master", "URL", "the master (http://127.0.0.1:3000)"), ("keep", "N", "how many backups stay in DIR (7)")],
     ),
     ("restore", "make an index in a new -db from FILE, a backup", &[]),
+    ("completions", "print the completions for SHELL: bash, zsh or fish", &[]),
 ];
 
 /// The commands that take a word more.
-const OPERANDS: [(&str, &str); 2] = [("backup", "DIR"), ("restore", "FILE")];
+const OPERANDS: [(&str, &str); 3] = [("backup", "DIR"), ("restore", "FILE"), ("completions", "SHELL")];
 
 /// The word that a command takes.
 pub(crate) fn operand_of(command: &str) -> Option<&'static str> {
     OPERANDS.iter().find(|(name, _)| *name == command).map(|(_, operand)| *operand)
 }
+
+/// The exit statuses of every command.
+pub(crate) const EXIT_STATUSES: [(&str, &str); 3] = [
+    ("0", "all was done, and nothing wrong was found"),
+    ("1", "something failed or was found wrong; what is printed says what to do"),
+    ("2", "the command line is wrong; nothing was done"),
+];
 
 /// The usage text, of all commands or of one.
 pub fn help(only: Option<&str>) -> String {
@@ -191,7 +200,17 @@ pub fn help(only: Option<&str>) -> String {
             text += &format!("  {:<20} {what}\n", format!("-{name} {value}").trim_end());
         }
     }
+    text += "\nexit status\n";
+    for (status, what) in EXIT_STATUSES {
+        text += &format!("  {status:<20} {what}\n");
+    }
     text.trim_end().to_string()
+}
+
+/// The version of mkv, the commit that it was built from, and RocksDB's version. Outside of git there is no commit.
+fn version() -> String {
+    let commit = option_env!("MKV_COMMIT").map_or(String::new(), |commit| format!(" ({commit})"));
+    format!("mkv {}{commit}, {ENGINE}", env!("CARGO_PKG_VERSION"))
 }
 
 /// Parses and checks the command line, without the program's name.
@@ -211,7 +230,7 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
         return cli(Command::Print(help(command.map(String::as_str))));
     }
     if flags.switch("version", false)? {
-        return cli(Command::Print(format!("mkv {}", env!("CARGO_PKG_VERSION"))));
+        return cli(Command::Print(version()));
     }
     match &words[..] {
         [word] if word == "man" => cli(Command::Print(man::page())), // for packages; -help does not name it
@@ -224,6 +243,7 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
         [word] if word == "secret" => cli(Command::Print(secret::generate()?)),
         [word, file] if word == "secret" => cli(Command::Secret(file.into())),
         [word] if !is_command(&word) => usage(format!("{word}: no such command, see mkv -help")),
+        [word, shell] if word == "completions" => cli(Command::Print(completions::script(shell)?)),
         [word, rest @ ..] if rest.len() == usize::from(operand_of(word).is_some()) => {
             let operand = rest.first().map_or("", String::as_str);
             let (command, secret) = (flags.command(word, operand, verbose)?, flags.last("secret"));
@@ -508,6 +528,7 @@ mod tests {
         let Ok(Command::Print(text)) = command("verify -help") else { panic!("-help prints") };
         assert_eq!(text, help(Some("verify")));
         assert!(help(Some("restore")).contains("mkv [flags] <restore FILE>\n"));
+        assert!(all.contains("exit status\n  0 ") && one.contains("exit status\n  0 "));
     }
 
     #[test]
@@ -551,6 +572,7 @@ mod tests {
             ("backup /y -keep 0", "-keep"),
             ("restore -db /x", "FILE"),
             ("restore /y", "-db"),
+            ("completions", "SHELL"),
             ("serve -db /x", "serve"),
             ("server rebuild -db /x", "rebuild"),
             ("-db /x", "server"),

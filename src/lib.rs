@@ -14,6 +14,7 @@
 
 pub mod api;
 pub mod cli;
+pub mod completions;
 pub mod error;
 pub mod format;
 pub mod histogram;

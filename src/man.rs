@@ -2,13 +2,7 @@
 //!
 //! `deploy/mkv.1` holds the page of this version; `tests/packages.sh` fails when the two differ.
 
-use crate::cli::{GROUPS, operand_of};
-
-const EXIT_STATUS: [(&str, &str); 3] = [
-    ("0", "The command did everything that it was asked to do; verify found the store whole."),
-    ("1", "Something went wrong, or verify found something wrong. A message on standard error says what to do."),
-    ("2", "The command line is wrong. Nothing was read or changed."),
-];
+use crate::cli::{EXIT_STATUSES, GROUPS, operand_of};
 
 const FILES: [(&str, &str); 3] = [
     ("/etc/mkv/master.env", "FLAGS and SERVER_FLAGS of the systemd unit mkv.service"),
@@ -40,7 +34,7 @@ pub fn page() -> String {
             page += &item(&format!("-{name}"), value, what);
         }
     }
-    for (title, items) in [("EXIT STATUS", EXIT_STATUS), ("FILES", FILES)] {
+    for (title, items) in [("EXIT STATUS", EXIT_STATUSES), ("FILES", FILES)] {
         page += &format!(".SH {title}\n");
         for (name, what) in items {
             page += &item(name, "", what);

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::error::{Error, Result};
@@ -84,9 +84,10 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
     };
     spawn("mkv-check", check)?;
     let wrong = |e: std::io::Error| Error::Failed(format!("signals: {e}"));
-    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(wrong)?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(wrong)?;
     println!("mkv listens on {address}");
-    signals.wait().for_each(drop);
+    // SIGHUP has nothing to reopen: the log goes to stderr, and all settings are flags.
+    while signals.wait().all(|signal| signal == SIGHUP) {}
     server.stop(DRAIN);
     store.index.sync()?;
     store.index.close();

@@ -22,7 +22,7 @@ pub use directory::{
     create_new, database, is_locked, lock_dir, lock_file, publish_new, remove, unpack_new, unpacked_in,
 };
 pub use locks::Clearing;
-pub use rocks::{Batch, Index, View, record_of};
+pub use rocks::{Batch, ENGINE, Index, View, record_of};
 
 use crate::error::{Error, Result};
 use crate::format::record::{Debris, Record};

@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
 
+/// The name and version of the database.
+pub const ENGINE: &str = concat!("RocksDB ", env!("MKV_ROCKSDB"));
+
 /// The column families.
 const RECORDS: &str = "default";
 const DEBRIS: &str = "debris";
