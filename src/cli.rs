@@ -14,11 +14,12 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::{TAGS, is_volume};
 use crate::http;
-use crate::man;
-use crate::ops::{rebuild, verify};
+use crate::index::ENGINE;
+use crate::ops::{backup, rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
 use crate::volumes::secret::{self, Secret};
+use crate::{completions, man};
 
 /// A command with everything that it needs to run.
 pub enum Command {
@@ -52,6 +53,11 @@ pub enum Command {
     },
     /// Writes a new secret to this file.
     Secret(PathBuf),
+    Backup(backup::Config),
+    Restore {
+        db: PathBuf,
+        file: PathBuf,
+    },
     /// Prints this text.
     Print(String),
 }
@@ -65,15 +71,20 @@ pub struct Cli {
     pub voltimeout: Duration,
     /// Signs all that is asked of volumes.
     pub secret: Option<Secret>,
+    /// Log as JSON.
+    pub json: bool,
 }
 
 /// Name, value (empty: a switch), and help.
-type Flag = (&'static str, &'static str, &'static str);
+pub type Flag = (&'static str, &'static str, &'static str);
+
+/// A command, what it does, and its own flags.
+pub type Group = (&'static str, &'static str, &'static [Flag]);
 
 const EVERY: &str = "every command";
 
-/// The flags of every command, then each command with what it does and its own flags.
-pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
+/// The flags of every command, then each command.
+pub const GROUPS: [Group; 11] = [
     (
         EVERY,
         "",
@@ -86,7 +97,8 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
             ("secret", "FILE", "sign all requests and redirects with a secret that the volumes share"),
             ("voltimeout", "TIME", "how long to wait for a volume's HEAD, as 500ms or 1s (1s)"),
             ("v", "", "log each request, show every finding"),
-            ("version", "", "print the version"),
+            ("log", "FORMAT", "how to log: text, or json for one object a line (text)"),
+            ("version", "", "print the version, its commit, and RocksDB's version"),
             ("help", "", "print this; mkv COMMAND -help prints the flags of one command"),
         ],
     ),
@@ -103,6 +115,7 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
             ("linktime", "TIME", "how long the redirect of a GET is valid, with -secret (1h)"),
             ("accel", "", "let the nginx of deploy/front.conf fetch the value, in place of a redirect"),
             ("md5sum", "BOOL", "keep the md5 of each value (true)"),
+            ("backup", "TIME", "store a copy of the index on the volumes this often, as 24h (never)"),
             ("sync", "", "flush the index to the disk before a write is answered"),
             ("maxconns", "N", "the most connections of clients (4096)"),
             ("headtimeout", "TIME", "how long the head of a request may take (30s)"),
@@ -115,7 +128,8 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
         "make a new index from the files on the volumes",
         &[
             ("rehash", "", "read the blobs whose md5 is not known"),
-            ("from", "DIR", "another -db to carry over unlinked states, hashes and debris from"),
+            ("from", "PATH", "another -db, or a backup, to carry over unlinked states, hashes and debris from"),
+            ("nobackup", "", "do not look for a backup of the index on the volumes"),
             ("lost", "VOLUME", "host:port or host:port/svXX that is gone for good; may be repeated"),
         ],
     ),
@@ -146,14 +160,38 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
     ),
     ("secret", "write a new secret to a new file: mkv secret FILE; or print one", &[]),
     ("dump", "print the index: a percent-encoded key, a tab and its record on each line", &[]),
+    (
+        "backup",
+        "copy the index of a running master into a file in DIR, and check the copy",
+        &[("master", "URL", "the master (http://127.0.0.1:3000)"), ("keep", "N", "how many backups stay in DIR (7)")],
+    ),
+    ("restore", "make an index in a new -db from FILE, a backup", &[]),
+    ("completions", "print the completions for SHELL: bash, zsh or fish", &[]),
+];
+
+/// The commands that take a word more.
+const OPERANDS: [(&str, &str); 3] = [("backup", "DIR"), ("restore", "FILE"), ("completions", "SHELL")];
+
+/// The word that a command takes.
+pub(crate) fn operand_of(command: &str) -> Option<&'static str> {
+    OPERANDS.iter().find(|(name, _)| *name == command).map(|(_, operand)| *operand)
+}
+
+/// The exit statuses of every command.
+pub(crate) const EXIT_STATUSES: [(&str, &str); 3] = [
+    ("0", "all was done, and nothing wrong was found"),
+    ("1", "something failed or was found wrong; what is printed says what to do"),
+    ("2", "the command line is wrong; nothing was done"),
 ];
 
 /// The usage text, of all commands or of one.
 pub fn help(only: Option<&str>) -> String {
     let mut text = String::from("mkv, a distributed key-value store: plain files behind nginx, one small index\n\n");
     let commands = GROUPS[1..].iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(" | ");
-    text += &format!("usage: mkv [flags] <{}>\n", only.unwrap_or(&commands));
+    let usage = only.map(|only| format!("{only} {}", operand_of(only).unwrap_or_default()));
+    text += &format!("usage: mkv [flags] <{}>\n", usage.as_deref().unwrap_or(&commands).trim_end());
     for (group, what, flags) in GROUPS {
+        let what = operand_of(group).map_or(what.to_string(), |operand| format!("{what}: mkv {group} {operand}"));
         if group != EVERY && only.is_some_and(|only| group != only) {
             continue;
         }
@@ -162,7 +200,17 @@ pub fn help(only: Option<&str>) -> String {
             text += &format!("  {:<20} {what}\n", format!("-{name} {value}").trim_end());
         }
     }
+    text += "\nexit status\n";
+    for (status, what) in EXIT_STATUSES {
+        text += &format!("  {status:<20} {what}\n");
+    }
     text.trim_end().to_string()
+}
+
+/// The version of mkv, the commit that it was built from, and RocksDB's version. Outside of git there is no commit.
+fn version() -> String {
+    let commit = option_env!("MKV_COMMIT").map_or(String::new(), |commit| format!(" ({commit})"));
+    format!("mkv {}{commit}, {ENGINE}", env!("CARGO_PKG_VERSION"))
 }
 
 /// Parses and checks the command line, without the program's name.
@@ -170,28 +218,41 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
     let words = words.map(|word| word.into_string().or_else(|word| usage(format!("{word:?}: use UTF-8 only"))));
     let (flags, words) = Flags::read(words.collect::<Result<_>>()?)?;
     let (verbose, voltimeout) = (flags.switch("v", false)?, flags.timeout("voltimeout", 1)?);
-    let cli = |command| Ok(Cli { command, verbose, voltimeout, secret: None });
+    let json = flags.parsed("log", false, "text or json", |format| match format {
+        "text" => Some(false),
+        "json" => Some(true),
+        _ => None,
+    })?;
+    let cli = |command| Ok(Cli { command, verbose, voltimeout, secret: None, json });
     let is_command = |word: &&String| GROUPS[1..].iter().any(|(name, ..)| name == word);
     if flags.switch("help", false)? {
         let command = words.first().filter(is_command);
         return cli(Command::Print(help(command.map(String::as_str))));
     }
     if flags.switch("version", false)? {
-        return cli(Command::Print(format!("mkv {}", env!("CARGO_PKG_VERSION"))));
+        return cli(Command::Print(version()));
     }
     match &words[..] {
         [word] if word == "man" => cli(Command::Print(man::page())), // for packages; -help does not name it
-        [] => usage("say what to do: server, rebuild, rebalance, verify, import, secret or dump; see mkv -help"),
+        [] => usage(
+            "say what to do: server, rebuild, rebalance, verify, import, secret, dump, backup or restore; see mkv -help",
+        ),
         [word, ..] if word == "secret" && flags.last("secret").is_some() => {
             usage("-secret: to make a secret, name the file after the command: mkv secret FILE")
         }
         [word] if word == "secret" => cli(Command::Print(secret::generate()?)),
         [word, file] if word == "secret" => cli(Command::Secret(file.into())),
         [word] if !is_command(&word) => usage(format!("{word}: no such command, see mkv -help")),
-        [word] => {
-            let (command, secret) = (flags.command(word, verbose)?, flags.last("secret"));
+        [word, shell] if word == "completions" => cli(Command::Print(completions::script(shell)?)),
+        [word, rest @ ..] if rest.len() == usize::from(operand_of(word).is_some()) => {
+            let operand = rest.first().map_or("", String::as_str);
+            let (command, secret) = (flags.command(word, operand, verbose)?, flags.last("secret"));
             let secret = secret.map(|file| Secret::read(Path::new(file))).transpose()?;
             Ok(Cli { secret, ..cli(command)? })
+        }
+        [word] => {
+            let operand = operand_of(word).unwrap_or_default();
+            usage(format!("{word}: name {operand} behind it, as in mkv {word} {operand}"))
         }
         _ => usage(format!("one command at a time, not {}", words.join(" and "))),
     }
@@ -221,22 +282,27 @@ impl Flags {
         }
     }
 
-    fn command(&self, name: &str, verbose: bool) -> Result<Command> {
+    /// `operand`: the word behind the command, if it takes one.
+    fn command(&self, name: &str, operand: &str, verbose: bool) -> Result<Command> {
         self.check_group(name)?;
+        if name == "backup" {
+            return self.backup(operand);
+        }
         let db: PathBuf = self.last("db").unwrap_or_default().into();
         if db.as_os_str().is_empty() {
             return usage("-db: give the folder of the index");
         }
         // A wrong value of a server's flag is an error of every command, as with the Go master.
         let (store, sync, http, api) = (self.store()?, self.switch("sync", false)?, self.http()?, self.api()?);
-        if !["import", "dump"].contains(&name) {
+        if !["import", "dump", "restore"].contains(&name) {
             check_volumes(&store.placement)?;
         }
         Ok(match name {
             "server" => Command::Server { db, sync, store, http, api },
             "rebuild" => {
                 let (from, rehash) = (self.last("from").map(PathBuf::from), self.switch("rehash", false)?);
-                Command::Rebuild { store, rebuild: rebuild::Config { db, from, rehash, verbose } }
+                let nobackup = self.switch("nobackup", false)?;
+                Command::Rebuild { store, rebuild: rebuild::Config { db, from, nobackup, rehash, verbose } }
             }
             "rebalance" => Command::Rebalance { db, sync, store, dry_run: self.switch("dry-run", false)? },
             "verify" => Command::Verify { store, verify: self.verify(db, verbose)? },
@@ -244,8 +310,20 @@ impl Flags {
                 Some(leveldb) => Command::Import { db, leveldb: leveldb.into() },
                 None => return usage("-leveldb: give the folder of the Go master's index"),
             },
+            "restore" => Command::Restore { db, file: operand.into() },
             _ => Command::Dump { db },
         })
+    }
+
+    fn backup(&self, dir: &str) -> Result<Command> {
+        let url = self.last("master").unwrap_or("http://127.0.0.1:3000");
+        let master = url.strip_prefix("http://").unwrap_or(url).trim_end_matches('/').to_string();
+        if master.is_empty() || master.contains(['/', '@', '?', '#']) {
+            return usage(format!("-master: expected the master itself, as http://host:port, not {url}"));
+        }
+        let auth = self.last("userpass").map(|login| basic_auth(login.as_bytes()));
+        let (keep, timeout) = (self.number("keep", 7, 1, 1_000_000)?, self.timeout("voltimeout", 1)?);
+        Ok(Command::Backup(backup::Config { dir: dir.into(), master, auth, keep, timeout }))
     }
 
     /// Refuses flags that belong to other commands. The server's flags are accepted everywhere: the Go master has one
@@ -299,7 +377,11 @@ impl Flags {
         let fallback = self.last("fallback").filter(|host| !host.is_empty()).map(String::from);
         let (basicauth, accel) = (self.switch("basicauth", false)?, self.switch("accel", false)?);
         let (linktime, db) = (self.timeout("linktime", 3600)?, self.last("db").unwrap_or_default().into());
-        Ok(api::Config { fallback, basicauth, accel, linktime, db, flags: self.shown() })
+        let backup = Some(self.time("backup", 0)?).filter(|interval| !interval.is_zero());
+        if backup.is_some_and(|interval| interval < Duration::from_secs(1)) {
+            return usage("-backup: a second is the least; 24h is usual");
+        }
+        Ok(api::Config { fallback, basicauth, accel, linktime, db, flags: self.shown(), backup })
     }
 
     /// The flags that were given, for the page. A password is left out.
@@ -455,6 +537,8 @@ mod tests {
         assert!(!one.contains("-port") && !one.contains("-deep"), "{one}");
         let Ok(Command::Print(text)) = command("verify -help") else { panic!("-help prints") };
         assert_eq!(text, help(Some("verify")));
+        assert!(help(Some("restore")).contains("mkv [flags] <restore FILE>\n"));
+        assert!(all.contains("exit status\n  0 ") && one.contains("exit status\n  0 "));
     }
 
     #[test]
@@ -491,6 +575,14 @@ mod tests {
             ("verify -db /x -volumes a:1 -replicas 1 -repair -dry-run", "-dry-run"),
             ("server -db /x -volumes a:1 -replicas 1 -lost a:1", "-lost"),
             ("dump -db /x -rehash", "-rehash"),
+            ("dump -db /x -log xml", "-log"),
+            ("server -db /x -volumes a:1 -replicas 1 -backup 9ms", "-backup"),
+            ("backup", "DIR"),
+            ("backup /y -master https://host/", "-master"),
+            ("backup /y -keep 0", "-keep"),
+            ("restore -db /x", "FILE"),
+            ("restore /y", "-db"),
+            ("completions", "SHELL"),
             ("serve -db /x", "serve"),
             ("server rebuild -db /x", "rebuild"),
             ("-db /x", "server"),

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -15,10 +15,13 @@ use super::metrics::Metrics;
 use super::page::{self, Figures};
 use super::route::{Browse, Command, View, route};
 use super::samples::{EVERY, Samples};
+use super::status::RequestId;
 use super::{Config, status};
 use crate::error::{Error, Result};
 use crate::format::record::{Hash, hex, unhex};
+use crate::format::time::stamp;
 use crate::http::{Body, Content, Counters, Handler, Refusal, Request, Response};
+use crate::logging;
 use crate::store::stats::Statistics;
 use crate::store::{List, Located, Store};
 use crate::volumes::Auth;
@@ -41,27 +44,34 @@ pub struct Api {
     checked: LastCheck,
     statistics: Arc<Statistics>,
     begun: Instant,
+    /// Requests so far.
+    requests: AtomicU64,
 }
 
 impl Handler for Api {
     fn handle<'a>(&'a self, request: &Request<'_>, body: &mut Body<'_>) -> Response<'a> {
         let begun = Instant::now();
-        let (response, error) = match self.answer(request, body) {
+        let id = RequestId::new(request.header("X-Request-Id"), self.next_number());
+        let (mut response, error) = match self.answer(request, body) {
             Ok(response) => (response, None),
             Err(Error::NotFound(_)) if wants_page(request) => (status::welcome(), Some("client")),
             // The Go master sends no body either.
             Err(Error::NotFound(_)) if matches!(request.method, "GET" | "HEAD") => (status::empty(404), Some("client")),
-            Err(error) => (status::failure(&error), Some(status::kind(&error))),
+            Err(error) => (status::failure(&error, id), Some(status::kind(&error))),
         };
         let path = request.target.split('?').next().unwrap_or_default();
-        self.count(request.method, path, &response, error, begun.elapsed());
+        self.count((request.method, path, id), &response, error, begun.elapsed());
+        if let RequestId::Given(id) = id {
+            response.headers.push(("X-Request-Id", id.to_string()));
+        }
         response
     }
 
     fn refuse(&self, refusal: Refusal) -> Response<'_> {
-        let response = status::refusal(refusal);
+        let id = RequestId::Own(self.next_number());
+        let response = status::refusal(refusal, id);
         let kind = if response.status == 503 { "unavailable" } else { "client" };
-        self.count("-", "-", &response, Some(kind), Duration::ZERO);
+        self.count(("-", "-", id), &response, Some(kind), Duration::ZERO);
         response
     }
 }
@@ -74,8 +84,8 @@ impl Api {
         counters: Arc<Counters>,
     ) -> Api {
         let (metrics, begun) = (Arc::new(Metrics::new(counters)), Instant::now());
-        let (samples, checked, statistics) = Default::default();
-        Api { store, config, authenticator, metrics, samples, checked, statistics, begun }
+        let (samples, checked, statistics, requests) = Default::default();
+        Api { store, config, authenticator, metrics, samples, checked, statistics, begun, requests }
     }
 
     /// Takes a sample for the page's charts every few seconds, for ever.
@@ -152,6 +162,7 @@ impl Api {
             Command::Health => Ok(self.health(auth)),
             Command::Stats => self.stats(),
             Command::Status(view, browse) => self.status(view, &browse, auth),
+            Command::Backup => self.backup(),
         }
     }
 
@@ -189,6 +200,16 @@ impl Api {
         let length = page.length;
         let write = Box::new(move |out: &mut dyn io::Write| page.write(out));
         let headers = vec![("Content-Type", "application/json".to_string())];
+        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+    }
+
+    /// The index as one file.
+    fn backup(&self) -> Result<Response<'_>> {
+        let mut backup = self.store.index.backup()?;
+        let name = format!("attachment; filename=\"mkv-{}.tar\"", stamp(backup.time));
+        let headers = vec![("Content-Type", "application/x-tar".to_string()), ("Content-Disposition", name)];
+        let length = backup.length;
+        let write = Box::new(move |out: &mut dyn io::Write| io::copy(&mut backup, out).map(drop));
         Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
     }
 
@@ -242,17 +263,29 @@ impl Api {
         }
     }
 
-    /// Counts and logs a response. The query is not logged.
-    fn count(&self, method: &str, path: &str, response: &Response, error: Option<&'static str>, time: Duration) {
-        let (status, path) = (response.status, path.escape_debug());
+    /// The number of a new request.
+    fn next_number(&self) -> u64 {
+        self.requests.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Counts and logs a response to a request of this method, path and id. The query is not logged.
+    fn count(
+        &self,
+        (method, path, id): (&str, &str, RequestId),
+        response: &Response,
+        error: Option<&'static str>,
+        time: Duration,
+    ) {
+        let status = response.status;
         self.metrics.count(method, status, error, time);
-        match &response.content {
+        let (level, error) = match &response.content {
             // 410: a value is lost.
             Content::Text(text) if status >= 500 && status != 505 || status == 410 => {
-                log::error!("{method} {path} {status}: {}", text.trim_end());
+                (log::Level::Error, Some(text.trim_end()))
             }
-            _ => log::info!("{method} {path} {status} {} ms", time.as_millis()),
-        }
+            _ => (log::Level::Info, None),
+        };
+        logging::Request { method, path, status, time, id, error }.log(level);
     }
 }
 

@@ -41,6 +41,8 @@ pub struct Gauges {
     pub keys: u64,
     pub debris: u64,
     pub connections: u64,
+    /// When the newest backup on the volumes was made, in seconds since 1970; 0: there is none.
+    pub backup: u64,
     /// The last verify.
     pub scrub: Option<Scrub>,
 }
@@ -60,6 +62,7 @@ impl Metrics {
             keys: index.estimate(),
             debris,
             connections: self.counters.connections.load(Ordering::Relaxed) as u64,
+            backup: store.last_backup().unwrap_or(0),
             scrub: Scrub::read(db),
         }
     }
@@ -98,7 +101,7 @@ impl Metrics {
     pub fn text(&self, gauges: &Gauges) -> String {
         let mut text = String::new();
         self.write_requests(&mut text);
-        let Gauges { connections, locked, keys, debris, .. } = *gauges;
+        let Gauges { connections, locked, keys, debris, backup, .. } = *gauges;
         for (name, kind, help, value) in [
             ("received_bytes_total", "counter", "Bytes of values received.", get(&self.counters.received)),
             ("sent_bytes_total", "counter", "Bytes of responses sent.", get(&self.counters.sent)),
@@ -107,6 +110,7 @@ impl Metrics {
             ("locks", "gauge", "Keys that are being written.", locked),
             ("keys", "gauge", "Keys in the index, an estimate.", keys),
             ("debris", "gauge", "Entries of debris, counted up to 100,000.", debris),
+            ("backup_timestamp_seconds", "gauge", "When the newest backup on the volumes was made; 0: none.", backup),
         ] {
             write_head(&mut text, &format!("mkv_{name}"), kind, help);
             let _ = writeln!(text, "mkv_{name} {value}");

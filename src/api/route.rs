@@ -3,6 +3,7 @@
 use percent_encoding::percent_decode_str;
 
 use crate::error::{Error, Result};
+use crate::format::is_own;
 use crate::format::placement::KEY_MAX;
 use crate::store::{List, Listed};
 
@@ -26,6 +27,7 @@ pub enum Command {
     Metrics,
     Health,
     Stats,
+    Backup,
     Status(View, Browse),
 }
 
@@ -71,6 +73,7 @@ pub fn route(method: &str, target: &str) -> Result<Command> {
         return if method == "GET" || has_head { command } else { Err(FORBIDDEN_QUERY) };
     }
     match method {
+        "PUT" | "REPLACE" | "DELETE" | "UNLINK" | "RELINK" if is_own(&key) => Err(OWN_KEY),
         "GET" | "HEAD" => Ok(Command::Get { key, path: path.to_string() }),
         "PUT" => Ok(Command::Put { key, replace: false }),
         "REPLACE" => Ok(Command::Put { key, replace: true }),
@@ -83,9 +86,11 @@ pub fn route(method: &str, target: &str) -> Result<Command> {
 }
 
 const FORBIDDEN_QUERY: Error = Error::Forbidden(
-    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics, ?health, ?stats and ?status; a ? in a key is sent \
-     as %3F",
+    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics, ?health, ?stats, ?status and ?backup; a ? in a key is \
+     sent as %3F",
 );
+
+const OWN_KEY: Error = Error::Forbidden("keys below /.mkv/ are the master's own: choose another key");
 
 fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
     let mut options = query.split('&');
@@ -100,6 +105,7 @@ fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
         Some("status") if prefix == b"/" => return status_of(View::Page, options),
         Some("status=json") if prefix == b"/" => return status_of(View::Figures, options),
         Some("status=keys") if prefix == b"/" => return status_of(View::Keys, options),
+        Some("backup") if prefix == b"/" => return Ok(Command::Backup),
         _ => return Err(FORBIDDEN_QUERY),
     };
     let mut list = List { of, prefix, start: Vec::new(), limit: 0, url: false };
@@ -217,6 +223,10 @@ mod tests {
             ("GET", "", 400),
             ("GET", "/a?versioning", 403),
             ("GET", "/a?health", 403),
+            ("GET", "/a?backup", 403),
+            ("HEAD", "/?backup", 403),
+            ("PUT", "/.mkv/x", 403),
+            ("DELETE", "/.mkv/backup/1", 403),
             ("GET", "/a?limit=1&list", 403),
             ("PUT", "/a?list", 403),
             ("HEAD", "/a?list", 403),

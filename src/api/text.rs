@@ -74,20 +74,6 @@ pub fn ago(time: u64, now: u64) -> String {
     format!("{} ago", duration(now.saturating_sub(time)))
 }
 
-/// A time in seconds since 1970 as 2026-11-25 04:31:07, in UTC.
-pub fn date(time: u64) -> String {
-    // Days are counted from 1 March of the year 0, so that a leap day is the last one of its year.
-    let (days, second) = (time / 86_400 + 719_468, time % 86_400);
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = era * 400 + year + u64::from(month < 3);
-    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}", second / 3_600, second / 60 % 60, second % 60)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,19 +86,5 @@ mod tests {
         assert_eq!([0.0, 0.2, 12.44, 999.9, 1250.0].map(rate), ["0", "0.20", "12.4", "1,000", "1,250"]);
         assert_eq!([0.00042, 0.0123, 1.5].map(latency), ["0.42 ms", "12.3 ms", "1.50 s"]);
         assert_eq!([0, 5, 60, 200, 93_600].map(duration), ["0 s", "5 s", "1 min", "3 min 20 s", "1 d 2 h"]);
-    }
-
-    #[test]
-    fn dates_are_those_of_the_calendar() {
-        for (time, text) in [
-            (0, "1970-01-01 00:00:00"),
-            (951_782_399, "2000-02-28 23:59:59"),
-            (951_782_400, "2000-02-29 00:00:00"),
-            (1_709_251_199, "2024-02-29 23:59:59"),
-            (1_795_580_958, "2026-11-25 04:29:18"),
-            (4_107_542_400, "2100-03-01 00:00:00"),
-        ] {
-            assert_eq!(date(time), text);
-        }
     }
 }

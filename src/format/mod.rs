@@ -6,6 +6,8 @@
 
 pub mod placement;
 pub mod record;
+pub mod tar;
+pub mod time;
 
 use std::fmt::Display;
 
@@ -22,6 +24,17 @@ pub fn percent_encoded(key: &[u8]) -> impl Display {
 /// A key as messages and logs show it: in quotes, on one line, with escapes for what is not printable ASCII.
 pub fn quoted(key: &[u8]) -> String {
     format!("\"{}\"", key.escape_ascii())
+}
+
+/// Keys below it are the master's own: clients can read them, and write none.
+const OWN_KEYS: &[u8] = b"/.mkv/";
+
+/// The keys of the index's backups, which take turns.
+pub const BACKUP_KEYS: [&[u8]; 2] = [b"/.mkv/backup/1", b"/.mkv/backup/2"];
+
+/// Whether a key is the master's own.
+pub fn is_own(key: &[u8]) -> bool {
+    key.starts_with(OWN_KEYS)
 }
 
 /// A key as a page shows it: UTF-8 as it is, and `%XX` for every byte that is not part of UTF-8 or that would not be

@@ -5,10 +5,11 @@
 //! without an answer live behind the verbs, so that another engine can stand beside RocksDB.
 //!
 //! On disk, under `-db`: `lock`, which every command that writes holds, `index/`, the database, and `verify.json`, the
-//! result of the last `verify`.
+//! result of the last `verify`. `backup.rs` makes one file of the database.
 //!
 //! The room knows nothing of volumes and sends no request. It may name `format`, `error` and `threads`.
 
+mod backup;
 mod directory;
 mod locks;
 mod rocks;
@@ -16,9 +17,13 @@ pub mod scrub;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub use directory::{create_new, database, is_locked, lock_dir, publish_new, remove};
+pub use backup::{Backup, Unpacked, unpack};
+use directory::TEMPORARY;
+pub use directory::{
+    create_new, database, is_locked, lock_dir, lock_file, publish_new, remove, unpack_new, unpacked_in,
+};
 pub use locks::Clearing;
-pub use rocks::{Batch, Index, View, record_of};
+pub use rocks::{Batch, ENGINE, Index, View, record_of};
 
 use crate::error::{Error, Result};
 use crate::format::record::{Debris, Record};

@@ -5,7 +5,9 @@
 
 use std::fmt::Display;
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
 
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
     LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
@@ -16,6 +18,9 @@ use super::locks::Locks;
 use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
+
+/// The name and version of the database.
+pub const ENGINE: &str = concat!("RocksDB ", env!("MKV_ROCKSDB"));
 
 /// The column families.
 const RECORDS: &str = "default";
@@ -36,6 +41,8 @@ pub struct Index {
     /// It belongs to another process, which may write it meanwhile.
     follower: bool,
     pub(super) locks: Locks,
+    /// Backups that are being read.
+    pub(super) backups: AtomicUsize,
 }
 
 impl Index {
@@ -54,7 +61,7 @@ impl Index {
         let mut options = options();
         options.create_if_missing(create);
         let db = DB::open_cf_descriptors(&options, folder, families()).map_err(|e| wrong(&e))?;
-        Ok(Index { db, sync, follower: false, locks: Locks::default() })
+        Ok(Index { db, sync, follower: false, locks: Locks::default(), backups: AtomicUsize::new(0) })
     }
 
     /// Makes a database for a bulk load.
@@ -82,7 +89,7 @@ impl Index {
         // The folder holds only RocksDB's own log, which nobody reads.
         let _ = std::fs::remove_dir_all(&scratch);
         let db = db.map_err(|e| wrong(&e))?;
-        let index = Index { db, sync: false, follower: true, locks: Locks::default() };
+        let index = Index { db, sync: false, follower: true, locks: Locks::default(), backups: AtomicUsize::new(0) };
         index.catch_up()?;
         Ok(index)
     }
@@ -164,6 +171,23 @@ impl Index {
     /// The number of entries of debris, counted up to `most`.
     pub fn count_debris(&self, most: usize) -> Result<usize> {
         self.view().rows(DEBRIS, b"", b"").take(most).try_fold(0, |count, row| row.map(|_| count + 1))
+    }
+
+    /// The database's folder.
+    pub(super) fn folder(&self) -> &Path {
+        self.db.path()
+    }
+
+    /// Makes a copy of the database, as it is now, in a folder of the same disk that does not exist yet.
+    pub(super) fn checkpoint(&self, folder: &Path) -> Result<()> {
+        Checkpoint::new(&self.db).and_then(|checkpoint| checkpoint.create_checkpoint(folder)).map_err(index_error)
+    }
+
+    /// Reads everything, and returns the number of keys.
+    pub(super) fn read_all(&self) -> Result<u64> {
+        let view = self.view();
+        view.rows(DEBRIS, b"", b"").try_for_each(|row| row.map(drop))?;
+        view.texts().try_fold(0, |keys, row| row.map(|_| keys + 1))
     }
 
     /// Ends RocksDB's threads, so that the process can exit.

@@ -2,16 +2,16 @@
 //!
 //! `{"next":"","keys":["/a","/b"]}`: `next` is the first key of the next page, and empty on the last page. A page is read
 //! twice from one view of the index, once for its `next` and its length in bytes and once to be written, so that its
-//! memory does not grow with it.
+//! memory does not grow with it. The master's own keys are listed only below a prefix of theirs.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 use super::Store;
 use crate::error::{Error, Result};
-use crate::format::percent_encoded;
 use crate::format::placement::path;
 use crate::format::record::{Record, State};
+use crate::format::{is_own, percent_encoded};
 use crate::index::{View, record_of};
 
 /// The longest list without a limit, in keys.
@@ -156,10 +156,11 @@ impl Page<'_> {
                 return Ok(());
             }
         };
+        let shows_own = is_own(&self.list.prefix);
         self.view.records(&self.list.prefix, &self.list.start, |key, text| {
             // The first pass has decoded all records.
             let state = if self.length > 0 { State::of(text) } else { record_of(key, text)?.state };
-            if state == wanted { f(key) } else { Ok(true) }
+            if state == wanted && (shows_own || !is_own(key)) { f(key) } else { Ok(true) }
         })
     }
 

@@ -6,6 +6,7 @@
 //! - `cleaner.rs`: deletes debris in the background
 //! - `list.rs`: pages of keys
 //! - `stats.rs`: keys and bytes by volume, prefix and size
+//! - `backup.rs`: copies of the index on the store's own volumes
 //!
 //! It promises that a value acknowledged is a value kept: debris names every place where a blob may lie before its
 //! first byte is sent, one index batch makes a value visible, and only what the index no longer names is deleted.
@@ -13,6 +14,7 @@
 //! It knows nothing of HTTP statuses or headers, of flags, or of RocksDB, and it prints nothing. It may name `format`,
 //! `index` and `volumes`.
 
+mod backup;
 mod cleaner;
 mod list;
 mod read;

@@ -288,14 +288,7 @@ impl Volumes {
     pub fn read(&self, replica: &str, path: &str, auth: Auth) -> Result<Option<Opened>> {
         let answer = self.get(replica, path, auth)?;
         match answer.status().as_u16() {
-            200 => {
-                let header = |name| answer.headers().get(name)?.to_str().ok();
-                let length = header("content-length")
-                    .and_then(|length| length.parse().ok())
-                    .ok_or_else(|| unreachable(replica, "its GET has no Content-Length"))?;
-                let time = header("last-modified").and_then(autoindex::http_date);
-                Ok(Some(Opened { length, time, body: Box::new(answer.into_body().into_reader()) }))
-            }
+            200 => Opened::new(answer).map(Some).ok_or_else(|| unreachable(replica, "its GET has no Content-Length")),
             301 | 404 => Ok(None),
             status => Err(Error::Refused { volume: replica.into(), status }),
         }
@@ -368,6 +361,31 @@ pub struct Opened {
     pub time: Option<u64>,
     /// Ends in an error where the volume ends it before `length`.
     pub body: Box<dyn Read + Send>,
+}
+
+impl Opened {
+    fn new(answer: http::Response<Body>) -> Option<Opened> {
+        let header = |name| answer.headers().get(name)?.to_str().ok();
+        let length = header("content-length")?.parse().ok()?;
+        let time = header("last-modified").and_then(autoindex::http_date);
+        Some(Opened { length, time, body: Box::new(answer.into_body().into_reader()) })
+    }
+}
+
+/// Opens what a server that is no volume, such as a master, sends for a GET. Fails unless it answers 200.
+pub fn fetch(host: &str, target: &str, auth: Auth, timeout: Duration) -> Result<Opened> {
+    let request = agent(Arc::new(Connections::new(host, timeout)), timeout).get(format!("http://{host}{target}"));
+    let request = match auth {
+        Some(auth) => request.header("authorization", auth),
+        None => request,
+    };
+    let failed = |why: &str| Error::Failed(format!("http://{host}{target}: {why}"));
+    let mut answer = request.call().map_err(|e| failed(&format!("no answer ({e}): does a master run there?")))?;
+    if answer.status() != 200 {
+        let text = answer.body_mut().with_config().limit(1000).read_to_string().unwrap_or_default();
+        return Err(failed(&format!("it answers {}: {}", answer.status().as_u16(), text.trim_end())));
+    }
+    Opened::new(answer).ok_or_else(|| failed("its answer has no Content-Length"))
 }
 
 impl Volume {

@@ -32,6 +32,7 @@ mod upload_timeouts;
 mod volume_failures;
 
 // The index and the commands beside the server.
+mod backup;
 mod dump;
 mod import;
 mod index_records;

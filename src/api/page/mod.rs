@@ -23,6 +23,7 @@ use super::status::KINDS;
 use super::text;
 use crate::error::{Error, Result};
 use crate::format::record::State;
+use crate::format::time::readable;
 use crate::format::{percent_encoded, shown, unshown};
 use crate::index::scrub::Scrub;
 use crate::store::stats::{SizeAmount, Stats};
@@ -128,7 +129,7 @@ impl Figures<'_> {
         };
         let title = if state == "ok" { "mkv".into() } else { format!("mkv: {headline}") };
         let version = format!("mkv {}", env!("CARGO_PKG_VERSION"));
-        let (uptime, time) = (text::duration(self.uptime), text::date(now()));
+        let (uptime, time) = (text::duration(self.uptime), readable(now()));
         view.state = state;
         view.texts.extend([("headline", headline), ("title", title)]);
         view.texts.extend([("version", version), ("uptime", uptime), ("time", time)]);
@@ -324,7 +325,7 @@ fn key_row(Detail { key, record, path, balanced }: &Detail) -> Vec<Cell> {
     vec![
         Cell { k: "k", l: name },
         Cell::number(record.size.map_or("–".into(), |size| text::bytes(size as f64))),
-        Cell::text(record.time.map_or("–".into(), text::date)),
+        Cell::text(record.time.map_or("–".into(), readable)),
         Cell { k: "r", l: replicas },
     ]
 }
