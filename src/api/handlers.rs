@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -33,7 +33,7 @@ pub struct Api {
     /// `None`: every client is anonymous.
     authenticator: Option<Authenticator>,
     metrics: Metrics,
-    /// Requests so far.
+    /// The number of the last request.
     requests: AtomicU64,
 }
 
@@ -71,7 +71,8 @@ impl Api {
         authenticator: Option<Authenticator>,
         counters: Arc<Counters>,
     ) -> Api {
-        Api { store, config, authenticator, metrics: Metrics::new(counters), requests: AtomicU64::new(0) }
+        let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
+        Api { store, config, authenticator, metrics: Metrics::new(counters), requests: AtomicU64::new(start) }
     }
 
     fn answer(&self, request: &Request, body: &mut Body) -> Result<Response<'_>> {
