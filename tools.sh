@@ -27,6 +27,8 @@ install_tools() {
     need procps command -v ps
     need wget command -v wget
     need chromium command -v chromium
+    need zsh command -v zsh
+    need fish command -v fish
     need openssl command -v openssl
     need python3 command -v python3
     need chromium command -v chromium

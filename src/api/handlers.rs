@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -44,7 +44,7 @@ pub struct Api {
     checked: LastCheck,
     statistics: Arc<Statistics>,
     begun: Instant,
-    /// Requests so far.
+    /// The number of the last request.
     requests: AtomicU64,
 }
 
@@ -83,9 +83,10 @@ impl Api {
         authenticator: Option<Authenticator>,
         counters: Arc<Counters>,
     ) -> Api {
+        let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
         let (metrics, begun) = (Arc::new(Metrics::new(counters)), Instant::now());
-        let (samples, checked, statistics, requests) = Default::default();
-        Api { store, config, authenticator, metrics, samples, checked, statistics, begun, requests }
+        let (samples, checked, statistics) = Default::default();
+        Api { store, config, authenticator, metrics, samples, checked, statistics, begun, requests: start.into() }
     }
 
     /// Takes a sample for the page's charts every few seconds, for ever.

@@ -82,7 +82,7 @@ pub fn welcome<'a>() -> Response<'a> {
 pub enum RequestId<'a> {
     /// From the client's `X-Request-Id`.
     Given(&'a str),
-    /// The number of the request in this master's life.
+    /// The microsecond in which the master started, and one more for each request: another start repeats none.
     Own(u64),
 }
 

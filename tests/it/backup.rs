@@ -153,10 +153,10 @@ fn a_restored_index_deletes_no_value_that_was_being_written() {
     c.assert_value("/late", "0123456789");
 }
 
-/// The only place of the backup is the store itself.
+/// The only place of the backup is the store itself, and its volumes answer only what is signed.
 #[test]
 fn one_rebuild_brings_back_a_wiped_master_with_unlinked_states_and_hashes() {
-    let mut c = Setup::new().volumes(4).replicas(2).subvolumes(2).start();
+    let mut c = Setup::new().volumes(4).replicas(2).subvolumes(2).secret().start();
     c.fill(&numbered_keys("/n/", 40));
     c.put("/hidden", "hidden value").expect(201);
     c.ask("UNLINK", "/hidden").expect(204);
