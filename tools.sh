@@ -29,8 +29,11 @@ install_tools() {
     need procps command -v ps
     need wget command -v wget
     need chromium command -v chromium
+    need zsh command -v zsh
+    need fish command -v fish
     need openssl command -v openssl
     need python3 command -v python3
+    need chromium command -v chromium
     need python3-requests python3 -c 'import requests'
     need dpkg-dev command -v dpkg-shlibdeps
     need lintian command -v lintian

@@ -13,7 +13,8 @@
 #
 # nginx writes an upload to a temporary file and renames it once it is complete. A rename works only within one disk, so
 # DIR and each DIR/svXX that exists at start get their own .nginx/temp folder. Restart this script after mounting a disk.
-# DIR/.nginx also holds nginx.conf, nginx.pid and the lock.
+# DIR/.nginx also holds nginx.conf, nginx.pid, the lock, and space.json: how full the disks are, every 10 s anew, which
+# the master reads at /.space.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin # Debian installs nginx in /usr/sbin, which is not in an ordinary user's PATH
 umask 022
@@ -214,6 +215,7 @@ http {
     dav_methods PUT DELETE; create_full_put_path on; dav_access user:rw group:r all:r;
     $(access_rules)
     location ~ /\. { return 404; }     # no part of a blob's name begins with a dot
+    location = /.space { alias "$dir/.nginx/space.json"; default_type application/json; dav_methods off; }
     location ~ /$ { dav_methods off; } # a DELETE of a folder would delete everything in it
     $(for disk in "${disks[@]}"; do disk_locations "$disk"; done)
   }
@@ -278,6 +280,32 @@ start_nginx() {
   done
 }
 
+# Writes space.json: bytes of each disk and what is free for ordinary users. Folders with the same mount number share one
+# disk; "." is DIR itself. Numbers have a fixed width, so that on a full disk the file can be overwritten in its place.
+write_space() {
+  local disks size free mount name list='' json=$dir/.nginx/space
+  local -A mounts=()
+  find_disks
+  while read -r size free mount; do
+    name=${mount##* } mount=${mount% *}
+    if ! [[ $size/$free =~ ^[0-9]+/[0-9]+$ ]]; then continue; fi # the heading
+    mounts[$mount]=${mounts[$mount]:-${#mounts[@]}}
+    printf -v list '%s{"name":"%s","mount":%4d,"size":%16d,"free":%16d},' "$list" "$name" "${mounts[$mount]}" "$size" "$free"
+  done < <(cd -- "$dir" && disks=("${disks[@]##*/}") && df -B1 --output=size,avail,target,file -- . "${disks[@]:1}")
+  printf -v list '{"time":%d,"disks":[%s]}\n' "$EPOCHSECONDS" "${list%,}"
+  if printf %s "$list" >"$json.new" && mv -f -- "$json.new" "$json.json"; then return; fi
+  printf %s "$list" 1<>"$json.json"
+} 2>/dev/null
+
+# Writes space.json every 10 s until nginx has ended, also if this script is killed. `read` waits without a process.
+publish_space() {
+  exec 8<> <(:) 9>&- </dev/null >/dev/null 2>&1
+  while kill -0 "$nginx"; do
+    read -r -t 10 -u 8 || true
+    write_space || true
+  done
+}
+
 # Sets workers, the process ids for stop_nginx. nginx has started all of them by the time the tests have passed.
 find_workers() {
   workers=$(grep -lsx "PPid:[[:space:]]*$nginx" /proc/[0-9]*/status | cut -d/ -f3 || true)
@@ -289,6 +317,7 @@ stop_nginx() {
   trap '' TERM INT HUP
   kill -TERM "$nginx" 2>/dev/null || true
   wait "$nginx" || true
+  if [ -n "${publisher:-}" ]; then kill "$publisher" 2>/dev/null || true; fi
   for pid in ${workers:-}; do
     if grep -qsx nginx "/proc/$pid/comm"; then kill -KILL "$pid" 2>/dev/null || true; fi
   done
@@ -366,6 +395,9 @@ main() {
   test_disks
   test_auth
   find_workers
+  write_space || true
+  publish_space &
+  publisher=$!
   head -c 64K /dev/zero 2>/dev/null >"$dir/.nginx/spare" || true # reserves room for the next start on a full disk
   printf 'volume on %s:%s serves %s\n' "${bind:-*}" "$port" "$dir"
   wait_for_nginx

@@ -4,6 +4,8 @@
 //! before or after the command, with one dash or two, with a space or `=` before its value; the last one counts.
 //! Everything that can be known to be wrong is found here, before the first side effect.
 
+mod values;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -14,12 +16,12 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::{TAGS, is_volume};
 use crate::http;
-use crate::index::{Location, Url};
-use crate::man;
-use crate::ops::{rebuild, verify};
+use crate::index::{ENGINE, Location, Url};
+use crate::ops::{backup, rebuild, verify};
 use crate::store;
 use crate::volumes::basic_auth;
 use crate::volumes::secret::{self, Secret};
+use crate::{completions, man};
 
 /// A command with everything that it needs to run.
 pub enum Command {
@@ -53,6 +55,11 @@ pub enum Command {
     },
     /// Writes a new secret to this file.
     Secret(PathBuf),
+    Backup(backup::Config),
+    Restore {
+        db: Location,
+        file: PathBuf,
+    },
     /// Prints this text.
     Print(String),
 }
@@ -72,15 +79,20 @@ pub struct Cli {
     pub voltimeout: Duration,
     /// Signs all that is asked of volumes.
     pub secret: Option<Secret>,
+    /// Log as JSON.
+    pub json: bool,
 }
 
 /// Name, value (empty: a switch), and help.
-type Flag = (&'static str, &'static str, &'static str);
+pub type Flag = (&'static str, &'static str, &'static str);
+
+/// A command, what it does, and its own flags.
+pub type Group = (&'static str, &'static str, &'static [Flag]);
 
 const EVERY: &str = "every command";
 
-/// The flags of every command, then each command with what it does and its own flags.
-pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
+/// The flags of every command, then each command.
+pub const GROUPS: [Group; 11] = [
     (
         EVERY,
         "",
@@ -93,7 +105,8 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
             ("secret", "FILE", "sign all requests and redirects with a secret that the volumes share"),
             ("voltimeout", "TIME", "how long to wait for a volume's HEAD, as 500ms or 1s (1s)"),
             ("v", "", "log each request, show every finding"),
-            ("version", "", "print the version"),
+            ("log", "FORMAT", "how to log: text, or json for one object a line (text)"),
+            ("version", "", "print the version, its commit, and RocksDB's version"),
             ("help", "", "print this; mkv COMMAND -help prints the flags of one command"),
         ],
     ),
@@ -110,6 +123,7 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
             ("linktime", "TIME", "how long the redirect of a GET is valid, with -secret (1h)"),
             ("accel", "", "let the nginx of deploy/front.conf fetch the value, in place of a redirect"),
             ("md5sum", "BOOL", "keep the md5 of each value (true)"),
+            ("backup", "TIME", "store a copy of the index on the volumes this often, as 24h (never)"),
             ("sync", "", "flush the index to the disk before a write is answered"),
             ("maxconns", "N", "the most connections of clients (4096)"),
             ("headtimeout", "TIME", "how long the head of a request may take (30s)"),
@@ -122,7 +136,8 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
         "make a new index from the files on the volumes",
         &[
             ("rehash", "", "read the blobs whose md5 is not known"),
-            ("from", "DB", "another -db to carry over unlinked states, hashes and debris from"),
+            ("from", "PATH", "another -db, or a backup, to carry over unlinked states, hashes and debris from"),
+            ("nobackup", "", "do not look for a backup of the index on the volumes"),
             ("lost", "VOLUME", "host:port or host:port/svXX that is gone for good; may be repeated"),
         ],
     ),
@@ -156,14 +171,38 @@ pub(crate) const GROUPS: [(&str, &str, &[Flag]); 8] = [
     ),
     ("secret", "write a new secret to a new file: mkv secret FILE; or print one", &[]),
     ("dump", "print the index: a percent-encoded key, a tab and its record on each line", &[]),
+    (
+        "backup",
+        "copy the index of a running master into a file in DIR, and check the copy",
+        &[("master", "URL", "the master (http://127.0.0.1:3000)"), ("keep", "N", "how many backups stay in DIR (7)")],
+    ),
+    ("restore", "make an index in a new -db from FILE, a backup", &[]),
+    ("completions", "print the completions for SHELL: bash, zsh or fish", &[]),
+];
+
+/// The commands that take a word more.
+const OPERANDS: [(&str, &str); 3] = [("backup", "DIR"), ("restore", "FILE"), ("completions", "SHELL")];
+
+/// The word that a command takes.
+pub(crate) fn operand_of(command: &str) -> Option<&'static str> {
+    OPERANDS.iter().find(|(name, _)| *name == command).map(|(_, operand)| *operand)
+}
+
+/// The exit statuses of every command.
+pub(crate) const EXIT_STATUSES: [(&str, &str); 3] = [
+    ("0", "all was done, and nothing wrong was found"),
+    ("1", "something failed or was found wrong; what is printed says what to do"),
+    ("2", "the command line is wrong; nothing was done"),
 ];
 
 /// The usage text, of all commands or of one.
 pub fn help(only: Option<&str>) -> String {
     let mut text = String::from("mkv, a distributed key-value store: plain files behind nginx, one small index\n\n");
     let commands = GROUPS[1..].iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(" | ");
-    text += &format!("usage: mkv [flags] <{}>\n", only.unwrap_or(&commands));
+    let usage = only.map(|only| format!("{only} {}", operand_of(only).unwrap_or_default()));
+    text += &format!("usage: mkv [flags] <{}>\n", usage.as_deref().unwrap_or(&commands).trim_end());
     for (group, what, flags) in GROUPS {
+        let what = operand_of(group).map_or(what.to_string(), |operand| format!("{what}: mkv {group} {operand}"));
         if group != EVERY && only.is_some_and(|only| group != only) {
             continue;
         }
@@ -172,7 +211,17 @@ pub fn help(only: Option<&str>) -> String {
             text += &format!("  {:<20} {what}\n", format!("-{name} {value}").trim_end());
         }
     }
+    text += "\nexit status\n";
+    for (status, what) in EXIT_STATUSES {
+        text += &format!("  {status:<20} {what}\n");
+    }
     text.trim_end().to_string()
+}
+
+/// The version of mkv, the commit that it was built from, and RocksDB's version. Outside of git there is no commit.
+fn version() -> String {
+    let commit = option_env!("MKV_COMMIT").map_or(String::new(), |commit| format!(" ({commit})"));
+    format!("mkv {}{commit}, {ENGINE}", env!("CARGO_PKG_VERSION"))
 }
 
 /// Parses and checks the command line, without the program's name.
@@ -180,28 +229,41 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
     let words = words.map(|word| word.into_string().or_else(|word| usage(format!("{word:?}: use UTF-8 only"))));
     let (flags, words) = Flags::read(words.collect::<Result<_>>()?)?;
     let (verbose, voltimeout) = (flags.switch("v", false)?, flags.timeout("voltimeout", 1)?);
-    let cli = |command| Ok(Cli { command, verbose, voltimeout, secret: None });
+    let json = flags.parsed("log", false, "text or json", |format| match format {
+        "text" => Some(false),
+        "json" => Some(true),
+        _ => None,
+    })?;
+    let cli = |command| Ok(Cli { command, verbose, voltimeout, secret: None, json });
     let is_command = |word: &&String| GROUPS[1..].iter().any(|(name, ..)| name == word);
     if flags.switch("help", false)? {
         let command = words.first().filter(is_command);
         return cli(Command::Print(help(command.map(String::as_str))));
     }
     if flags.switch("version", false)? {
-        return cli(Command::Print(format!("mkv {}", env!("CARGO_PKG_VERSION"))));
+        return cli(Command::Print(version()));
     }
     match &words[..] {
         [word] if word == "man" => cli(Command::Print(man::page())), // for packages; -help does not name it
-        [] => usage("say what to do: server, rebuild, rebalance, verify, import, secret or dump; see mkv -help"),
+        [] => usage(
+            "say what to do: server, rebuild, rebalance, verify, import, secret, dump, backup or restore; see mkv -help",
+        ),
         [word, ..] if word == "secret" && flags.last("secret").is_some() => {
             usage("-secret: to make a secret, name the file after the command: mkv secret FILE")
         }
         [word] if word == "secret" => cli(Command::Print(secret::generate()?)),
         [word, file] if word == "secret" => cli(Command::Secret(file.into())),
         [word] if !is_command(&word) => usage(format!("{word}: no such command, see mkv -help")),
-        [word] => {
-            let (command, secret) = (flags.command(word, verbose)?, flags.last("secret"));
+        [word, shell] if word == "completions" => cli(Command::Print(completions::script(shell)?)),
+        [word, rest @ ..] if rest.len() == usize::from(operand_of(word).is_some()) => {
+            let operand = rest.first().map_or("", String::as_str);
+            let (command, secret) = (flags.command(word, operand, verbose)?, flags.last("secret"));
             let secret = secret.map(|file| Secret::read(Path::new(file))).transpose()?;
             Ok(Cli { secret, ..cli(command)? })
+        }
+        [word] => {
+            let operand = operand_of(word).unwrap_or_default();
+            usage(format!("{word}: name {operand} behind it, as in mkv {word} {operand}"))
         }
         _ => usage(format!("one command at a time, not {}", words.join(" and "))),
     }
@@ -231,25 +293,27 @@ impl Flags {
         }
     }
 
-    fn command(&self, name: &str, verbose: bool) -> Result<Command> {
+    /// `operand`: the word behind the command, if it takes one.
+    fn command(&self, name: &str, operand: &str, verbose: bool) -> Result<Command> {
         self.check_group(name)?;
+        if name == "backup" {
+            return self.backup(operand);
+        }
         let db = match self.last("db").unwrap_or_default() {
             "" => return usage("-db: give the folder of the index, or the URL of its database"),
             db => self.location(db, name)?,
         };
         // A wrong value of a server's flag is an error of every command, as with the Go master.
         let (store, sync, http, api) = (self.store()?, self.switch("sync", false)?, self.http()?, self.api()?);
-        if !["import", "dump"].contains(&name) {
+        if !["import", "dump", "restore"].contains(&name) {
             check_volumes(&store.placement)?;
         }
         Ok(match name {
             "server" => Command::Server { db, sync, store, http, api },
             "rebuild" => {
-                let (from, rehash) = (
-                    self.last("from").map(|from| self.location(from, name)).transpose()?,
-                    self.switch("rehash", false)?,
-                );
-                Command::Rebuild { store, rebuild: rebuild::Config { db, from, rehash, verbose } }
+                let from = self.last("from").map(|from| self.location(from, name)).transpose()?;
+                let (nobackup, rehash) = (self.switch("nobackup", false)?, self.switch("rehash", false)?);
+                Command::Rebuild { store, rebuild: rebuild::Config { db, from, nobackup, rehash, verbose } }
             }
             "rebalance" => Command::Rebalance { db, sync, store, dry_run: self.switch("dry-run", false)? },
             "verify" => Command::Verify { store, verify: self.verify(db, verbose)? },
@@ -258,6 +322,7 @@ impl Flags {
                 (None, Some(index)) => Command::Import { db, from: Source::Index(self.location(index, name)?) },
                 _ => return usage("-leveldb: give the folder of the Go master's index, or -index and one of mkv's"),
             },
+            "restore" => Command::Restore { db, file: operand.into() },
             _ => Command::Dump { db },
         })
     }
@@ -275,6 +340,17 @@ impl Flags {
         let port = if command == "server" { self.last("port").unwrap_or("3000").to_string() } else { String::new() };
         let name = format!("{command} {port} on {}, process {}", host.trim(), std::process::id()).replace("  ", " ");
         Ok(Location::Database { url, name, flags })
+    }
+
+    fn backup(&self, dir: &str) -> Result<Command> {
+        let url = self.last("master").unwrap_or("http://127.0.0.1:3000");
+        let master = url.strip_prefix("http://").unwrap_or(url).trim_end_matches('/').to_string();
+        if master.is_empty() || master.contains(['/', '@', '?', '#']) {
+            return usage(format!("-master: expected the master itself, as http://host:port, not {url}"));
+        }
+        let auth = self.last("userpass").map(|login| basic_auth(login.as_bytes()));
+        let (keep, timeout) = (self.number("keep", 7, 1, 1_000_000)?, self.timeout("voltimeout", 1)?);
+        Ok(Command::Backup(backup::Config { dir: dir.into(), master, auth, keep, timeout }))
     }
 
     /// Refuses flags that belong to other commands. The server's flags are accepted everywhere: the Go master has one
@@ -327,7 +403,22 @@ impl Flags {
     fn api(&self) -> Result<api::Config> {
         let fallback = self.last("fallback").filter(|host| !host.is_empty()).map(String::from);
         let (basicauth, accel) = (self.switch("basicauth", false)?, self.switch("accel", false)?);
-        Ok(api::Config { fallback, basicauth, accel, linktime: self.timeout("linktime", 3600)? })
+        let linktime = self.timeout("linktime", 3600)?;
+        let backup = Some(self.time("backup", 0)?).filter(|interval| !interval.is_zero());
+        if backup.is_some_and(|interval| interval < Duration::from_secs(1)) {
+            return usage("-backup: a second is the least; 24h is usual");
+        }
+        Ok(api::Config { fallback, basicauth, accel, linktime, flags: self.shown(), backup })
+    }
+
+    /// The flags that were given, for the page. A password is left out.
+    fn shown(&self) -> Vec<(String, String)> {
+        let value = |name: &str, values: &[String]| match name {
+            "userpass" => "(hidden)".to_string(),
+            "db" if Url::is_url(self.last("db").unwrap_or_default()) => "(a database)".to_string(),
+            _ => values.last().cloned().unwrap_or_default(),
+        };
+        self.0.iter().map(|(name, values)| (name.to_string(), value(name, values))).collect()
     }
 
     fn verify(&self, db: Location, verbose: bool) -> Result<verify::Config> {
@@ -337,47 +428,6 @@ impl Flags {
         }
         let (deep, grace) = (self.switch("deep", false)?, self.time("grace", 24 * 3600)?);
         Ok(verify::Config { db, deep, repair, strays, grace, verbose })
-    }
-
-    /// Every value of a flag that may be repeated.
-    fn all(&self, name: &str) -> &[String] {
-        self.0.get(name).map_or(&[], Vec::as_slice)
-    }
-
-    /// The value of a flag.
-    fn last(&self, name: &str) -> Option<&str> {
-        self.all(name).last().map(String::as_str)
-    }
-
-    fn parsed<T>(&self, name: &str, default: T, expected: &str, read: impl Fn(&str) -> Option<T>) -> Result<T> {
-        let Some(text) = self.last(name) else { return Ok(default) };
-        read(text).ok_or_else(|| Error::Usage(format!("-{name}: expected {expected}, not {text:?}")))
-    }
-
-    fn switch(&self, name: &str, default: bool) -> Result<bool> {
-        self.parsed(name, default, "true or false", |text| match text {
-            "true" | "1" | "t" | "T" | "TRUE" | "True" => Some(true),
-            "false" | "0" | "f" | "F" | "FALSE" | "False" => Some(false),
-            _ => None,
-        })
-    }
-
-    fn number<T: TryFrom<u64>>(&self, name: &str, default: T, low: u64, high: u64) -> Result<T> {
-        let read = |text: &str| text.parse().ok().filter(|n| (low..=high).contains(n)).and_then(|n| n.try_into().ok());
-        self.parsed(name, default, &format!("a number from {low} to {high}"), read)
-    }
-
-    /// `default`: seconds.
-    fn time(&self, name: &str, default: u64) -> Result<Duration> {
-        self.parsed(name, Duration::from_secs(default), "a time as 500ms, 1s, 1m30s or 24h", duration)
-    }
-
-    /// A time that may not be zero. `default`: seconds.
-    fn timeout(&self, name: &str, default: u64) -> Result<Duration> {
-        match self.time(name, default)? {
-            Duration::ZERO => usage(format!("-{name}: 0 leaves no time to answer, {default}s is the default")),
-            time => Ok(time),
-        }
     }
 }
 
@@ -417,27 +467,6 @@ fn double_dash(word: String) -> OsString {
     format!("--{name}{}", if bare { "=true" } else { "" }).into()
 }
 
-/// Parses a duration as Go writes it: 500ms, 1s, 1m30s, 24h.
-fn duration(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut seconds = 0.0;
-    while !rest.is_empty() {
-        let (digits, tail) = rest.split_at(rest.find(|c: char| c.is_ascii_alphabetic())?);
-        let (unit, tail) = tail.split_at(tail.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(tail.len()));
-        let factor = match unit {
-            "ms" => 0.001,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        seconds += digits.parse::<f64>().ok()? * factor;
-        rest = tail;
-    }
-    let sane = text.len() > 1 && (0.0..1e9).contains(&seconds);
-    sane.then(|| Duration::from_secs_f64(seconds))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -474,6 +503,8 @@ mod tests {
         assert!(!one.contains("-port") && !one.contains("-deep"), "{one}");
         let Ok(Command::Print(text)) = command("verify -help") else { panic!("-help prints") };
         assert_eq!(text, help(Some("verify")));
+        assert!(help(Some("restore")).contains("mkv [flags] <restore FILE>\n"));
+        assert!(all.contains("exit status\n  0 ") && one.contains("exit status\n  0 "));
     }
 
     #[test]
@@ -510,6 +541,14 @@ mod tests {
             ("verify -db /x -volumes a:1 -replicas 1 -repair -dry-run", "-dry-run"),
             ("server -db /x -volumes a:1 -replicas 1 -lost a:1", "-lost"),
             ("dump -db /x -rehash", "-rehash"),
+            ("dump -db /x -log xml", "-log"),
+            ("server -db /x -volumes a:1 -replicas 1 -backup 9ms", "-backup"),
+            ("backup", "DIR"),
+            ("backup /y -master https://host/", "-master"),
+            ("backup /y -keep 0", "-keep"),
+            ("restore -db /x", "FILE"),
+            ("restore /y", "-db"),
+            ("completions", "SHELL"),
             ("serve -db /x", "serve"),
             ("server rebuild -db /x", "rebuild"),
             ("-db /x", "server"),

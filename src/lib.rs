@@ -9,16 +9,18 @@
 //!                       ├▶ format/   key to path and volumes; the record codec
 //!                       ├▶ index/    records, debris, locks of keys
 //!                       └▶ volumes/  requests to nginx
-//! ops/: rebuild, rebalance, verify, import, dump
+//! ops/: rebuild, rebalance, verify, import, dump, backup, restore
 //! ```
 
 pub mod api;
 pub mod cli;
+pub mod completions;
 pub mod error;
 pub mod format;
 pub mod histogram;
 pub mod http;
 pub mod index;
+pub mod logging;
 pub mod man;
 pub mod ops;
 pub mod store;

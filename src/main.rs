@@ -6,21 +6,24 @@ use std::sync::Arc;
 use mkv::cli::{self, Cli, Command, Source};
 use mkv::error::Result;
 use mkv::index::Location;
-use mkv::ops::{dump, import, rebalance, rebuild, verify};
+use mkv::ops::{backup, dump, import, rebalance, rebuild, verify};
 use mkv::store::{self, Store};
 use mkv::volumes::{Volumes, secret};
-use mkv::{api, http};
+use mkv::{api, http, logging};
 
 fn main() {
     if let Err(error) = cli::parse(std::env::args_os().skip(1)).and_then(run) {
-        eprintln!("mkv: {error}");
+        if logging::is_json() {
+            log::error!("{error}");
+        } else {
+            eprintln!("mkv: {error}");
+        }
         std::process::exit(error.exit_code());
     }
 }
 
-fn run(Cli { command, verbose, voltimeout, secret: own }: Cli) -> Result<()> {
-    let level = if verbose { log::LevelFilter::Info } else { log::LevelFilter::Warn };
-    env_logger::Builder::new().filter_module("mkv", level).init();
+fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<()> {
+    logging::init(json, verbose);
     log_panics();
     pin_mmap_threshold();
     schedule_as_batch();
@@ -40,6 +43,8 @@ fn run(Cli { command, verbose, voltimeout, secret: own }: Cli) -> Result<()> {
         Command::Import { db, from: Source::LevelDb(folder) } => import::run(&db, &folder)?,
         Command::Import { db, from: Source::Index(index) } => import::copy(&db, &index)?,
         Command::Dump { db } => dump::run(&db)?,
+        Command::Backup(config) => backup::run(&config)?,
+        Command::Restore { db, file } => backup::restore(&db, &file)?,
     }
     Ok(())
 }

@@ -2,13 +2,7 @@
 //!
 //! `deploy/mkv.1` holds the page of this version; `tests/packages.sh` fails when the two differ.
 
-use crate::cli::GROUPS;
-
-const EXIT_STATUS: [(&str, &str); 3] = [
-    ("0", "The command did everything that it was asked to do; verify found the store whole."),
-    ("1", "Something went wrong, or verify found something wrong. A message on standard error says what to do."),
-    ("2", "The command line is wrong. Nothing was read or changed."),
-];
+use crate::cli::{EXIT_STATUSES, GROUPS, operand_of};
 
 const FILES: [(&str, &str); 3] = [
     ("/etc/mkv/master.env", "FLAGS and SERVER_FLAGS of the systemd unit mkv.service"),
@@ -29,7 +23,7 @@ pub fn page() -> String {
         last one counts.\n";
     page += ".SH COMMANDS\n";
     for (name, what, _) in &GROUPS[1..] {
-        page += &item(name, "", what);
+        page += &item(name, operand_of(name).unwrap_or_default(), what);
     }
     page += ".SH OPTIONS\n";
     for (group, _, flags) in GROUPS {
@@ -40,7 +34,7 @@ pub fn page() -> String {
             page += &item(&format!("-{name}"), value, what);
         }
     }
-    for (title, items) in [("EXIT STATUS", EXIT_STATUS), ("FILES", FILES)] {
+    for (title, items) in [("EXIT STATUS", EXIT_STATUSES), ("FILES", FILES)] {
         page += &format!(".SH {title}\n");
         for (name, what) in items {
             page += &item(name, "", what);
@@ -69,7 +63,7 @@ mod tests {
     fn the_page_has_every_command_and_every_flag() {
         let page = page();
         for (name, ..) in &GROUPS[1..] {
-            assert!(page.contains(&format!("\n\\fB{name}\\fR\n")), "{name}");
+            assert!(page.contains(&format!("\n\\fB{name}\\fR")), "{name}");
         }
         for (name, ..) in GROUPS.iter().flat_map(|(_, _, flags)| *flags) {
             assert!(page.contains(&format!("\n\\fB\\-{}\\fR", escape(name))), "{name}");

@@ -2,21 +2,27 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::accel;
 use super::auth::{Authenticator, Credentials};
+use super::health::{Health, LastCheck};
 use super::metrics::Metrics;
-use super::route::{Command, route};
+use super::page::{self, Figures};
+use super::route::{Browse, Command, View, route};
+use super::samples::{EVERY, Samples};
+use super::status::RequestId;
 use super::{Config, status};
 use crate::error::{Error, Result};
 use crate::format::record::{Hash, hex, unhex};
+use crate::format::time::stamp;
 use crate::http::{Body, Content, Counters, Handler, Refusal, Request, Response};
-use crate::index::Peer;
+use crate::logging;
+use crate::store::stats::Statistics;
 use crate::store::{List, Located, Store};
 use crate::volumes::Auth;
 use crate::volumes::upload::Upload;
@@ -25,32 +31,47 @@ use crate::volumes::upload::Upload;
 /// request.
 const IGNORED_BODY: u64 = 1024;
 
+/// How long a request for statistics waits for the pass that counts them.
+const STATS_WAIT: Duration = Duration::from_secs(5);
+
 pub struct Api {
     store: Arc<Store>,
     config: Config,
     /// `None`: every client is anonymous.
     authenticator: Option<Authenticator>,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
+    samples: Arc<Samples>,
+    checked: LastCheck,
+    statistics: Arc<Statistics>,
+    begun: Instant,
+    /// The number of the last request.
+    requests: AtomicU64,
 }
 
 impl Handler for Api {
     fn handle<'a>(&'a self, request: &Request<'_>, body: &mut Body<'_>) -> Response<'a> {
         let begun = Instant::now();
-        let (response, error) = match self.answer(request, body) {
+        let id = RequestId::new(request.header("X-Request-Id"), self.next_number());
+        let (mut response, error) = match self.answer(request, body) {
             Ok(response) => (response, None),
+            Err(Error::NotFound(_)) if wants_page(request) => (status::welcome(), Some("client")),
             // The Go master sends no body either.
             Err(Error::NotFound(_)) if matches!(request.method, "GET" | "HEAD") => (status::empty(404), Some("client")),
-            Err(error) => (status::failure(&error), Some(status::kind(&error))),
+            Err(error) => (status::failure(&error, id), Some(status::kind(&error))),
         };
         let path = request.target.split('?').next().unwrap_or_default();
-        self.count(request.method, path, &response, error, begun.elapsed());
+        self.count((request.method, path, id), &response, error, begun.elapsed());
+        if let RequestId::Given(id) = id {
+            response.headers.push(("X-Request-Id", id.to_string()));
+        }
         response
     }
 
     fn refuse(&self, refusal: Refusal) -> Response<'_> {
-        let response = status::refusal(refusal);
+        let id = RequestId::Own(self.next_number());
+        let response = status::refusal(refusal, id);
         let kind = if response.status == 503 { "unavailable" } else { "client" };
-        self.count("-", "-", &response, Some(kind), Duration::ZERO);
+        self.count(("-", "-", id), &response, Some(kind), Duration::ZERO);
         response
     }
 }
@@ -62,7 +83,21 @@ impl Api {
         authenticator: Option<Authenticator>,
         counters: Arc<Counters>,
     ) -> Api {
-        Api { store, config, authenticator, metrics: Metrics::new(counters) }
+        let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
+        let (metrics, begun) = (Arc::new(Metrics::new(counters)), Instant::now());
+        let (samples, checked, statistics) = Default::default();
+        Api { store, config, authenticator, metrics, samples, checked, statistics, begun, requests: start.into() }
+    }
+
+    /// Takes a sample for the page's charts every few seconds, for ever.
+    pub fn sampler(&self) -> impl FnOnce() + Send + 'static + use<> {
+        let (metrics, samples, volumes) = (self.metrics.clone(), self.samples.clone(), self.store.volumes.clone());
+        move || {
+            loop {
+                samples.take(metrics.totals(), || volumes.snapshot());
+                std::thread::sleep(EVERY);
+            }
+        }
     }
 
     fn answer(&self, request: &Request, body: &mut Body) -> Result<Response<'_>> {
@@ -124,10 +159,13 @@ impl Api {
             Command::Relink(key) => store.relink(&key, auth).map(done),
             Command::Rebalance(key) => store.rebalance(&key, auth).map(|_| status::empty(204)),
             Command::List(list) => self.list(list),
-            Command::Metrics => Ok(self.metrics_text()),
+            Command::Metrics => Ok(self.metrics_text(auth)),
             Command::Health => Ok(self.health(auth)),
             Command::Ready if store.index.is_ready() => Ok(status::text(200, "text/plain", "ready\n".into())),
             Command::Ready => Err(Error::Unavailable("the database is away: ask another master".into())),
+            Command::Stats => self.stats(),
+            Command::Status(view, browse) => self.status(view, &browse, auth),
+            Command::Backup => self.backup(),
         }
     }
 
@@ -168,46 +206,97 @@ impl Api {
         Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
     }
 
-    fn metrics_text(&self) -> Response<'_> {
-        let Store { index, volumes, .. } = &*self.store;
-        let text = self.metrics.text(&volumes.snapshot(), index.locked(), index.estimate());
-        status::text(200, "text/plain; version=0.0.4", text)
+    /// The index as one file.
+    fn backup(&self) -> Result<Response<'_>> {
+        let mut backup = self.store.index.backup()?;
+        let name = format!("attachment; filename=\"mkv-{}.tar\"", stamp(backup.time));
+        let headers = vec![("Content-Type", "application/x-tar".to_string()), ("Content-Disposition", name)];
+        let length = backup.length;
+        let write = Box::new(move |out: &mut dyn io::Write| io::copy(&mut backup, out).map(drop));
+        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
     }
 
-    /// Whether the index can be written and every volume answers.
+    fn metrics_text(&self, auth: Auth) -> Response<'_> {
+        let gauges = self.metrics.gauges(&self.store, auth);
+        status::text(200, "text/plain; version=0.0.4", self.metrics.text(&gauges))
+    }
+
     fn health(&self, auth: Auth) -> Response<'_> {
-        let (store, Store { index, volumes, config, .. }) = (&self.store, &*self.store);
-        let index = index.probe().map_or_else(|e| e.to_string(), |()| "ok".into());
-        let (asked, auth) = (volumes.clone(), auth.map(String::from));
-        let ask = move |name: String| match asked.accepts_login(&name, auth.as_deref()) {
-            Ok(true) => (name, "ok".to_string()),
-            Ok(false) => (name, "it does not accept the master's login or signature".to_string()),
-            Err(error) => (name, error.to_string()),
-        };
-        let states = volumes.pool.each(config.placement.volumes.clone(), ask);
-        let healthy = index == "ok" && states.iter().all(|(_, state)| state == "ok");
-        let states: serde_json::Map<_, _> = states.into_iter().map(|(name, state)| (name, state.into())).collect();
-        let mut text = serde_json::json!({ "healthy": healthy, "index": index, "volumes": states });
-        if let Some((peers, warnings)) = store.index.peers() {
-            let peer = |peer: &Peer| serde_json::json!({ "name": peer.name, "flags": peer.flags });
-            text["masters"] = peers.iter().map(peer).collect();
-            text["warnings"] = warnings.into();
-        }
-        status::text(if healthy { 200 } else { 503 }, "application/json", format!("{text}\n"))
+        let health = Health::check(&self.store, auth);
+        let status = if health.is_healthy() { 200 } else { 503 };
+        status::text(status, "application/json", format!("{}\n", health.json()))
     }
 
-    /// Counts and logs a response. The query is not logged.
-    fn count(&self, method: &str, path: &str, response: &Response, error: Option<&'static str>, time: Duration) {
-        let (status, path) = (response.status, path.escape_debug());
+    fn stats(&self) -> Result<Response<'_>> {
+        match self.statistics.get(&self.store, STATS_WAIT)? {
+            Some(stats) => {
+                let text = serde_json::to_string(&*stats).map_err(|e| Error::Failed(e.to_string()))?;
+                Ok(status::text(200, "application/json", format!("{text}\n")))
+            }
+            None => {
+                let mut response = status::text(202, "application/json", "{\"counting\":true}\n".into());
+                response.headers.push(("Retry-After", "10".into()));
+                Ok(response)
+            }
+        }
+    }
+
+    fn status(&self, view: View, browse: &Browse, auth: Auth) -> Result<Response<'_>> {
+        let json = |text| status::text(200, "application/json", text);
+        match view {
+            View::Page => {
+                let (page, policy) = page::page(&self.store, &self.figures(auth), browse)?;
+                Ok(status::html(200, policy, page))
+            }
+            View::Figures => Ok(json(page::figures_json(&self.figures(auth)))),
+            View::Keys => Ok(json(page::keys_json(&self.store, browse)?)),
+        }
+    }
+
+    fn figures(&self, auth: Auth) -> Figures<'_> {
+        Figures {
+            // First, because asking the volumes is what tells which ones are up.
+            health: self.checked.recent(&self.store, auth),
+            gauges: self.metrics.gauges(&self.store, auth),
+            stats: self.statistics.last(&self.store),
+            samples: &self.samples,
+            totals: self.metrics.totals(),
+            uptime: self.begun.elapsed().as_secs(),
+            flags: &self.config.flags,
+        }
+    }
+
+    /// The number of a new request.
+    fn next_number(&self) -> u64 {
+        self.requests.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Counts and logs a response to a request of this method, path and id. The query is not logged.
+    fn count(
+        &self,
+        (method, path, id): (&str, &str, RequestId),
+        response: &Response,
+        error: Option<&'static str>,
+        time: Duration,
+    ) {
+        let status = response.status;
         self.metrics.count(method, status, error, time);
-        match &response.content {
+        let (level, error) = match &response.content {
             // 410: a value is lost.
             Content::Text(text) if status >= 500 && status != 505 || status == 410 => {
-                log::error!("{method} {path} {status}: {}", text.trim_end());
+                (log::Level::Error, Some(text.trim_end()))
             }
-            _ => log::info!("{method} {path} {status} {} ms", time.as_millis()),
-        }
+            _ => (log::Level::Info, None),
+        };
+        logging::Request { method, path, status, time, id, error }.log(level);
     }
+}
+
+/// Whether a browser asks for the root, where people look first.
+fn wants_page(request: &Request) -> bool {
+    matches!(request.method, "GET" | "HEAD")
+        && request.target == "/"
+        && request.header("Accept").is_some_and(|types| types.contains("text/html"))
 }
 
 /// A digest in base64 (RFC 1864), or in hex as GET shows it.

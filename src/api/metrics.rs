@@ -6,10 +6,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::samples::Totals;
+use super::status::KINDS;
 use crate::histogram::Histogram;
 use crate::http::Counters;
+use crate::index::scrub::Scrub;
+use crate::store::Store;
 use crate::threads::lock;
-use crate::volumes::Snapshot;
+use crate::volumes::space::Disk;
+use crate::volumes::{Auth, Snapshot};
+
+/// Debris is counted up to this number of entries.
+const DEBRIS_MAX: usize = 100_000;
 
 pub struct Metrics {
     requests: Mutex<BTreeMap<(&'static str, u16), u64>>,
@@ -21,7 +29,52 @@ pub struct Metrics {
     counters: Arc<Counters>,
 }
 
+/// What is read from the store when somebody asks.
+pub struct Gauges {
+    pub volumes: Vec<Snapshot>,
+    /// The disks of each volume.
+    pub disks: Vec<(String, Arc<Vec<Disk>>)>,
+    /// Keys that are being written.
+    pub locked: u64,
+    /// An estimate.
+    pub keys: u64,
+    pub debris: u64,
+    pub connections: u64,
+    /// When the newest backup on the volumes was made, in seconds since 1970; 0: there is none.
+    pub backup: u64,
+    /// The last verify.
+    pub scrub: Option<Scrub>,
+}
+
 impl Metrics {
+    /// Reads the gauges. It asks the volumes for their disks, at most every 10 s.
+    pub fn gauges(&self, store: &Store, auth: Auth) -> Gauges {
+        let Store { index, volumes, config, .. } = store;
+        let names = &config.placement.volumes;
+        let disks = names.iter().cloned().zip(volumes.disks(names, auth)).collect();
+        // An index that cannot be read is told by `?health`.
+        let debris = index.count_debris(DEBRIS_MAX).unwrap_or(0) as u64;
+        Gauges {
+            volumes: volumes.snapshot(),
+            disks,
+            locked: index.locked() as u64,
+            keys: index.estimate(),
+            debris,
+            connections: self.counters.connections.load(Ordering::Relaxed) as u64,
+            backup: store.last_backup().unwrap_or(0),
+            scrub: index.last_verify(),
+        }
+    }
+
+    /// The counters, for the page's charts.
+    pub fn totals(&self) -> Totals {
+        let requests = lock(&self.requests).values().sum();
+        let errors = lock(&self.errors);
+        let errors = KINDS.map(|(kind, _)| errors.get(kind).copied().unwrap_or(0));
+        let (received, sent) = (get(&self.counters.received), get(&self.counters.sent));
+        Totals { requests, received, sent, uploads: get(&self.uploads), errors }
+    }
+
     pub fn new(counters: Arc<Counters>) -> Metrics {
         Metrics {
             requests: Mutex::default(),
@@ -43,23 +96,27 @@ impl Metrics {
         }
     }
 
-    /// All metrics. `locked`: keys that are being written; `keys`: an estimate of the keys in the index.
-    pub fn text(&self, volumes: &[Snapshot], locked: usize, keys: u64) -> String {
+    /// All metrics.
+    pub fn text(&self, gauges: &Gauges) -> String {
         let mut text = String::new();
         self.write_requests(&mut text);
-        let connections = self.counters.connections.load(Ordering::Relaxed) as u64;
+        let Gauges { connections, locked, keys, debris, backup, .. } = *gauges;
         for (name, kind, help, value) in [
             ("received_bytes_total", "counter", "Bytes of values received.", get(&self.counters.received)),
             ("sent_bytes_total", "counter", "Bytes of responses sent.", get(&self.counters.sent)),
             ("uploads", "gauge", "Uploads under way.", get(&self.uploads)),
             ("connections", "gauge", "Connections of clients.", connections),
-            ("locks", "gauge", "Keys that are being written.", locked as u64),
+            ("locks", "gauge", "Keys that are being written.", locked),
             ("keys", "gauge", "Keys in the index, an estimate.", keys),
+            ("debris", "gauge", "Entries of debris, counted up to 100,000.", debris),
+            ("backup_timestamp_seconds", "gauge", "When the newest backup on the volumes was made; 0: none.", backup),
         ] {
             write_head(&mut text, &format!("mkv_{name}"), kind, help);
             let _ = writeln!(text, "mkv_{name} {value}");
         }
-        write_volumes(&mut text, volumes);
+        write_volumes(&mut text, &gauges.volumes);
+        write_disks(&mut text, &gauges.disks);
+        write_scrub(&mut text, gauges.scrub.as_ref().unwrap_or(&Scrub::default()));
         text
     }
 
@@ -92,6 +149,37 @@ fn write_volumes(text: &mut String, volumes: &[Snapshot]) {
     write_head(text, "mkv_volume_seconds", "histogram", "From a request to its answer's head.");
     for Snapshot { name, latency, .. } in volumes {
         write_histogram(text, "mkv_volume_seconds", &format!("volume=\"{name}\""), latency);
+    }
+}
+
+/// How full the disks are, where that is known.
+fn write_disks(text: &mut String, volumes: &[(String, Arc<Vec<Disk>>)]) {
+    type Figure = fn(&Disk) -> u64;
+    let figures: [(&str, &str, Figure); 2] = [
+        ("mkv_volume_size_bytes", "Size of a disk of a volume; disk=\".\" is the volume's folder.", |disk| disk.size),
+        ("mkv_volume_free_bytes", "Free bytes of a disk of a volume.", |disk| disk.free),
+    ];
+    for (name, help, figure) in figures {
+        write_head(text, name, "gauge", help);
+        for (volume, disks) in volumes {
+            for disk in disks.iter() {
+                let _ = writeln!(text, "{name}{{volume=\"{volume}\",disk=\"{}\"}} {}", disk.name, figure(disk));
+            }
+        }
+    }
+}
+
+/// The result of the last verify.
+fn write_scrub(text: &mut String, scrub: &Scrub) {
+    for (name, help, value) in [
+        ("timestamp_seconds", "When the last verify ended; 0: never.", scrub.time),
+        ("seconds", "How long the last verify took.", scrub.seconds),
+        ("findings", "Keys and names with a finding in the last verify.", scrub.findings),
+        ("deep", "Whether the last verify read every blob.", u64::from(scrub.deep)),
+        ("deep_timestamp_seconds", "When the last verify ended that read every blob; 0: never.", scrub.deep_time),
+    ] {
+        write_head(text, &format!("mkv_verify_{name}"), "gauge", help);
+        let _ = writeln!(text, "mkv_verify_{name} {value}");
     }
 }
 

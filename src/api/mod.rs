@@ -6,22 +6,30 @@
 //! - `handlers.rs`: command to response
 //! - `status.rs`: error to status
 //! - `metrics.rs`: what the master counts, as Prometheus text
+//! - `health.rs`: whether the index and the volumes are well
+//! - `samples.rs`: what the master counted in the last 15 minutes
+//! - `page/`: the page for operators
+//! - `text.rs`: numbers, sizes and times in words
 //!
 //! All statuses and headers are made here and nowhere else. The room decides nothing about a key; it reaches past the
-//! store to index and volumes only for metrics, health and authorization.
+//! store to index and volumes only for metrics, health, backups and authorization.
 
 mod accel;
 pub mod auth;
 pub mod handlers;
+mod health;
 mod metrics;
+mod page;
 pub mod route;
+mod samples;
 mod status;
+mod text;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::error::{Error, Result};
@@ -39,10 +47,14 @@ pub struct Config {
     pub fallback: Option<String>,
     /// Whether every request needs a login that the volumes accept.
     pub basicauth: bool,
+    /// The flags that were given, for the page. No secrets.
+    pub flags: Vec<(String, String)>,
     /// Whether to let the front fetch blobs, in place of redirects, for the requests that come through it.
     pub accel: bool,
     /// How long the signature of a redirect is valid.
     pub linktime: Duration,
+    /// How old the backup of the index on the volumes may become; `None`: there is none.
+    pub backup: Option<Duration>,
 }
 
 /// Serves the store until SIGTERM or SIGINT. Then it accepts nothing more, waits up to 30 s for the requests under way,
@@ -57,19 +69,25 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
     store.suspect_after_crash()?;
     let cleans = authenticator.is_none() || store.own_auth().is_some() || store.volumes.are_signed();
     let place = if http.host.is_empty() { "every address".into() } else { http.host.clone() };
-    let (port, counters) = (http.port, Arc::new(Counters::default()));
+    let (port, counters, backup) = (http.port, Arc::new(Counters::default()), config.backup);
     let api = Api::new(store.clone(), config, authenticator, counters.clone());
+    let sampler = api.sampler();
     let server = Server::bind(http, counters, api).map_err(|e| {
         Error::Failed(format!("cannot listen on {place}, port {port}: {e}: choose another -port or -host"))
     })?;
     let address = server.address().map_err(|e| Error::Failed(e.to_string()))?;
     let front = server.clone();
     spawn("mkv-accept", move || front.run())?;
+    spawn("mkv-sampler", sampler)?;
     if cleans {
         let cleaner = store.clone();
         spawn("mkv-cleaner", move || cleaner.clean())?;
     } else {
         log::warn!("without -userpass the cleaner cannot delete: debris waits");
+    }
+    if let Some(interval) = backup {
+        let keeper = store.clone();
+        spawn("mkv-backup", move || keeper.keep_backup(interval))?;
     }
     let checker = store.clone();
     let check = move || {
@@ -78,9 +96,10 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
     };
     spawn("mkv-check", check)?;
     let wrong = |e: std::io::Error| Error::Failed(format!("signals: {e}"));
-    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(wrong)?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(wrong)?;
     println!("mkv listens on {address}");
-    signals.wait().for_each(drop);
+    // SIGHUP has nothing to reopen: the log goes to stderr, and all settings are flags.
+    while signals.wait().all(|signal| signal == SIGHUP) {}
     server.stop(DRAIN);
     store.index.sync()?;
     store.index.close();

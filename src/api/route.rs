@@ -3,6 +3,7 @@
 use percent_encoding::percent_decode_str;
 
 use crate::error::{Error, Result};
+use crate::format::is_own;
 use crate::format::placement::KEY_MAX;
 use crate::store::{List, Listed};
 
@@ -26,6 +27,26 @@ pub enum Command {
     Metrics,
     Health,
     Ready,
+    Stats,
+    Backup,
+    Status(View, Browse),
+}
+
+/// What a request for the page wants.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum View {
+    Page,
+    /// The figures, as JSON.
+    Figures,
+    /// Keys, as JSON.
+    Keys,
+}
+
+/// Which keys the page shows, as `format::shown` writes keys.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Browse {
+    pub prefix: String,
+    pub start: String,
 }
 
 /// Parses a request's method and target (RFC 9112, origin or absolute form).
@@ -47,9 +68,13 @@ pub fn route(method: &str, target: &str) -> Result<Command> {
         return Err(Error::KeyTooLong(key.len()));
     }
     if !query.is_empty() {
-        return if method == "GET" { query_of(key, query) } else { Err(FORBIDDEN_QUERY) };
+        let command = if matches!(method, "GET" | "HEAD") { query_of(key, query) } else { Err(FORBIDDEN_QUERY) };
+        // The Go master knows no HEAD of a list.
+        let has_head = matches!(command, Ok(Command::Status(..) | Command::Stats));
+        return if method == "GET" || has_head { command } else { Err(FORBIDDEN_QUERY) };
     }
     match method {
+        "PUT" | "REPLACE" | "DELETE" | "UNLINK" | "RELINK" if is_own(&key) => Err(OWN_KEY),
         "GET" | "HEAD" => Ok(Command::Get { key, path: path.to_string() }),
         "PUT" => Ok(Command::Put { key, replace: false }),
         "REPLACE" => Ok(Command::Put { key, replace: true }),
@@ -62,8 +87,11 @@ pub fn route(method: &str, target: &str) -> Result<Command> {
 }
 
 const FORBIDDEN_QUERY: Error = Error::Forbidden(
-    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics, ?health and ?ready; a ? in a key is sent as %3F",
+    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics, ?health, ?ready, ?stats, ?status and ?backup; a ? in \
+     a key is sent as %3F",
 );
+
+const OWN_KEY: Error = Error::Forbidden("keys below /.mkv/ are the master's own: choose another key");
 
 fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
     let mut options = query.split('&');
@@ -75,6 +103,11 @@ fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
         Some("metrics") if prefix == b"/" => return Ok(Command::Metrics),
         Some("health") if prefix == b"/" => return Ok(Command::Health),
         Some("ready") if prefix == b"/" => return Ok(Command::Ready),
+        Some("stats") if prefix == b"/" => return Ok(Command::Stats),
+        Some("status") if prefix == b"/" => return status_of(View::Page, options),
+        Some("status=json") if prefix == b"/" => return status_of(View::Figures, options),
+        Some("status=keys") if prefix == b"/" => return status_of(View::Keys, options),
+        Some("backup") if prefix == b"/" => return Ok(Command::Backup),
         _ => return Err(FORBIDDEN_QUERY),
     };
     let mut list = List { of, prefix, start: Vec::new(), limit: 0, url: false };
@@ -95,6 +128,21 @@ fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
         }
     }
     Ok(Command::List(list))
+}
+
+fn status_of<'a>(view: View, options: impl Iterator<Item = &'a str>) -> Result<Command> {
+    let mut browse = Browse::default();
+    for option in options.filter(|option| !option.is_empty()) {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        let value = decode(&value.replace('+', " "))?;
+        let value = String::from_utf8(value).map_err(|_| Error::BadRequest(format!("{name} is not UTF-8")))?;
+        match name {
+            "prefix" => browse.prefix = value,
+            "start" => browse.start = value,
+            _ => return Err(Error::BadRequest(format!("{name}: the page takes prefix=KEY and start=KEY"))),
+        }
+    }
+    Ok(Command::Status(view, browse))
 }
 
 fn decode(text: &str) -> Result<Vec<u8>> {
@@ -149,7 +197,16 @@ mod tests {
     fn a_word_may_have_an_empty_value() {
         assert_eq!(get("/?metrics="), Ok(Command::Metrics));
         assert_eq!(get("/?health="), get("/?health"));
+        assert_eq!(get("/?status="), get("/?status"));
         assert_eq!(get("/a?list=&limit="), get("/a?list"));
+    }
+
+    #[test]
+    fn the_page_takes_a_prefix_and_a_start() {
+        let browse = Browse { prefix: "/a b%FF".into(), start: "/a b%FF/c".into() };
+        let command = get("/?status=keys&prefix=%2Fa+b%25FF&start=/a%20b%25FF/c");
+        assert_eq!(command, Ok(Command::Status(View::Keys, browse)));
+        assert_eq!(route("HEAD", "/?status"), Ok(Command::Status(View::Page, Browse::default())));
     }
 
     #[test]
@@ -168,9 +225,17 @@ mod tests {
             ("GET", "", 400),
             ("GET", "/a?versioning", 403),
             ("GET", "/a?health", 403),
+            ("GET", "/a?backup", 403),
+            ("HEAD", "/?backup", 403),
+            ("PUT", "/.mkv/x", 403),
+            ("DELETE", "/.mkv/backup/1", 403),
             ("GET", "/a?limit=1&list", 403),
             ("PUT", "/a?list", 403),
             ("HEAD", "/a?list", 403),
+            ("GET", "/a?status", 403),
+            ("PUT", "/?status", 403),
+            ("GET", "/?status&limit=1", 400),
+            ("GET", "/?status&prefix=%ff", 400),
             ("POST", "/a", 405),
             ("get", "/a", 405),
         ] {

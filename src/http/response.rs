@@ -92,6 +92,7 @@ fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
         201 => "Created",
+        202 => "Accepted",
         204 => "No Content",
         302 => "Found",
         304 => "Not Modified",

@@ -1,7 +1,7 @@
 //! The folder `-db`: its lock, and the database's folders in it.
 //!
 //! The database is `index/`. A new one is made as `index.new/` and takes its place in one step; `index.old/` is the one
-//! before that.
+//! before that. `backup.tmp/` is what a backup needs while it is read or unpacked.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -10,11 +10,15 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
+use super::backup::{Unpacked, unpack};
 use super::rocks::Rocks;
 use crate::error::{Error, Result};
 
-/// Locks `dir` against every other command that writes, until the file that this returns is closed. `create`: makes the
-/// folder if it is missing.
+/// The folder for what a backup needs for a while.
+pub(super) const TEMPORARY: &str = "backup.tmp";
+
+/// Locks `dir` against every other command that writes, until the file that this returns is closed, and removes what a
+/// crash has left. `create`: makes the folder if it is missing.
 pub fn lock_dir(dir: &Path, create: bool) -> Result<File> {
     let wrong = |e: IoError| failed(dir, e);
     if create {
@@ -22,17 +26,29 @@ pub fn lock_dir(dir: &Path, create: bool) -> Result<File> {
     } else if !database(dir)?.join("CURRENT").exists() {
         return Err(failed(dir, "there is no index here"));
     }
-    let path = dir.join("lock");
-    let mut file = File::options().read(true).append(true).create(true).open(path).map_err(wrong)?;
+    let file = lock_file(&dir.join("lock"))
+        .map_err(wrong)?
+        .map_err(|holder| failed(dir, format!("another mkv (process {holder}) is using it: stop that one first")))?;
+    remove(&unpacked_in(dir))?;
+    Ok(file)
+}
+
+/// Locks a file, which is made if it is missing. If another process holds it, the inner error is that one's id.
+pub fn lock_file(path: &Path) -> std::io::Result<std::result::Result<File, String>> {
+    let mut file = File::options().read(true).append(true).create(true).open(path)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
         let _ = file.read_to_string(&mut holder);
-        let text = format!("another mkv (process {}) is using it: stop that one first", holder.trim());
-        return Err(failed(dir, text));
+        return Ok(Err(holder.trim().into()));
     }
-    // The process id is for the message above; the lock holds without it.
+    // The lock holds without the process id.
     let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
-    Ok(file)
+    Ok(Ok(file))
+}
+
+/// Where a backup is unpacked below `-db`, while the lock is held.
+pub fn unpacked_in(dir: &Path) -> PathBuf {
+    dir.join(TEMPORARY)
 }
 
 /// Whether a command that writes, such as a running master, holds the lock of this folder.
@@ -55,6 +71,11 @@ pub fn create_new(dir: &Path) -> Result<Rocks> {
     let folder = dir.join("index.new");
     remove(&folder)?;
     Rocks::create(&folder)
+}
+
+/// Unpacks a backup as a database which is to become that of `dir`.
+pub fn unpack_new(backup: &mut dyn Read, dir: &Path) -> Result<Unpacked> {
+    unpack(backup, &dir.join("index.new"))
 }
 
 /// Makes the new database, which must be closed, that of `dir`. The one before it is kept as `index.old`, unless `dir`

@@ -1,10 +1,12 @@
 //! Where an index is, as `-db` says, and how each command opens it.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 
 use super::Index;
-use super::directory::{create_new, database, is_locked, lock_dir, publish_new, remove};
+use super::backup::Unpacked;
+use super::directory::{create_new, database, is_locked, lock_dir, publish_new, remove, unpack_new, unpacked_in};
 use super::rocks::Rocks;
 use super::sql::{Sql, Url};
 use crate::error::{Error, Result};
@@ -69,6 +71,19 @@ impl Location {
         }
     }
 
+    /// A folder for what is needed for a while beside the index.
+    pub fn scratch(&self) -> PathBuf {
+        match self {
+            Location::Folder(folder) => unpacked_in(folder),
+            Location::Database { .. } => std::env::temp_dir().join(format!("mkv-backup-{}", std::process::id())),
+        }
+    }
+
+    /// Removes that folder.
+    pub fn remove_scratch(&self) -> Result<()> {
+        remove(&self.scratch())
+    }
+
     /// Locks the index, to make another one in its place. A database has to be empty and in nobody's use.
     pub fn replace(&self) -> Result<Replacement> {
         match self {
@@ -107,6 +122,16 @@ impl Replacement {
         match self {
             Replacement::Folder { folder, .. } => create_new(folder).map(Index::from),
             Replacement::Database(url) => Sql::filling(url).map(Index::Sql),
+        }
+    }
+
+    /// Makes the new index from a backup. Only a folder can take one as it is.
+    pub fn unpack(&self, backup: &mut dyn Read) -> Result<Unpacked> {
+        match self {
+            Replacement::Folder { folder, .. } => unpack_new(backup, folder),
+            Replacement::Database(_) => Err(Error::Failed(
+                "a backup is restored into a folder: then fill the database with mkv import -index FOLDER".into(),
+            )),
         }
     }
 

@@ -4,25 +4,31 @@
 //! update, hold debris, forget. Each verb changes the index at once or not at all. Locks, versions and deletions
 //! without an answer live behind the verbs. Two engines have them:
 //!
-//! - `rocks.rs`: RocksDB, embedded, for one master; `directory.rs` is its folder, `-db`
+//! - `rocks.rs`: RocksDB, embedded, for one master; `directory.rs` is its folder, `-db`, and `backup.rs` makes one file
+//!   of it
 //! - `sql/`: PostgreSQL, for several masters
 //!
 //! `location.rs` opens the engine that `-db` names.
 //!
 //! The room knows nothing of volumes and sends them no request. It may name `format`, `error` and `threads`.
 
+mod backup;
 mod directory;
 mod location;
 mod locks;
 mod rocks;
+pub mod scrub;
 mod sql;
 mod view;
 
 use std::path::Path;
 use std::time::Duration;
 
+pub use backup::{Backup, Unpacked, unpack};
+pub use directory::{lock_file, remove};
 pub use location::{Location, Replacement};
 pub use locks::Clearing;
+pub use rocks::ENGINE;
 pub use sql::{Peer, Url};
 pub use view::{Batch, View};
 
@@ -31,6 +37,7 @@ use crate::format::quoted;
 use crate::format::record::{Debris, Record};
 use locks::KeyLock;
 use rocks::Rocks;
+use scrub::Scrub;
 use sql::Sql;
 
 /// An index on one of the engines.
@@ -262,6 +269,25 @@ impl Index {
         forgotten
     }
 
+    /// Makes a consistent copy of the index as it is now. Writes go on meanwhile.
+    pub fn backup(&self) -> Result<Backup<'_>> {
+        match self {
+            Index::Rocks(rocks) => rocks.backup(),
+            Index::Sql(_) => Err(Error::Failed("the index is in PostgreSQL: back it up with pg_dump".into())),
+        }
+    }
+
+    /// The result of the last `verify`; `None`: there is none, or it cannot be read.
+    pub fn last_verify(&self) -> Option<Scrub> {
+        engine!(self, last_verify())
+    }
+
+    /// Replaces the result of the last `verify`. The time of the last deep one is kept.
+    pub fn keep_verify(&self, scrub: Scrub) -> Result<()> {
+        let scrub = scrub.after(self.last_verify());
+        engine!(self, keep_verify(&scrub))
+    }
+
     /// Makes a blob debris that neither the record nor debris names. `false`: nobody else uses this index, so the
     /// caller can delete the blob.
     pub fn condemn(&self, key: &[u8], version: u64, replica: &str) -> Result<bool> {
@@ -293,6 +319,11 @@ impl Index {
     /// debris is to be kept.
     pub fn forget_lost(&self, is_lost: impl Fn(&str) -> bool) -> Result<u64> {
         engine!(self, forget_lost(is_lost))
+    }
+
+    /// The number of entries of debris, counted up to `most`.
+    pub fn count_debris(&self, most: usize) -> Result<usize> {
+        self.view().entries().take(most).try_fold(0, |count, entry| entry.map(|_| count + 1))
     }
 
     /// How many entries of debris still have blobs to delete.

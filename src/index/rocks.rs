@@ -8,17 +8,23 @@ mod write;
 use std::fmt::Display;
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
 
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
     LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
 };
 
 use super::locks::Locks;
+use super::scrub::Scrub;
 use super::{Entry, Row, Stage, record_of, undecodable};
 use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
+
+/// The name and version of the database.
+pub const ENGINE: &str = concat!("RocksDB ", env!("MKV_ROCKSDB"));
 
 /// The column families.
 const RECORDS: &str = "default";
@@ -41,6 +47,8 @@ pub struct Rocks {
     pub(super) locks: Locks,
     /// The lock of the folder `-db`, where the index was opened through it.
     pub(super) folder_lock: Option<File>,
+    /// Backups that are being read.
+    pub(super) backups: AtomicUsize,
 }
 
 impl Rocks {
@@ -59,7 +67,8 @@ impl Rocks {
         let mut options = options();
         options.create_if_missing(create);
         let db = DB::open_cf_descriptors(&options, folder, families()).map_err(|e| wrong(&e))?;
-        Ok(Rocks { db, sync, follower: false, locks: Locks::default(), folder_lock: None })
+        let (locks, folder_lock, backups) = Default::default();
+        Ok(Rocks { db, sync, follower: false, locks, folder_lock, backups })
     }
 
     /// Makes a database for a bulk load.
@@ -87,7 +96,8 @@ impl Rocks {
         // The folder holds only RocksDB's own log, which nobody reads.
         let _ = std::fs::remove_dir_all(&scratch);
         let db = db.map_err(|e| wrong(&e))?;
-        let index = Rocks { db, sync: false, follower: true, locks: Locks::default(), folder_lock: None };
+        let (locks, folder_lock, backups) = Default::default();
+        let index = Rocks { db, sync: false, follower: true, locks, folder_lock, backups };
         index.catch_up()?;
         Ok(index)
     }
@@ -166,6 +176,31 @@ impl Rocks {
         self.db.property_int_value("rocksdb.estimate-num-keys").ok().flatten().unwrap_or(0)
     }
 
+    pub fn last_verify(&self) -> Option<Scrub> {
+        Scrub::read(self.folder().parent()?)
+    }
+
+    pub fn keep_verify(&self, scrub: &Scrub) -> Result<()> {
+        scrub.write(self.folder().parent().unwrap_or(self.folder()))
+    }
+
+    /// The database's folder.
+    pub(super) fn folder(&self) -> &Path {
+        self.db.path()
+    }
+
+    /// Makes a copy of the database, as it is now, in a folder of the same disk that does not exist yet.
+    pub(super) fn checkpoint(&self, folder: &Path) -> Result<()> {
+        Checkpoint::new(&self.db).and_then(|checkpoint| checkpoint.create_checkpoint(folder)).map_err(index_error)
+    }
+
+    /// Reads everything, and returns the number of keys.
+    pub(super) fn read_all(&self) -> Result<u64> {
+        let view = self.view();
+        view.rows(DEBRIS, b"", b"").try_for_each(|row| row.map(drop))?;
+        view.texts().try_fold(0, |keys, row| row.map(|_| keys + 1))
+    }
+
     /// Ends RocksDB's threads, so that the process can exit.
     pub fn close(&self) {
         self.db.cancel_all_background_work(true);
@@ -217,6 +252,16 @@ impl View<'_> {
         // Without the upper bound a scan would step over the tombstones behind its prefix.
         let mut options = ReadOptions::default();
         options.set_iterate_range(PrefixRange(prefix));
+        self.rows_with(options, family, prefix, start)
+    }
+
+    fn rows_with(
+        &self,
+        options: ReadOptions,
+        family: &str,
+        prefix: &[u8],
+        start: &[u8],
+    ) -> impl Iterator<Item = Result<Row>> {
         let (family, mode) = (self.index.family(family), IteratorMode::From(start.max(prefix), Direction::Forward));
         let rows = match &self.snapshot {
             Some(snapshot) => snapshot.iterator_cf_opt(family, options, mode),
@@ -227,7 +272,10 @@ impl View<'_> {
 
     /// Each key and the text of its record, by key.
     pub fn texts(&self) -> impl Iterator<Item = Result<Row>> {
-        self.rows(RECORDS, b"", b"")
+        // A pass over everything must not push the blocks of the requests out of the cache.
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        self.rows_with(options, RECORDS, b"", b"")
     }
 
     /// Each entry of debris, in the order of key and version run together.

@@ -1,4 +1,4 @@
-//! The commands beside the server: rebuild, rebalance, verify, import, dump.
+//! The commands beside the server: rebuild, rebalance, verify, import, dump, backup, restore.
 //!
 //! Each command prints its progress to stderr and its result to stdout, and fails if anything could not be done or was
 //! found wrong. Work on many keys runs in parallel with rayon; memory does not grow with the number of keys. No error
@@ -6,6 +6,8 @@
 //!
 //! The room may name `store`, `index`, `volumes` and `format`. No other room names it, except the command line.
 
+pub mod backup;
+mod carry_over;
 pub mod dump;
 mod examine;
 pub mod import;

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use super::carry_over::{Old, old_index};
 use super::report::Report;
 use super::scan::{Blob, PrefixListing, scan};
 use crate::error::{Error, Result};
@@ -24,8 +25,10 @@ use crate::volumes::Volumes;
 
 pub struct Config {
     pub db: Location,
-    /// Another `-db` to carry over from; by default the one that is rebuilt.
+    /// Another `-db`, or a backup's file, to carry over from; by default the `-db` that is rebuilt.
     pub from: Option<Location>,
+    /// Whether to leave out the backups on the volumes.
+    pub nobackup: bool,
     /// Whether to read blobs whose md5 is not known.
     pub rehash: bool,
     pub verbose: bool,
@@ -34,12 +37,12 @@ pub struct Config {
 pub fn run(config: &Config, store: store::Config, volumes: Arc<Volumes>) -> Result<()> {
     let begun = Instant::now();
     let replacement = config.db.replace()?;
-    let old = old_index(config)?;
-    let unread = old.is_none() && config.db.exists()?;
+    let Old { index: old, is_copy, is_lost } = old_index(config, &store, &volumes)?;
     check_lost(&store, old.as_ref())?;
     let rebuild = Rebuild {
         store: Store::new(store, replacement.create()?, volumes),
         old,
+        is_copy,
         totals: Mutex::default(),
         report: Report::new(config.verbose),
         config,
@@ -50,28 +53,12 @@ pub fn run(config: &Config, store: store::Config, volumes: Arc<Volumes>) -> Resu
     // Closes the indexes: their folders are renamed now.
     drop(rebuild);
     replacement.publish(false)?;
+    config.db.remove_scratch()?;
     println!("the new index holds {keys} keys");
-    if failed || unread {
+    if failed || is_lost {
         return Err(Error::Failed("the index is rebuilt, but see what is named above".into()));
     }
     Ok(())
-}
-
-/// The index to carry over from. One that `-from` names must open; a damaged one in `-db` is what rebuild is for.
-fn old_index(config: &Config) -> Result<Option<Index>> {
-    if let Some(from) = &config.from {
-        return from.follow().map(Some);
-    }
-    if !config.db.exists()? {
-        return Ok(None);
-    }
-    match config.db.follow() {
-        Err(Error::Index(text)) => {
-            eprintln!("{text}: its unlinked states, hashes and debris are lost");
-            Ok(None)
-        }
-        opened => opened.map(Some),
-    }
 }
 
 /// Fails if `-lost` names a volume that neither `-volumes` nor the old index knows: it is probably mistyped.
@@ -105,7 +92,7 @@ fn named_replicas(index: &Index) -> Result<BTreeSet<String>> {
 const FOREIGN: &str = "names that are no blob, not indexed";
 const STALE: &str = "other versions of keys, not indexed";
 const CONFLICTS: &str = "replicas of different lengths under one name, the majority taken";
-const DOUBTFUL: &str = "blobs that -from calls unfinished or deleted, not indexed and left alone";
+const DOUBTFUL: &str = "blobs that the copy calls unfinished or deleted, not indexed and left alone";
 const LOST: &str = "keys that no blob was found for, their records kept";
 const UNHASHED: &str = "keys whose blobs cannot be read for their md5, or do not agree on it";
 
@@ -114,6 +101,8 @@ struct Rebuild<'a> {
     /// The store with its new index.
     store: Arc<Store>,
     old: Option<Index>,
+    /// The old index may be older than the blobs.
+    is_copy: bool,
     totals: Mutex<Totals>,
     report: Report,
 }
@@ -206,8 +195,7 @@ impl Rebuild<'_> {
         let Some(blobs) = chosen else { return Ok(None) };
         // Under a plain name the record of an old copy may be that of another value of the same length.
         let has_time = |time| blobs.iter().any(|blob| blob.time == time);
-        let old =
-            old.filter(|old| old.version == version && (self.config.from.is_none() || old.time.is_none_or(has_time)));
+        let old = old.filter(|old| old.version == version && (!self.is_copy || old.time.is_none_or(has_time)));
         let (size, time, mut replicas) = self.agree(key, blobs, old.as_ref());
         let wanted = self.store.place(key);
         replicas.sort();
@@ -228,7 +216,7 @@ impl Rebuild<'_> {
             let is_listed = |replica: &String| blobs.iter().any(|b| b.version == version && b.replica == *replica);
             let complete = debris.replicas.iter().any(is_listed)
                 && debris.replicas.iter().all(|replica| is_listed(replica) || self.store.is_lost(replica));
-            if self.config.from.is_some() && old.is_none_or(|old| old.version != version) && complete {
+            if self.is_copy && old.is_none_or(|old| old.version != version) && complete {
                 // A write that was under way when an old copy was made may be a value since, or may never have ended.
                 // The cleaner must not be the one to decide.
                 self.report.add(DOUBTFUL, format!("{} {}", quoted(key), path(key, version)));
@@ -249,9 +237,8 @@ impl Rebuild<'_> {
         let newer = versions.iter().filter(|(version, _)| known.is_none_or(|k| **version > k));
         let best = newer.max_by_key(|(version, blobs)| (blobs.len(), **version)).map(|(version, _)| *version);
         // A complete newer version replaced that of an old copy.
-        let replaced = best.filter(|version| {
-            self.config.from.is_some() && versions[version].len() >= self.store.config.placement.replicas
-        });
+        let replaced =
+            best.filter(|version| self.is_copy && versions[version].len() >= self.store.config.placement.replicas);
         let present = known.filter(|known| versions.contains_key(known));
         replaced.or(present).or(best).or(known).unwrap_or(0)
     }
@@ -297,9 +284,16 @@ impl Rebuild<'_> {
         Ok(None)
     }
 
-    /// Fails if a volume that the old index names listed nothing: a disk that is not mounted looks like an empty one.
+    /// Fails if a volume that the old index names listed nothing: a disk that is not mounted looks like an empty one. A
+    /// volume that a copy names may have been emptied since: it counts only if one of its keys lacks a replica.
     fn check_empty_volumes(&self, old: &Index) -> Result<()> {
-        let mut empty = named_replicas(old)?;
+        let mut empty = BTreeSet::new();
+        for row in old.view().all_records() {
+            let (key, record) = row?;
+            if !(self.is_copy && self.has_all_replicas(&key)?) {
+                empty.extend(record.replicas);
+            }
+        }
         let totals = lock(&self.totals);
         empty.retain(|replica| !totals.listed.contains(replica) && !self.store.is_lost(replica));
         let Some(first) = empty.first() else { return Ok(()) };
@@ -311,6 +305,11 @@ impl Rebuild<'_> {
         let lost: Vec<String> = empty.iter().map(|replica| format!("-lost {replica}")).collect();
         let lost = lost.join(" ");
         Err(Error::Failed(format!("{first} {why} (The old index names it. If it is gone for good: {lost})")))
+    }
+
+    fn has_all_replicas(&self, key: &[u8]) -> Result<bool> {
+        let record = self.store.index.get(key)?;
+        Ok(record.is_some_and(|record| record.replicas.len() >= self.store.config.placement.replicas))
     }
 
     /// Keeps the records of keys that no blob was found for: the user should know that they are lost.

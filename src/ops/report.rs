@@ -85,6 +85,11 @@ impl Report {
         lock(&self.kinds).get(kind).map_or(0, |(count, _)| *count)
     }
 
+    /// The number of findings of each kind.
+    pub fn counts(&self) -> BTreeMap<String, u64> {
+        lock(&self.kinds).iter().map(|(kind, (count, _))| (kind.to_string(), *count as u64)).collect()
+    }
+
     pub fn show(&self) {
         for (kind, (count, names)) in &*lock(&self.kinds) {
             println!("{kind}: {count}");

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::report::Progress;
 use crate::error::{Error, Result};
-use crate::format::placement::key_of;
+use crate::format::placement::{key_of, path};
 use crate::volumes::autoindex::{Entry, is_hex_folder, is_subvolume};
 use crate::volumes::{Auth, Volumes};
 
@@ -69,6 +69,26 @@ pub fn scan(
         progress.clear();
         done
     })
+}
+
+/// Finds the blobs of one key on all volumes. Fails if a volume does not answer.
+pub fn find(volumes: &Volumes, names: &[String], auth: Auth, key: &[u8]) -> Result<Vec<Blob>> {
+    let scanner = Scanner { volumes, auth, f: |_| Ok(()) };
+    let (mut firsts, mut listing) = (BTreeMap::new(), PrefixListing::default());
+    for name in names {
+        scanner.roots(name, true, &mut firsts, &mut listing)?;
+    }
+    let blob = path(key, 0);
+    let (first, second, folder) = (&blob[1..3], &blob[4..6], &blob[..7]);
+    let places = firsts.remove(first).unwrap_or_default();
+    let seconds = scanner.list(&places, &blob[..4], &mut listing)?;
+    let places: Vec<&str> = seconds
+        .iter()
+        .filter(|(_, entry)| is_hex_folder(entry) && entry.name == second)
+        .map(|(place, _)| *place)
+        .collect();
+    scanner.blobs(&places, folder, &mut listing)?;
+    Ok(listing.keys.remove(key).unwrap_or_default())
 }
 
 struct Scanner<'a, F> {

@@ -4,13 +4,14 @@
 //! listing. The suspects are looked at again, some thousands at a time, after the index has caught up with a running
 //! master: only what is still wrong is a finding.
 //!
-//! Without `-repair` nothing is changed. With it the master is stopped, and nothing is removed that is newer than the
-//! index or that the index does not know, except with `-strays`.
+//! Without `-repair` nothing is changed but `verify.json` in `-db`, the result of a run that has seen the whole store.
+//! With it the master is stopped, and nothing is removed that is newer than the index or that the index does not know,
+//! except with `-strays`.
 
 use std::collections::BTreeMap;
 use std::mem::take;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
@@ -20,6 +21,7 @@ use super::scan::{Blob, PrefixListing, scan, threads};
 use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
+use crate::index::scrub::Scrub;
 use crate::index::{Index, Location};
 use crate::store::{self, Store, now};
 use crate::threads::lock;
@@ -58,8 +60,8 @@ pub fn run(config: Config, store: store::Config, volumes: Arc<Volumes>) -> Resul
     let store = Store::new(store, index, volumes);
     store.check_volumes()?;
     let examiner = Examiner { store, running, deep: config.deep };
-    let (found, report) = (Mutex::default(), Report::new(config.verbose));
-    let verify = Verify { config, examiner, records, newest, found, report };
+    let (found, report, begun) = (Mutex::default(), Report::new(config.verbose), Instant::now());
+    let verify = Verify { config, examiner, records, newest, found, report, begun };
     threads(WIDTH)?.install(|| verify.all())
 }
 
@@ -87,6 +89,7 @@ struct Verify {
     newest: u64,
     found: Mutex<Found>,
     report: Report,
+    begun: Instant,
 }
 
 /// What the comparison of the listings with the index has found.
@@ -272,6 +275,7 @@ impl Verify {
         if self.examiner.running && self.report.count(Kind::Debris.title()) > 0 {
             println!("debris is the running master's to clear, and no fault");
         }
+        self.keep_result((wrong + foreign + unreadable) as u64);
         if wrong + foreign + unreadable == 0 {
             println!("the store is whole");
             return Ok(());
@@ -281,5 +285,16 @@ impl Verify {
             return Err(self.wrong_index("see above"));
         }
         Err(Error::Failed("the store is not whole: see above; mkv verify -repair mends what can be mended".into()))
+    }
+
+    /// Leaves the result in `-db`, for the master's metrics and page.
+    fn keep_result(&self, findings: u64) {
+        let Config { deep, repair, .. } = &self.config;
+        let (time, seconds) = (now(), self.begun.elapsed().as_secs());
+        let (keys, kinds) = (self.records, self.report.counts());
+        let scrub = Scrub { time, seconds, deep: *deep, repair: *repair, keys, findings, kinds, ..Scrub::default() };
+        if let Err(error) = self.examiner.store.index.keep_verify(scrub) {
+            log::warn!("the master will not see this result: {error}");
+        }
     }
 }

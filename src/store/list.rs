@@ -2,15 +2,17 @@
 //!
 //! `{"next":"","keys":["/a","/b"]}`: `next` is the first key of the next page, and empty on the last page. A page is read
 //! twice from one view of the index, once for its `next` and its length in bytes and once to be written, so that its
-//! memory does not grow with it. Where the view is no snapshot, the keys of the first reading are kept.
+//! memory does not grow with it. Where the view is no snapshot, the keys of the first reading are kept. The master's own
+//! keys are listed only below a prefix of theirs.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 use super::Store;
 use crate::error::{Error, Result};
-use crate::format::percent_encoded;
-use crate::format::record::State;
+use crate::format::placement::path;
+use crate::format::record::{Record, State};
+use crate::format::{is_own, percent_encoded};
 use crate::index::{View, record_of};
 
 /// The longest list without a limit, in keys.
@@ -59,6 +61,34 @@ impl Store {
         let mut page = Page { view, list, next: "\"\"".into(), count: 0, kept, length: 0 };
         page.measure()?;
         Ok(page)
+    }
+}
+
+/// A key, live or unlinked, and what the index holds for it.
+pub struct Detail {
+    pub key: Vec<u8>,
+    pub record: Record,
+    /// The blob's path below each replica.
+    pub path: String,
+    /// Whether the value lies where placement wants it.
+    pub balanced: bool,
+}
+
+impl Store {
+    /// The first keys, `limit` at most, that begin with `prefix` and are not below `start`, and the key after them.
+    pub fn details(&self, prefix: &[u8], start: &[u8], limit: usize) -> Result<(Vec<Detail>, Option<Vec<u8>>)> {
+        let (mut details, mut next) = (Vec::new(), None);
+        self.index.view().records(prefix, start, |key, text| {
+            if details.len() == limit {
+                next = Some(key.to_vec());
+                return Ok(false);
+            }
+            let record = record_of(key, text)?;
+            let (path, balanced) = (path(key, record.version), record.replicas == self.place(key));
+            details.push(Detail { key: key.to_vec(), record, path, balanced });
+            Ok(true)
+        })?;
+        Ok((details, next))
     }
 }
 
@@ -144,10 +174,11 @@ impl Page<'_> {
                 return Ok(());
             }
         };
+        let shows_own = is_own(&self.list.prefix);
         self.view.records(&self.list.prefix, &self.list.start, |key, text| {
             // The first pass has decoded all records.
             let state = if self.length > 0 { State::of(text) } else { record_of(key, text)?.state };
-            if state == wanted { f(key) } else { Ok(true) }
+            if state == wanted && (shows_own || !is_own(key)) { f(key) } else { Ok(true) }
         })
     }
 

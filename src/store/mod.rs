@@ -5,6 +5,8 @@
 //! - `replicas.rs`: one key's replicas moved, copied and checked (REBALANCE, `rebalance`, `verify -repair`)
 //! - `cleaner.rs`: deletes debris in the background
 //! - `list.rs`: pages of keys
+//! - `stats.rs`: keys and bytes by volume, prefix and size
+//! - `backup.rs`: copies of the index on the store's own volumes
 //!
 //! It promises that a value acknowledged is a value kept: debris names every place where a blob may lie before its
 //! first byte is sent, one index batch makes a value visible, and only what the index no longer names is deleted.
@@ -12,10 +14,12 @@
 //! It knows nothing of HTTP statuses or headers, of flags, or of RocksDB, and it prints nothing. It may name `format`,
 //! `index` and `volumes`.
 
+mod backup;
 mod cleaner;
 mod list;
 mod read;
 mod replicas;
+pub mod stats;
 mod write;
 
 use std::sync::Arc;
@@ -23,7 +27,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-pub use list::{List, Listed, Page};
+pub use list::{Detail, List, Listed, Page};
 pub use read::Located;
 pub use replicas::Plan;
 

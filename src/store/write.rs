@@ -19,8 +19,8 @@ use std::io::{self, Read};
 use super::{Store, now};
 use crate::error::{Error, Result};
 use crate::format::placement::path;
-use crate::format::quoted;
 use crate::format::record::{Record, State};
+use crate::format::{is_own, quoted};
 use crate::index::{Deleted, Entry, Held, Stage, Writing};
 use crate::volumes::Auth;
 use crate::volumes::upload::{PutFailed, PutOptions, Upload};
@@ -42,7 +42,7 @@ impl Store {
         let replicas = self.place(key);
         let over_live = replace && !self.config.protect;
         let writing = self.index.begin(key, replicas.clone(), over_live, |old| {
-            self.check_put(old, replace)?;
+            self.check_put(key, old, replace)?;
             self.volumes.check_silent(&replicas, auth)
         })?;
         let (version, options) = (writing.entry.version, PutOptions { time: now(), md5sum: self.config.md5sum });
@@ -74,12 +74,12 @@ impl Store {
         }
     }
 
-    fn check_put(&self, old: Option<&Record>, replace: bool) -> Result<()> {
+    fn check_put(&self, key: &[u8], old: Option<&Record>, replace: bool) -> Result<()> {
         match old {
             Some(old) if old.live() && !replace => {
                 Err(Error::Forbidden("the key exists: delete it first, or use REPLACE"))
             }
-            Some(old) if old.live() && self.config.protect => Err(PROTECTED),
+            Some(old) if old.live() && self.config.protect && !is_own(key) => Err(PROTECTED),
             _ => Ok(()),
         }
     }

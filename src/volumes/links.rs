@@ -35,7 +35,7 @@ impl Volumes {
     /// `-secret` it does nothing.
     pub fn warn_if_open(&self, volumes: &[String]) {
         for volume in volumes.iter().filter(|_| self.are_signed()) {
-            let unsigned = self.ask_at("HEAD", &[volume], |_, _| "/".into(), None).remove(0);
+            let unsigned = self.ask_within(self.timeout, "HEAD", &[volume], |_, _| "/".into(), None).remove(0);
             if unsigned.is_ok_and(|answer| answer.status == 200) {
                 log::warn!("volume {volume} answers requests without a signature: start it with SECRET=FILE");
             }

@@ -1,7 +1,7 @@
 //! The volumes: nginx servers that hold the blobs as plain files.
 //!
-//! `Volumes` has a verb for each thing that mkv asks of them: HEAD, PUT, DELETE, listings, and
-//! reading a blob. The verbs that go to several replicas reach them at the same time from the
+//! `Volumes` has a verb for each thing that mkv asks of them: HEAD, PUT, DELETE, listings, reading a
+//! blob, and how full the disks are. The verbs that go to several replicas reach them at the same time from the
 //! caller's thread, through `client`; a single blob is read with ureq, which only this file names.
 //! Addresses and idle connections are kept for each volume, and so is whether it answered when last
 //! asked.
@@ -18,6 +18,7 @@ pub mod autoindex;
 mod client;
 mod links;
 pub mod secret;
+pub mod space;
 pub mod upload;
 
 use std::collections::HashMap;
@@ -41,6 +42,7 @@ use crate::threads::{Pool, lock};
 use autoindex::Entry;
 use client::{Call, Connections, NO_BODY, Response, STALL};
 use secret::Secret;
+use space::{Disk, Space};
 use upload::CHUNK;
 
 /// How long a volume may take for a DELETE.
@@ -67,6 +69,7 @@ struct Volume {
     /// When the volume last gave no answer; `None`: it answers.
     down: Mutex<Option<Instant>>,
     latency: Mutex<Histogram>,
+    space: Mutex<Space>,
 }
 
 /// The state of a volume that was asked for something.
@@ -92,8 +95,8 @@ impl Volumes {
         }
         let connections = Arc::new(Connections::new(name, self.timeout));
         let agent = agent(connections.clone(), self.timeout);
-        let (secret, (down, latency)) = (self.secret.clone(), Default::default());
-        let volume = Arc::new(Volume { connections, agent, secret, down, latency });
+        let (secret, (down, latency, space)) = (self.secret.clone(), Default::default());
+        let volume = Arc::new(Volume { connections, agent, secret, down, latency, space });
         let mut known = self.known.write().unwrap_or_else(|e| e.into_inner());
         known.entry(name.to_string()).or_insert(volume).clone()
     }
@@ -124,23 +127,24 @@ impl Volumes {
     /// Sends a request without a body to several replicas at the same time. The body of a GET's 200
     /// is collected in memory.
     fn ask(&self, method: &str, replicas: &[&str], path: &str, auth: Auth) -> Vec<Result<Response>> {
-        self.ask_at(method, replicas, |volume, replica| volume.target(method, replica, path), auth)
+        let limit = match method {
+            "GET" => STALL,
+            "DELETE" => DELETE,
+            _ => self.timeout,
+        };
+        self.ask_within(limit, method, replicas, |volume, replica| volume.target(method, replica, path), auth)
     }
 
-    /// The same, with the target that `target` makes for each replica.
-    fn ask_at(
+    /// The same within this time, with the target that `target` makes for each replica.
+    fn ask_within(
         &self,
+        limit: Duration,
         method: &str,
         replicas: &[&str],
         target: impl Fn(&Volume, &str) -> String,
         auth: Auth,
     ) -> Vec<Result<Response>> {
         let begun = Instant::now();
-        let limit = match method {
-            "GET" => STALL,
-            "DELETE" => DELETE,
-            _ => self.timeout,
-        };
         let volumes: Vec<_> = replicas.iter().map(|replica| self.volume(replica)).collect();
         let targets = replicas.iter().zip(&volumes);
         let call = |(replica, volume): (&&str, &Arc<Volume>)| volume.call(method, &target(volume, replica), auth, "");
@@ -203,6 +207,20 @@ impl Volumes {
             401 | 403 => Ok(false),
             status => Err(Error::Refused { volume: volume.into(), status }),
         }
+    }
+
+    /// The disks of each of these volumes, read at most every 10 s; empty where they are not known.
+    pub fn disks(&self, names: &[String], auth: Auth) -> Vec<Arc<Vec<Disk>>> {
+        let due = |name: &&String| lock(&self.volume(name).space).begin();
+        let due: Vec<&str> = names.iter().filter(due).map(String::as_str).collect();
+        let target = |volume: &Volume, replica: &str| volume.target("GET", replica, space::PATH);
+        let answers = self.ask_within(self.timeout, "GET", &due, target, auth);
+        for (name, answer) in due.iter().zip(answers) {
+            if let Ok(Response { status: 200, body, .. }) = answer {
+                lock(&self.volume(name).space).read(&body);
+            }
+        }
+        names.iter().map(|name| lock(&self.volume(name).space).disks()).collect()
     }
 
     /// Deletes a blob. `true`: it was there and is gone; `false`: it was not there.
@@ -270,14 +288,7 @@ impl Volumes {
     pub fn read(&self, replica: &str, path: &str, auth: Auth) -> Result<Option<Opened>> {
         let answer = self.get(replica, path, auth)?;
         match answer.status().as_u16() {
-            200 => {
-                let header = |name| answer.headers().get(name)?.to_str().ok();
-                let length = header("content-length")
-                    .and_then(|length| length.parse().ok())
-                    .ok_or_else(|| unreachable(replica, "its GET has no Content-Length"))?;
-                let time = header("last-modified").and_then(autoindex::http_date);
-                Ok(Some(Opened { length, time, body: Box::new(answer.into_body().into_reader()) }))
-            }
+            200 => Opened::new(answer).map(Some).ok_or_else(|| unreachable(replica, "its GET has no Content-Length")),
             301 | 404 => Ok(None),
             status => Err(Error::Refused { volume: replica.into(), status }),
         }
@@ -350,6 +361,31 @@ pub struct Opened {
     pub time: Option<u64>,
     /// Ends in an error where the volume ends it before `length`.
     pub body: Box<dyn Read + Send>,
+}
+
+impl Opened {
+    fn new(answer: http::Response<Body>) -> Option<Opened> {
+        let header = |name| answer.headers().get(name)?.to_str().ok();
+        let length = header("content-length")?.parse().ok()?;
+        let time = header("last-modified").and_then(autoindex::http_date);
+        Some(Opened { length, time, body: Box::new(answer.into_body().into_reader()) })
+    }
+}
+
+/// Opens what a server that is no volume, such as a master, sends for a GET. Fails unless it answers 200.
+pub fn fetch(host: &str, target: &str, auth: Auth, timeout: Duration) -> Result<Opened> {
+    let request = agent(Arc::new(Connections::new(host, timeout)), timeout).get(format!("http://{host}{target}"));
+    let request = match auth {
+        Some(auth) => request.header("authorization", auth),
+        None => request,
+    };
+    let failed = |why: &str| Error::Failed(format!("http://{host}{target}: {why}"));
+    let mut answer = request.call().map_err(|e| failed(&format!("no answer ({e}): does a master run there?")))?;
+    if answer.status() != 200 {
+        let text = answer.body_mut().with_config().limit(1000).read_to_string().unwrap_or_default();
+        return Err(failed(&format!("it answers {}: {}", answer.status().as_u16(), text.trim_end())));
+    }
+    Opened::new(answer).ok_or_else(|| failed("its answer has no Content-Length"))
 }
 
 impl Volume {

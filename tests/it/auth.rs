@@ -302,10 +302,13 @@ fn assert_401(answer: &Answer) {
     }
 }
 
-/// Everything in an answer but its Date.
-fn without_date(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>) {
-    let headers = answer.headers.into_iter().filter(|(name, _)| !name.eq_ignore_ascii_case("date"));
-    (answer.status, headers.collect(), answer.body)
+/// Everything in the answer of an error but its Date and the id of its request.
+fn without_date_and_id(answer: Answer) -> (u16, Vec<(String, String)>, String) {
+    let text = answer.text();
+    let (text, _id) = text.split_once(" (request ").expect("an error has its request's id");
+    let differs = |name: &str| ["date", "content-length"].contains(&name.to_lowercase().as_str());
+    let headers = answer.headers.into_iter().filter(|(name, _)| !differs(name));
+    (answer.status, headers.collect(), text.to_string())
 }
 
 /// The curl flags that follow a redirect with credentials. Before 8.2.0, curl drops -u on a
@@ -351,14 +354,25 @@ fn every_request_without_valid_credentials_gets_the_same_401() {
                 let answer = s.ask(user, method, key, body);
                 assert_401(&answer);
                 if *method != "HEAD" {
-                    answers.push(without_date(answer));
+                    answers.push(without_date_and_id(answer));
                 }
             }
         }
-        for query in ["/?list", "/?unlinked", "/?writing", "/?metrics", "/?health", "/live?x", "/?list&limit=x"] {
+        for query in [
+            "/?list",
+            "/?unlinked",
+            "/?writing",
+            "/?metrics",
+            "/?health",
+            "/?stats",
+            "/?status",
+            "/?status=json",
+            "/live?x",
+            "/?list&limit=x",
+        ] {
             let answer = s.ask(user, "GET", query, None);
             assert_401(&answer);
-            answers.push(without_date(answer));
+            answers.push(without_date_and_id(answer));
         }
         answers.dedup();
         assert_eq!(answers.len(), 1, "{user:?}: {answers:?}");
@@ -380,6 +394,9 @@ fn every_request_without_valid_credentials_gets_the_same_401() {
         assert_eq!(list.text(), r#"{"next":"","keys":["/live"]}"#);
         assert_eq!(follow(&s.ask(Some(user), "GET", "/live", None).expect(302)).text(), "value");
         s.ask(Some(user), "GET", "/?metrics", None).expect(200);
+        let page = s.ask(Some(user), "GET", "/?status", None).expect(200).text();
+        assert!(page.contains("All 3 volumes answer") && page.contains("% full"), "{page}");
+        assert!(page.contains("-userpass") && !page.contains(USER.split_once(':').unwrap().1), "{page}");
         s.ask(Some(user), "FROBNICATE", "/live", None).expect(405);
         s.ask(Some(user), "GET", "/absent", None).expect(404);
     }
@@ -852,4 +869,24 @@ fn chromium_download(folder: &Path, url: &str) -> Vec<u8> {
     signal(chromium.id(), Signal::TERM);
     wait(&mut chromium, "chromium");
     fs::read(file().unwrap()).expect("the file can be read")
+}
+
+#[test]
+fn a_backup_needs_a_login_as_everything_does() {
+    let s = Store::start(&[USER], &["-userpass", USER, "-backup", "1s"]);
+    s.put(USER, "/k", "value").expect(201);
+    s.ask(None, "GET", "/?backup", None).expect(401);
+    let (dir, address) = (s.folder.join("backups"), s.address());
+    let backup = |flags: &[&str]| {
+        let command = ["backup", dir.to_str().unwrap(), "-master", &address];
+        s.run(&[&command, flags].concat())
+    };
+    let refused = backup(&[]);
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("401"), "{refused:?}");
+    let done = backup(&["-userpass", USER]);
+    assert!(done.status.success(), "{done:?}");
+    http_client::wait_until("the master's own backup is stored", || {
+        s.ask(Some(USER), "GET", "/.mkv/backup/1", None).status == 302
+    });
+    assert!(!s.ask(None, "GET", "/.mkv/backup/1", None).expect(401).text().contains(".mkv"));
 }

@@ -19,6 +19,8 @@ mod monitoring;
 mod real_clients;
 mod secret;
 mod server_process;
+mod stats;
+mod status_page;
 mod values;
 
 // Failures and crashes.
@@ -31,6 +33,7 @@ mod upload_timeouts;
 mod volume_failures;
 
 // The index and the commands beside the server.
+mod backup;
 mod dump;
 mod import;
 mod index_records;

@@ -101,7 +101,11 @@ impl Clients {
             meanwhile();
             self.stop.store(true, Ordering::SeqCst);
         });
-        println!("{} requests, {} uploads acknowledged", self.count.load(Ordering::SeqCst), self.acknowledged.load(Ordering::SeqCst));
+        println!(
+            "{} requests, {} uploads acknowledged",
+            self.count.load(Ordering::SeqCst),
+            self.acknowledged.load(Ordering::SeqCst)
+        );
     }
 }
 
@@ -321,7 +325,9 @@ fn a_synchronous_standby_takes_over_and_nothing_acknowledged_is_lost() {
         standby.ask_in("postgres", "ALTER SYSTEM SET synchronous_standby_names = ''");
         standby.promote();
         let acknowledged = clients.acknowledged.load(Ordering::SeqCst);
-        wait_at_most(Duration::from_secs(30), "writes go on", || clients.acknowledged.load(Ordering::SeqCst) > acknowledged);
+        wait_at_most(Duration::from_secs(30), "writes go on", || {
+            clients.acknowledged.load(Ordering::SeqCst) > acknowledged
+        });
         *gap.lock().unwrap() = down.elapsed();
         thread::sleep(Duration::from_secs(3));
     });
@@ -413,7 +419,8 @@ fn a_server_with_tls_is_checked() {
         .arg(&certificate)
         .output();
     assert!(made.unwrap().status.success());
-    let owned = Command::new("chown").arg(format!("--reference={}", home.display())).args([&key, &certificate]).status();
+    let owned =
+        Command::new("chown").arg(format!("--reference={}", home.display())).args([&key, &certificate]).status();
     assert!(owned.unwrap().success());
     for (setting, value) in [("ssl_cert_file", &certificate), ("ssl_key_file", &key)] {
         c.database().ask_in("postgres", &format!("ALTER SYSTEM SET {setting} = '{}'", value.display()));
@@ -424,7 +431,8 @@ fn a_server_with_tls_is_checked() {
     let url = c.db_flag().replace("sslmode=disable", &trusted);
     wait_at_most(TAKEOVER, "the server has TLS", || c.mkv(&["dump", "-db", &url]).code == Some(0));
     c.mkv(&["dump", "-db", &c.db_flag().replace("sslmode=disable", "sslmode=verify-full")]).fails(&["certificate"]);
-    let other_name = url.replace(&format!("{}:{}", c.host, c.database().port), &format!("localhost:{}", c.database().port));
+    let other_name =
+        url.replace(&format!("{}:{}", c.host, c.database().port), &format!("localhost:{}", c.database().port));
     c.mkv(&["dump", "-db", &other_name]).expect(1);
 }
 

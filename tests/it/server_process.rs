@@ -147,13 +147,18 @@ fn help_and_version_print_to_stdout() {
     for flag in ["-help", "--help", "-h"] {
         let (code, out, error) = run_to_exit(&mut mkv(&[flag]));
         assert_eq!((code, error.as_str()), (0, ""));
-        for word in ["server", "rebuild", "-volumes", "-md5sum", "-leveldb"] {
+        for word in ["server", "rebuild", "-volumes", "-md5sum", "-leveldb", "backup DIR", "exit status"] {
             assert!(out.contains(word), "{word}: {out}");
         }
     }
     let (code, out, error) = run_to_exit(&mut mkv(&["--version"]));
     assert_eq!((code, error.as_str()), (0, ""));
-    assert_eq!(out, format!("mkv {}\n", env!("CARGO_PKG_VERSION")));
+    let version = concat!("mkv ", env!("CARGO_PKG_VERSION"));
+    let (rest, rocksdb) = out.split_once(", RocksDB ").expect("the version of RocksDB");
+    assert!(rest.starts_with(version) && out.lines().count() == 1, "{out}");
+    assert!(rocksdb.trim().split('.').all(|n| n.parse::<u32>().is_ok()), "{out}");
+    // A clone names its commit, a source package cannot.
+    assert_eq!(rest == version, option_env!("MKV_COMMIT").is_none(), "{out}");
 }
 
 #[test]
@@ -261,4 +266,61 @@ fn writes_survive_a_kill_with_sync() {
     c.start_master();
     c.assert_value("/k", "other");
     assert_eq!(c.unlinked(), [b"/l"]);
+}
+
+#[test]
+fn sighup_changes_nothing() {
+    let c = Setup::new().volumes(1).start();
+    c.put("/k", "value").expect(201);
+    let (mut idle, mut upload) = (c.conn(), c.conn());
+    idle.ask("GET", "/k", &[], None).expect(302);
+    upload.head("PUT", "/upload", &[("Content-Length", "10")]).send("01234");
+    wait_until("the upload has begun", || c.keys_with_debris().len() == 1);
+    let pid = c.master_pid();
+    for _ in 0..3 {
+        signal(pid, Signal::HUP);
+        idle.ask("GET", "/k", &[], None).expect(302);
+    }
+    upload.send("56789").answer().expect(201);
+    assert_eq!(c.master_pid(), pid);
+    c.assert_value("/upload", "0123456789");
+}
+
+/// What bash offers behind these words.
+fn completed(script: &str, words: &[&str]) -> Vec<String> {
+    let test =
+        format!("{script}\nCOMP_WORDS=(\"$@\") COMP_CWORD=$(($# - 1)); _mkv; printf '%s\\n' \"${{COMPREPLY[@]}}\"");
+    let output = Command::new("bash").args(["--norc", "-euc", &test, "bash"]).args(words).output().unwrap();
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap().lines().map(String::from).filter(|line| !line.is_empty()).collect()
+}
+
+#[test]
+fn completions_offer_commands_flags_and_files() {
+    let (code, bash, error) = run_to_exit(&mut mkv(&["completions", "bash"]));
+    assert_eq!((code, error.as_str()), (0, ""));
+    for (words, offered) in [
+        (&["mkv", "re"][..], &["rebuild", "rebalance", "restore"][..]),
+        (&["mkv", "rebuild", "-re"], &["-replicas", "-rehash"]),
+        (&["mkv", "verify", "-re"], &["-replicas", "-repair"]),
+        (&["mkv", "-replicas", "3", "rebuild", "-no"], &["-nobackup"]),
+        (&["mkv", "-log", ""], &["text", "json"]),
+        (&["mkv", "completions", ""], &["bash", "zsh", "fish"]),
+        (&["mkv", "-port", "3"], &[]),
+        (&["mkv", "restore", "src/lib"], &["src/lib.rs"]),
+        (&["mkv", "-db", "src/lib"], &["src/lib.rs"]),
+    ] {
+        assert_eq!(completed(&bash, words), offered, "{words:?}");
+    }
+    // zsh and fish load the script, and fish answers.
+    for (shell, flags, test, offered) in [
+        ("zsh", "-fc", "autoload -Uz compinit; compinit -u -D; eval \"$1\"; print $_comps[mkv]", "_mkv\n"),
+        ("fish", "-Nc", "echo $argv[2] | source; complete -C 'mkv reb'", "rebalance\tmove values "),
+    ] {
+        let (_, script, _) = run_to_exit(&mut mkv(&["completions", shell]));
+        let mut command = Command::new(shell);
+        let (code, out, error) = run_to_exit(command.args([flags, test, shell, &script]).env("HOME", "/nonexistent"));
+        assert_eq!((code, error.as_str()), (0, ""));
+        assert!(out.contains(offered), "{out}");
+    }
 }

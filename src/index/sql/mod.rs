@@ -34,6 +34,7 @@ pub use url::Url;
 pub use write::Trace;
 
 use super::locks::Locks;
+use super::scrub::Scrub;
 use super::{Entry, Stage, record_of};
 use crate::error::{Error, Result};
 use crate::format::quoted;
@@ -187,6 +188,15 @@ impl Engine {
     pub fn debris(&self, key: &[u8]) -> Result<Vec<(u64, Debris)>> {
         let rows = self.pool.read(sql::DEBRIS, &[Bytes(key)])?;
         Ok(rows.iter().map(|row| (int(row, 0) as u64, entry(key, 0, &row[1..]).debris)).collect())
+    }
+
+    pub fn last_verify(&self) -> Option<Scrub> {
+        let rows = self.pool.read(sql::VERIFY, &[]).ok()?;
+        Scrub::decode(text(rows.first()?, 0)?.as_bytes())
+    }
+
+    pub fn keep_verify(&self, scrub: &Scrub) -> Result<()> {
+        Ok(self.pool.query(sql::KEEP_VERIFY, &[Text(&scrub.encode())]).map(drop)?)
     }
 
     pub fn catch_up(&self) -> Result<()> {

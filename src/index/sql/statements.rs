@@ -3,7 +3,7 @@
 //! `record` is a key's record; `version` repeats that of its text. `writing` has a row for each write under way: it is
 //! the key's lock, the trace of the write and its fence. `debris` has the blobs that nobody writes and no record wants;
 //! `gone`: all of them were deleted, and the row stays until `until`. `session` has a row for each live master, and
-//! `store` one row that all sessions touch when they begin. `format` is 0 while `rebuild` or `import` fills the store.
+//! `store` one row that all sessions touch when they begin; `verify` is the result of the last one. `format` is 0 while `rebuild` or `import` fills the store.
 //!
 //! Each statement is a transaction and touches a table at most once, so that the same text runs on CockroachDB. Keys
 //! are bytea, which has no collation. Numbers are bigint, and times leave the database as seconds from its own `now()`:
@@ -38,12 +38,15 @@ pub static SCHEMA: [&str; 6] = [
         PRIMARY KEY (key, version))",
     "CREATE TABLE IF NOT EXISTS debris (key bytea, version bigint, until timestamptz NOT NULL, wait timestamptz NOT NULL,
         gone boolean NOT NULL, replicas text NOT NULL, PRIMARY KEY (key, version))",
-    "CREATE TABLE IF NOT EXISTS store (id bigint PRIMARY KEY, format bigint NOT NULL, opened bigint NOT NULL)",
-    "INSERT INTO store (id, format, opened) VALUES (1, 1, 0) ON CONFLICT (id) DO NOTHING",
+    "CREATE TABLE IF NOT EXISTS store (id bigint PRIMARY KEY, format bigint NOT NULL, opened bigint NOT NULL, verify text NOT NULL)",
+    "INSERT INTO store (id, format, opened, verify) VALUES (1, 1, 0, '') ON CONFLICT (id) DO NOTHING",
 ];
 
 pub static HAS_SCHEMA: &str = "SELECT EXISTS (SELECT 1 FROM information_schema.tables WHERE table_name = 'store' AND table_schema = current_schema())";
 pub static FORMAT: &str = "SELECT format FROM store WHERE id = 1";
+
+pub static VERIFY: &str = "SELECT verify FROM store WHERE id = 1";
+pub static KEEP_VERIFY: &str = "UPDATE store SET verify = $1::text WHERE id = 1";
 
 // Reading.
 pub static GET: &str = "SELECT value FROM record WHERE key = $1::bytea";
