@@ -71,6 +71,17 @@ impl Location {
         }
     }
 
+    /// Fails if there is an index, readable or not.
+    pub fn check_vacant(&self) -> Result<()> {
+        match self {
+            Location::Folder(folder) if database(folder)?.exists() => {
+                let text = "there is an index: give another folder, or move its index/ away";
+                Err(Error::Failed(format!("-db {}: {text}", folder.display())))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A folder for what is needed for a while beside the index.
     pub fn scratch(&self) -> PathBuf {
         match self {

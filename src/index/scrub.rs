@@ -80,8 +80,12 @@ mod tests {
         let db = std::env::temp_dir().join(format!("mkv-scrub-{}", std::process::id()));
         fs::create_dir_all(&db).unwrap();
         assert_eq!(Scrub::read(&db), None);
-        Scrub { time: 7, deep: true, keys: 3, ..Scrub::default() }.write(&db).unwrap();
-        Scrub { time: 9, findings: 1, ..Scrub::default() }.write(&db).unwrap();
+        for scrub in [
+            Scrub { time: 7, deep: true, keys: 3, ..Scrub::default() },
+            Scrub { time: 9, findings: 1, ..Scrub::default() },
+        ] {
+            scrub.after(Scrub::read(&db)).write(&db).unwrap();
+        }
         let last = Scrub::read(&db).unwrap();
         assert_eq!((last.time, last.deep, last.deep_time, last.findings), (9, false, 7, 1));
         fs::write(db.join(NAME), "no JSON").unwrap();

@@ -115,9 +115,7 @@ pub fn restore(db: &Location, file: &Path) -> Result<()> {
     // Opened first: a wrong name makes no folder.
     let mut backup = BufReader::with_capacity(1 << 20, File::open(file).map_err(|e| failed(file, e))?);
     let replacement = db.replace()?;
-    if db.exists()? {
-        return Err(Error::Failed("-db: there is an index: give another folder, or move its index/ away".into()));
-    }
+    db.check_vacant()?;
     let restored = replacement.unpack(&mut backup).and_then(|unpacked| forget_debris(&unpacked).map(|()| unpacked));
     let Unpacked { index, time, keys } = match restored {
         Ok(unpacked) => unpacked,
