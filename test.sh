@@ -33,6 +33,8 @@ build_and_test() {
   run cargo build --release --workspace
   if cargo nextest --version >/dev/null 2>&1; then
     run cargo nextest run --release --workspace --test-threads $(($(nproc) + 1)) # many tests only wait
+    # The API on the other engine.
+    run env MKV_ENGINE=postgres cargo nextest run --release --workspace -E 'test(/^(api|model|values|keys|lists|concurrency)::/)'
   else
     run cargo test --release --workspace
   fi

@@ -549,6 +549,8 @@ mod tests {
             ("restore -db /x", "FILE"),
             ("restore /y", "-db"),
             ("completions", "SHELL"),
+            ("dump -db postgres://me@host", "-db"),
+            ("import -db /x -leveldb /y -index /z", "-index"),
             ("serve -db /x", "serve"),
             ("server rebuild -db /x", "rebuild"),
             ("-db /x", "server"),

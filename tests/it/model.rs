@@ -205,11 +205,13 @@ impl StoreAndModel {
             0 => self.c.volumes[volume].stop(),
             1 => self.c.volumes[volume].kill(),
             2 => {
+                let others = std::mem::take(&mut self.c.others).len();
                 self.c.stop_master();
                 // Placement changes with these flags.
                 let (replicas, subvolumes) = (self.random.usize(1..=3), self.random.u32(1..4));
                 self.c.setup = self.c.setup.clone().replicas(replicas).subvolumes(subvolumes);
                 self.c.start_master();
+                self.c.others = (0..others).map(|_| self.c.start_another(&[])).collect();
             }
             _ => {
                 self.c.kill_master();
@@ -246,6 +248,10 @@ fn random_requests_match_the_model() {
         replicas: BTreeMap::new(),
         maybe_debris: BTreeSet::new(),
     };
+    if pair.c.postgres.is_some() {
+        // Each request goes to one of two masters.
+        pair.c.others = vec![pair.c.start_another(&[])];
+    }
     let (started, mut steps, mut restarts) = (Instant::now(), 0, 0);
     while started.elapsed() < Duration::from_secs(20) {
         let key = pair.any_key();

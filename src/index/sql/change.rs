@@ -33,7 +33,7 @@ impl Engine {
         let held = Held { lock: self.lock(key)?, record: None };
         let removed = self.change(key, |record, tried| {
             let Some(record) = record else {
-                let rows = self.pool.read(sql::DEBRIS, &[Bytes(key)])?;
+                let rows = self.pool.read(sql::UNWANTED, &[Bytes(key)])?;
                 let entries: Vec<_> = rows.iter().map(|row| entry(key, int(row, 0), &row[1..])).collect();
                 return if entries.is_empty() && !tried { Err(Error::NOT_FOUND) } else { Ok(Attempt::Done(entries)) };
             };

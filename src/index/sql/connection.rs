@@ -2,7 +2,7 @@
 //!
 //! `postgres-protocol` makes and parses the messages; this file is the loop over the socket. The crate `postgres` would
 //! do more, but it waits for ever on a server that was stopped, and runs on tokio. Here the socket has timeouts: 2 s to
-//! connect, 6 s for each answer. A statement that runs into them may have been carried out or not.
+//! connect and for each answer at the login, 6 s for others. A statement that runs into them may have been carried out or not.
 //!
 //! Every statement is a transaction of its own.
 
@@ -31,6 +31,9 @@ const ANSWER: Duration = Duration::from_secs(6);
 /// What the server itself allows a statement. It does not end a commit that waits for a standby, so `ANSWER` is needed.
 const STATEMENT_MS: u32 = 3000;
 
+/// The OID of the type bytea.
+const BYTEA: i32 = 17;
+
 /// The certificates that this system trusts.
 const SYSTEM_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
 
@@ -53,6 +56,8 @@ impl From<io::Error> for Failure {
 pub enum Arg<'a> {
     Bytes(&'a [u8]),
     Text(&'a str),
+    /// An array of bytea.
+    Keys(&'a [&'a [u8]]),
     Int(i64),
     Bool(bool),
 }
@@ -108,7 +113,7 @@ impl Connection {
         tls: Option<&Arc<ClientConfig>>,
     ) -> std::result::Result<Connection, Failure> {
         socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(ANSWER))?;
+        socket.set_read_timeout(Some(CONNECT))?;
         socket.set_write_timeout(Some(ANSWER))?;
         let own = socket.try_clone()?;
         let stream: Box<dyn Stream> = match tls {
@@ -131,6 +136,7 @@ impl Connection {
         let (input, output) = (BytesMut::with_capacity(8192), BytesMut::with_capacity(1024));
         let mut connection = Connection { stream, socket: own, input, output, prepared: HashMap::new() };
         connection.start(url)?;
+        connection.socket.set_read_timeout(Some(ANSWER))?;
         Ok(connection)
     }
 
@@ -218,6 +224,16 @@ impl Connection {
             match arg {
                 Arg::Bytes(bytes) => buffer.extend_from_slice(bytes),
                 Arg::Text(text) => buffer.extend_from_slice(text.as_bytes()),
+                Arg::Keys(keys) => {
+                    // One dimension, no NULLs, the type's OID, the length, the first index.
+                    for number in [1, 0, BYTEA, keys.len() as i32, 1] {
+                        buffer.extend_from_slice(&number.to_be_bytes());
+                    }
+                    for key in *keys {
+                        buffer.extend_from_slice(&(key.len() as i32).to_be_bytes());
+                        buffer.extend_from_slice(key);
+                    }
+                }
                 Arg::Int(number) => buffer.extend_from_slice(&number.to_be_bytes()),
                 Arg::Bool(is) => buffer.extend_from_slice(&[u8::from(*is)]),
             }

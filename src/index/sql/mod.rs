@@ -1,6 +1,7 @@
 //! PostgreSQL: an index that several masters share.
 //!
 //! - `write.rs`, `change.rs`, `debris.rs`: the verbs of the store's protocols, each one statement
+//! - `lookup.rs`: reads of many threads in one statement
 //! - `session.rs`: which masters live, and takeover
 //! - `statements.rs`: tables and SQL
 //! - `pool.rs`, `connection.rs`, `url.rs`: the way to the database; only `connection.rs` names postgres-protocol, rustls
@@ -13,6 +14,7 @@
 mod change;
 mod connection;
 mod debris;
+mod lookup;
 mod pool;
 mod session;
 mod statements;
@@ -26,6 +28,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use connection::Arg::{Bytes, Int, Text};
 use connection::Row;
 pub use debris::boot_time;
+use lookup::Lookups;
 use pool::{Failure, Pool};
 pub use session::Peer;
 use session::{Sessions, Undo};
@@ -56,6 +59,7 @@ pub struct Engine {
     flags: String,
     pool: Pool,
     locks: Locks,
+    lookups: Mutex<Lookups>,
     sessions: Mutex<Sessions>,
     /// With `sessions`: there is something to undo, or the session ends.
     woken: Condvar,
@@ -125,8 +129,8 @@ impl Sql {
     fn new(url: &Url, name: &str, flags: &str) -> Result<Sql> {
         let (url, name, flags, pool) = (url.clone(), name.into(), flags.into(), Pool::new(url.clone())?);
         let (locks, sessions, woken) = (Locks::default(), Mutex::default(), Condvar::new());
-        let (undo, warning) = Default::default();
-        Ok(Sql(Arc::new(Engine { url, name, flags, pool, locks, sessions, woken, undo, warning })))
+        let (lookups, undo, warning) = Default::default();
+        Ok(Sql(Arc::new(Engine { url, name, flags, pool, locks, lookups, sessions, woken, undo, warning })))
     }
 }
 
@@ -181,8 +185,7 @@ impl Engine {
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<Record>> {
-        let rows = self.pool.read(sql::GET, &[Bytes(key)])?;
-        rows.first().map(|row| record_of(key, bytes(row, 0))).transpose()
+        self.look_up(key)?.map(|text| record_of(key, &text)).transpose()
     }
 
     pub fn debris(&self, key: &[u8]) -> Result<Vec<(u64, Debris)>> {

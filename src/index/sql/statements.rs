@@ -50,6 +50,7 @@ pub static KEEP_VERIFY: &str = "UPDATE store SET verify = $1::text WHERE id = 1"
 
 // Reading.
 pub static GET: &str = "SELECT value FROM record WHERE key = $1::bytea";
+pub static GET_MANY: &str = "SELECT key, value FROM record WHERE key = ANY($1::bytea[])";
 pub static PAGE: &str = "SELECT key, value FROM record WHERE key >= $1::bytea ORDER BY key LIMIT $2::bigint";
 pub static PAGE_BEFORE: &str =
     "SELECT key, value FROM record WHERE key >= $1::bytea AND key < $3::bytea ORDER BY key LIMIT $2::bigint";
@@ -59,6 +60,9 @@ pub static DEBRIS: &str = concat!(
     " FROM debris WHERE key = $1::bytea
      UNION ALL SELECT version, replicas, false, 0, NULL FROM writing WHERE key = $1 ORDER BY 1"
 );
+/// Without the writes under way.
+pub static UNWANTED: &str =
+    concat!("SELECT version, ", entry!(), " FROM debris WHERE key = $1::bytea ORDER BY version");
 pub static ENTRY: &str = concat!("SELECT ", entry!(), " FROM debris WHERE key = $1::bytea AND version = $2::bigint");
 pub static ALL_DEBRIS: &str = concat!(
     "SELECT * FROM (SELECT key, version, ",

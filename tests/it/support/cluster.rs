@@ -48,7 +48,7 @@ impl Setup {
         let (flags, launcher) = Default::default();
         // The same tests run on the other engine.
         let postgres = std::env::var("MKV_ENGINE").is_ok_and(|engine| engine == "postgres");
-        let (proxied, secret, lease) = (false, false, "lease=2&late=3600");
+        let (proxied, secret, lease) = (false, false, "lease=2&late=2");
         Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied, secret, postgres, lease, flags, launcher }
     }
 
@@ -393,6 +393,11 @@ impl Cluster {
         let standbys: Vec<&Postgres> = self.standby.iter().collect();
         let url = self.postgres.as_ref().map(|postgres| postgres.url(&standbys, self.setup.lease));
         url.unwrap_or_else(|| self.folder.join("db").to_string_lossy().into_owned())
+    }
+
+    /// Whether this can be the version of a key's first blob: with a database no blob has the plain name.
+    pub fn is_first(&self, version: u64) -> bool {
+        version == 0 || self.postgres.is_some()
     }
 
     // The master.

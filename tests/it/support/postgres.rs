@@ -93,21 +93,11 @@ impl Postgres {
         self.server.as_ref().expect("PostgreSQL runs").id()
     }
 
-    /// Ends the server as a crash does.
+    /// Ends all its processes with SIGKILL.
     pub fn crash(&mut self) {
-        self.end(Signal::QUIT);
-    }
-
-    pub fn stop(&mut self) {
-        self.end(Signal::INT);
-    }
-
-    fn end(&mut self, how: Signal) {
-        if let Some(mut server) = self.server.take() {
-            self.each_process(server.id(), Signal::CONT);
-            signal(server.id(), how);
-            wait(&mut server, "PostgreSQL");
-        }
+        let mut server = self.server.take().expect("PostgreSQL runs");
+        self.each_process(server.id(), Signal::KILL);
+        wait(&mut server, "PostgreSQL");
     }
 
     /// Stops all its processes with SIGSTOP: the kernel goes on accepting connections.
@@ -120,14 +110,13 @@ impl Postgres {
     }
 
     fn each_process(&self, server: u32, how: Signal) {
-        signal(server, how);
+        let mut pids = vec![server];
         for entry in fs::read_dir("/proc").expect("/proc is mounted").flatten() {
             let pid = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
             let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
-            if let Some(pid) = pid.filter(|_| status.lines().any(|line| line == format!("PPid:\t{server}"))) {
-                signal(pid, how);
-            }
+            pids.extend(pid.filter(|_| status.lines().any(|line| line == format!("PPid:\t{server}"))));
         }
+        pids.into_iter().for_each(|pid| signal(pid, how));
     }
 
     /// Stops the process that sends the log to the standby.
@@ -174,7 +163,9 @@ impl Postgres {
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        self.end(Signal::QUIT);
+        if self.server.is_some() {
+            self.crash();
+        }
     }
 }
 
