@@ -1,7 +1,7 @@
 //! Tells the program which commit it is built from and which RocksDB it contains, for `mkv -version`.
 //!
 //! It runs again only when the sources change. So the commit is that of the sources, and a commit of documents builds
-//! nothing anew.
+//! nothing anew. What was built before its commit goes on saying "changed" until it is built anew.
 
 use std::process::Command;
 

@@ -101,7 +101,7 @@ pub const GROUPS: [Group; 11] = [
             ("volumes", "LIST", "the volumes, host:port,host:port,…"),
             ("replicas", "N", "how many volumes hold a value (3)"),
             ("subvolumes", "N", "how many folders, each a disk, a volume has (10)"),
-            ("userpass", "USER:PASS", "the login for volumes with basic authorization"),
+            ("userpass", "USER:PASS", "the login for volumes with basic authorization; MKV_USERPASS hides it from ps"),
             ("secret", "FILE", "sign all requests and redirects with a secret that the volumes share"),
             ("voltimeout", "TIME", "how long to wait for a volume's HEAD, as 500ms or 1s (1s)"),
             ("v", "", "log each request, show every finding"),
@@ -348,9 +348,14 @@ impl Flags {
         if master.is_empty() || master.contains(['/', '@', '?', '#']) {
             return usage(format!("-master: expected the master itself, as http://host:port, not {url}"));
         }
-        let auth = self.last("userpass").map(|login| basic_auth(login.as_bytes()));
+        let auth = self.login().map(|login| basic_auth(login.as_bytes()));
         let (keep, timeout) = (self.number("keep", 7, 1, 1_000_000)?, self.timeout("voltimeout", 1)?);
         Ok(Command::Backup(backup::Config { dir: dir.into(), master, auth, keep, timeout }))
+    }
+
+    /// The login that mkv itself uses: `-userpass`, or the variable of the environment, which others do not see.
+    fn login(&self) -> Option<String> {
+        self.last("userpass").map(String::from).or_else(|| std::env::var("MKV_USERPASS").ok())
     }
 
     /// Refuses flags that belong to other commands. The server's flags are accepted everywhere: the Go master has one
@@ -368,8 +373,8 @@ impl Flags {
     }
 
     fn store(&self) -> Result<store::Config> {
-        let login = self.last("userpass");
-        if login.is_some_and(|login| !login.contains(':')) {
+        let login = self.login();
+        if login.as_ref().is_some_and(|login| !login.contains(':')) {
             return usage("-userpass: expected user:pass");
         }
         if login.is_some() && self.last("secret").is_some() {

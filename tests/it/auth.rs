@@ -877,14 +877,15 @@ fn a_backup_needs_a_login_as_everything_does() {
     s.put(USER, "/k", "value").expect(201);
     s.ask(None, "GET", "/?backup", None).expect(401);
     let (dir, address) = (s.folder.join("backups"), s.address());
-    let backup = |flags: &[&str]| {
-        let command = ["backup", dir.to_str().unwrap(), "-master", &address];
-        s.run(&[&command, flags].concat())
+    let backup = |flags: &[&str], hidden: Option<&str>| {
+        let mut command = s.mkv(&["backup", dir.to_str().unwrap(), "-master", &address]);
+        command.args(flags).envs(hidden.map(|login| ("MKV_USERPASS", login))).output().expect("mkv starts")
     };
-    let refused = backup(&[]);
+    let refused = backup(&[], None);
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("401"), "{refused:?}");
-    let done = backup(&["-userpass", USER]);
-    assert!(done.status.success(), "{done:?}");
+    for done in [backup(&["-userpass", USER], None), backup(&[], Some(USER))] {
+        assert!(done.status.success(), "{done:?}");
+    }
     http_client::wait_until("the master's own backup is stored", || {
         s.ask(Some(USER), "GET", "/.mkv/backup/1", None).status == 302
     });
