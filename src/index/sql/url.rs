@@ -54,7 +54,7 @@ impl Url {
         let (user, given) = login.split_once(':').unwrap_or((login, ""));
         let password = if given.is_empty() { password.unwrap_or_default() } else { decode(given) };
         let hosts: Vec<String> = hosts.split(',').map(with_port).collect();
-        if user.is_empty() || hosts.iter().any(|host| host.starts_with(':')) {
+        if user.is_empty() || hosts.iter().any(|host| host.is_empty() || host.starts_with(':')) {
             return Err(wrong("user or host is missing"));
         }
         let mut url = Url {
