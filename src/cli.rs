@@ -348,14 +348,18 @@ impl Flags {
         if master.is_empty() || master.contains(['/', '@', '?', '#']) {
             return usage(format!("-master: expected the master itself, as http://host:port, not {url}"));
         }
-        let auth = self.login().map(|login| basic_auth(login.as_bytes()));
+        let auth = self.login()?.map(|login| basic_auth(login.as_bytes()));
         let (keep, timeout) = (self.number("keep", 7, 1, 1_000_000)?, self.timeout("voltimeout", 1)?);
         Ok(Command::Backup(backup::Config { dir: dir.into(), master, auth, keep, timeout }))
     }
 
     /// The login that mkv itself uses: `-userpass`, or the variable of the environment, which others do not see.
-    fn login(&self) -> Option<String> {
-        self.last("userpass").map(String::from).or_else(|| std::env::var("MKV_USERPASS").ok())
+    fn login(&self) -> Result<Option<String>> {
+        let login = self.last("userpass").map(String::from).or_else(|| std::env::var("MKV_USERPASS").ok());
+        if login.as_ref().is_some_and(|login| !login.contains(':')) {
+            return usage("-userpass: expected user:pass");
+        }
+        Ok(login)
     }
 
     /// Refuses flags that belong to other commands. The server's flags are accepted everywhere: the Go master has one
@@ -373,10 +377,7 @@ impl Flags {
     }
 
     fn store(&self) -> Result<store::Config> {
-        let login = self.login();
-        if login.as_ref().is_some_and(|login| !login.contains(':')) {
-            return usage("-userpass: expected user:pass");
-        }
+        let login = self.login()?;
         if login.is_some() && self.last("secret").is_some() {
             return usage("-userpass: leave it out, volumes with -secret take signatures and no password");
         }

@@ -1,6 +1,6 @@
 //! Answers requests: runs each command on the store, and makes, counts and logs the response.
 
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -33,6 +33,11 @@ const IGNORED_BODY: u64 = 1024;
 
 /// How long a request for statistics waits for the pass that counts them.
 const STATS_WAIT: Duration = Duration::from_secs(5);
+
+/// A client must read a backup within this time and at this rate, in bytes a second: while it reads, old tables of the
+/// index stay on the disk.
+const BACKUP_TIME: Duration = Duration::from_secs(60);
+const BACKUP_RATE: u64 = 256 << 10;
 
 pub struct Api {
     store: Arc<Store>,
@@ -208,11 +213,21 @@ impl Api {
 
     /// The index as one file.
     fn backup(&self) -> Result<Response<'_>> {
-        let mut backup = self.store.index.backup()?;
+        let mut backup = self.store.index.backup(false)?;
+        let deadline = Instant::now() + BACKUP_TIME + Duration::from_secs(backup.length / BACKUP_RATE);
         let name = format!("attachment; filename=\"mkv-{}.tar\"", stamp(backup.time));
         let headers = vec![("Content-Type", "application/x-tar".to_string()), ("Content-Disposition", name)];
         let length = backup.length;
-        let write = Box::new(move |out: &mut dyn io::Write| io::copy(&mut backup, out).map(drop));
+        let write = Box::new(move |out: &mut dyn io::Write| {
+            let mut chunk = vec![0; 64 << 10];
+            loop {
+                match backup.read(&mut chunk)? {
+                    0 => return Ok(()),
+                    _ if Instant::now() > deadline => return Err(io::ErrorKind::TimedOut.into()),
+                    count => out.write_all(&chunk[..count])?,
+                }
+            }
+        });
         Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
     }
 

@@ -76,9 +76,10 @@ impl Drop for Checkpoint<'_> {
 }
 
 impl Rocks {
-    /// Makes a consistent copy of the index as it is now. Writes go on meanwhile.
-    pub fn backup(&self) -> Result<Backup<'_>> {
-        let checkpoint = self.make_checkpoint()?;
+    /// Makes a consistent copy of the index as it is now. Writes go on meanwhile. `own`: it is the master's, which does
+    /// not wait for clients that read others.
+    pub fn backup(&self, own: bool) -> Result<Backup<'_>> {
+        let checkpoint = self.make_checkpoint(own)?;
         let wrong = |e: io::Error| Error::Index(format!("{}: {e}", checkpoint.folder.display()));
         let mut files = Vec::new();
         for file in fs::read_dir(&checkpoint.folder).map_err(wrong)? {
@@ -95,13 +96,13 @@ impl Rocks {
         Ok(Backup { time, length, checkpoint, files: files.into_iter(), file, sums, framing })
     }
 
-    fn make_checkpoint(&self) -> Result<Checkpoint<'_>> {
+    fn make_checkpoint(&self, own: bool) -> Result<Checkpoint<'_>> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let others = self.backups.fetch_add(1, Ordering::Relaxed);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let parent = self.folder().with_file_name(TEMPORARY);
         let checkpoint = Checkpoint { index: self, folder: parent.join(number.to_string()) };
-        if others >= MOST {
+        if others >= MOST && !own {
             return Err(Error::Unavailable(format!("{MOST} backups are being read: try again when one is done")));
         }
         let wrong = |e| Error::Index(format!("{}: {e}", parent.display()));
@@ -195,8 +196,11 @@ pub fn unpack(backup: &mut dyn Read, folder: &Path) -> Result<Unpacked> {
         time = next;
     }
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(disk)?;
-    let index = Rocks::open(folder, false, false).map_err(broken)?;
-    let keys = index.read_all().map_err(broken)?;
+    // RocksDB writes a little when it opens: a disk without room for that says nothing about the backup.
+    let wrong =
+        |e: Error| if e.to_string().contains("No space left") { Error::Failed(e.to_string()) } else { broken(e) };
+    let index = Rocks::open(folder, false, false).map_err(wrong)?;
+    let keys = index.read_all().map_err(wrong)?;
     Ok(Unpacked { index: index.into(), time, keys })
 }
 
@@ -231,7 +235,10 @@ fn is_file_name(name: &str) -> bool {
 
 fn write_file(backup: &mut dyn Read, size: u64, path: &Path) -> Result<Hash> {
     let disk = |e: io::Error| Error::Failed(format!("{}: {e}", path.display()));
-    let mut file = File::create_new(path).map_err(disk)?;
+    let mut file = File::create_new(path).map_err(|e| match e.kind() {
+        ErrorKind::AlreadyExists => broken("a file is in it twice"),
+        _ => disk(e),
+    })?;
     let (mut md5, mut left, mut buffer) = (Md5::new(), size, vec![0; 64 << 10]);
     while left > 0 {
         let room = buffer.len().min(left.try_into().unwrap_or(usize::MAX));
@@ -299,7 +306,7 @@ mod tests {
     #[test]
     fn a_backup_is_the_index_at_the_moment_when_it_was_made() {
         let (index, folder) = store("whole", 1000);
-        let backup = index.backup().unwrap();
+        let backup = index.backup(false).unwrap();
         index.batch().remove(b"/1").set_debris(b"/debris", 7, &Debris::default()).commit().unwrap();
         let time = backup.time;
         let bytes = bytes(backup);
@@ -315,7 +322,7 @@ mod tests {
     #[test]
     fn a_backup_that_is_cut_or_damaged_is_none() {
         let (index, folder) = store("cut", 100);
-        let whole = bytes(index.backup().unwrap());
+        let whole = bytes(index.backup(false).unwrap());
         let copy = folder.join("copy");
         let is_whole = |bytes: &[u8]| match unpack(&mut &bytes[..], &copy) {
             Ok(_) => true,
@@ -350,10 +357,10 @@ mod tests {
     #[test]
     fn only_a_few_backups_are_read_at_the_same_time() {
         let (index, folder) = store("few", 1);
-        let backups: Vec<_> = (0..MOST).map(|_| index.backup().unwrap()).collect();
-        assert!(matches!(index.backup(), Err(Error::Unavailable(_))));
+        let backups: Vec<_> = (0..MOST).map(|_| index.backup(false).unwrap()).collect();
+        assert!(matches!(index.backup(false), Err(Error::Unavailable(_))) && index.backup(true).is_ok());
         drop(backups);
-        assert!(index.backup().is_ok());
+        assert!(index.backup(false).is_ok());
         drop(index);
         fs::remove_dir_all(folder).unwrap();
     }

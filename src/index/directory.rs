@@ -6,9 +6,10 @@
 use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{Error as IoError, ErrorKind, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 
 use super::backup::{Unpacked, unpack};
 use super::rocks::Rocks;
@@ -35,7 +36,8 @@ pub fn lock_dir(dir: &Path, create: bool) -> Result<File> {
 
 /// Locks a file, which is made if it is missing. If another process holds it, the inner error is that one's id.
 pub fn lock_file(path: &Path) -> std::io::Result<std::result::Result<File, String>> {
-    let mut file = File::options().read(true).append(true).create(true).open(path)?;
+    let no_links = OFlags::NOFOLLOW.bits() as i32;
+    let mut file = File::options().read(true).append(true).create(true).custom_flags(no_links).open(path)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
         let _ = file.read_to_string(&mut holder);

@@ -269,10 +269,11 @@ impl Index {
         forgotten
     }
 
-    /// Makes a consistent copy of the index as it is now. Writes go on meanwhile.
-    pub fn backup(&self) -> Result<Backup<'_>> {
+    /// Makes a consistent copy of the index as it is now. Writes go on meanwhile. `own`: it is the master's, which does
+    /// not wait for clients that read others.
+    pub fn backup(&self, own: bool) -> Result<Backup<'_>> {
         match self {
-            Index::Rocks(rocks) => rocks.backup(),
+            Index::Rocks(rocks) => rocks.backup(own),
             Index::Sql(_) => Err(Error::Failed("the index is in PostgreSQL: back it up with pg_dump".into())),
         }
     }

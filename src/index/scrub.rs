@@ -67,7 +67,9 @@ impl Scrub {
             File::create_new(&new)?.write_all(format!("{}\n", self.encode()).as_bytes())?;
             fs::rename(&new, &file)
         };
-        write().map_err(|e| Error::Failed(format!("{}: {e}: run verify as the owner of -db", file.display())))
+        write().map_err(|e| {
+            Error::Failed(format!("{}: {e}: check the disk, and that this user may write there", file.display()))
+        })
     }
 }
 

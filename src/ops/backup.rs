@@ -54,7 +54,12 @@ fn failed(path: &Path, e: std::io::Error) -> Error {
 /// Writes the master's backup to this file, and returns its bytes.
 fn download(config: &Config, part: &Path) -> Result<u64> {
     let mut backup = fetch(&config.master, "/?backup", config.auth.as_deref(), config.timeout)?;
-    let mut file = File::create(part).map_err(|e| failed(part, e))?;
+    // What a crash has left goes; a link that lies there must not be followed.
+    let mut file = match fs::remove_file(part) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
+        _ => File::create_new(part),
+    }
+    .map_err(|e| failed(part, e))?;
     let copied = std::io::copy(&mut backup.body, &mut file).and_then(|bytes| file.sync_all().map(|()| bytes));
     copied.map_err(|e| Error::Failed(format!("the backup could not be written to {}: {e}", part.display())))
 }

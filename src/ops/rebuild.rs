@@ -214,11 +214,10 @@ impl Rebuild<'_> {
         let Some(index) = &self.old else { return Ok(()) };
         for (version, debris) in index.debris(key)? {
             let is_listed = |replica: &String| blobs.iter().any(|b| b.version == version && b.replica == *replica);
-            let complete = debris.replicas.iter().any(is_listed)
-                && debris.replicas.iter().all(|replica| is_listed(replica) || self.store.is_lost(replica));
-            if self.is_copy && old.is_none_or(|old| old.version != version) && complete {
-                // A write that was under way when an old copy was made may be a value since, or may never have ended.
-                // The cleaner must not be the one to decide.
+            let is_there = debris.replicas.iter().any(is_listed);
+            if self.is_copy && old.is_none_or(|old| old.version != version) && is_there {
+                // A write that was under way when an old copy was made may be a value since, even one that has lost
+                // replicas, or may never have ended. The cleaner must not be the one to decide.
                 self.report.add(DOUBTFUL, format!("{} {}", quoted(key), path(key, version)));
                 self.store.index.batch().set_debris(key, version, &Default::default()).commit()?;
             }

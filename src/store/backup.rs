@@ -43,7 +43,7 @@ impl Store {
         let times = self.backup_times()?;
         let oldest = (0..times.len()).min_by_key(|n| times[*n]).unwrap_or(0);
         // Before the write begins: the copy does not call itself unfinished.
-        let mut backup = self.index.backup()?;
+        let mut backup = self.index.backup(true)?;
         let length = Some(backup.length);
         let upload = Upload { reader: &mut backup, length, content_md5: None };
         self.put(BACKUP_KEYS[oldest], true, upload, self.own_auth())

@@ -383,7 +383,11 @@ pub fn fetch(host: &str, target: &str, auth: Auth, timeout: Duration) -> Result<
     let mut answer = request.call().map_err(|e| failed(&format!("no answer ({e}): does a master run there?")))?;
     if answer.status() != 200 {
         let text = answer.body_mut().with_config().limit(1000).read_to_string().unwrap_or_default();
-        return Err(failed(&format!("it answers {}: {}", answer.status().as_u16(), text.trim_end())));
+        return Err(failed(&format!(
+            "it answers {}: {}",
+            answer.status().as_u16(),
+            text.lines().next().unwrap_or_default()
+        )));
     }
     Opened::new(answer).ok_or_else(|| failed("its answer has no Content-Length"))
 }

@@ -57,6 +57,27 @@ fn rebuild_from_a_copy_keeps_blobs_of_writes_that_finished_later() {
     c.assert_value("/replaced", "new");
 }
 
+/// The same for a write that has lost a replica since.
+#[test]
+fn rebuild_from_a_copy_keeps_a_later_value_that_has_lost_a_replica() {
+    let mut c = Setup::new().proxied().start();
+    c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
+    let mut put = start_write(&c, "PUT", "value");
+    c.each_proxy(|proxy| proxy.wait_held("PUT", 1));
+    copy_folder(&c.db(), &c.folder.join("copy"));
+    c.each_proxy(FaultyProxy::remove_faults);
+    put.answer().expect(201);
+    c.stop_master();
+    fs::remove_file(c.files(KEY).remove(0)).unwrap();
+    let disks = c.disk_contents();
+    fs::remove_dir_all(c.db()).unwrap();
+    let from = c.folder.join("copy");
+    c.mkv(&["rebuild", "-from", from.to_str().unwrap()]).fails(&["see what is named above"]).prints("left alone: 1");
+    c.start_master();
+    c.wait_until_cleaned();
+    c.assert_disks(&disks);
+}
+
 /// The master is stopped before it has deleted the old version.
 #[test]
 fn rebuild_from_a_copy_prefers_a_complete_newer_version() {
