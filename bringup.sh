@@ -153,7 +153,7 @@ start_database() {
   export PGPASSWORD
   start "the database" setpriv "${as_postgres[@]:1}" --pdeathsig INT -- "$bin/postgres" -D "$home/data" -k "$home" \
     -h "${bind//[\[\]]/}" -p "$((port + 100))" -c log_min_messages=fatal
-  until "$bin/pg_isready" -q -h "${bind//[\[\]]/}" -p "$((port + 100))"; do
+  until "$bin/pg_isready" -q -U mkv -h "${bind//[\[\]]/}" -p "$((port + 100))"; do
     kill -0 "$!" 2>/dev/null || fail "PostgreSQL has ended; the reason is above"
     sleep 0.1
   done

@@ -30,6 +30,15 @@ struct Clients {
     stop: AtomicBool,
 }
 
+/// Ends the clients when it is dropped.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// The length tells values of different writes apart as well.
 fn value(key: usize, number: u64) -> Vec<u8> {
     format!("{key} {number} ").repeat(1 + number as usize % 700).into_bytes()
@@ -98,8 +107,9 @@ impl Clients {
                     }
                 });
             }
+            // The clients end also if this panics.
+            let _end = End(&self.stop);
             meanwhile();
-            self.stop.store(true, Ordering::SeqCst);
         });
         println!(
             "{} requests, {} uploads acknowledged",

@@ -110,6 +110,8 @@ impl Postgres {
     }
 
     fn each_process(&self, server: u32, how: Signal) {
+        // It starts no more processes: one that outlives a crash would keep the next server from starting.
+        signal(server, Signal::STOP);
         let mut pids = vec![server];
         for entry in fs::read_dir("/proc").expect("/proc is mounted").flatten() {
             let pid = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
