@@ -67,8 +67,9 @@ fn rebuild_from_a_copy_keeps_a_later_value_that_has_lost_a_replica() {
     copy_folder(&c.db(), &c.folder.join("copy"));
     c.each_proxy(FaultyProxy::remove_faults);
     put.answer().expect(201);
+    let replica = c.files(KEY).remove(0);
     c.stop_master();
-    fs::remove_file(c.files(KEY).remove(0)).unwrap();
+    fs::remove_file(replica).unwrap();
     let disks = c.disk_contents();
     fs::remove_dir_all(c.db()).unwrap();
     let from = c.folder.join("copy");
@@ -76,6 +77,12 @@ fn rebuild_from_a_copy_keeps_a_later_value_that_has_lost_a_replica() {
     c.start_master();
     c.wait_until_cleaned();
     c.assert_disks(&disks);
+    // The volumes alone have the value.
+    c.stop_master();
+    fs::remove_dir_all(c.db()).unwrap();
+    c.mkv(&["rebuild"]).expect(0);
+    c.start_master();
+    c.assert_value(KEY, "value");
 }
 
 /// The master is stopped before it has deleted the old version.
