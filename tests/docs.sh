@@ -99,7 +99,14 @@ useradd() { :; }
 git() { :; }
 cargo() { :; }
 docker() { :; }
-install() { if [ "$2" = -o ]; then mkdir -p "$4"; else command install "$@"; fi; } # the user is not there
+install() { # without -o: the user is not there
+  local words=()
+  while [ $# -gt 0 ]; do
+    if [ "$1" = -o ]; then shift; else words+=("$1"); fi
+    shift
+  done
+  command install "${words[@]}"
+}
 mount() { find "$1" -mindepth 1 -delete; } # an empty disk
 
 nginx() { # -t: checks the configuration that was installed
