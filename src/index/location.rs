@@ -43,10 +43,10 @@ impl Location {
     }
 
     /// Opens the index for reading, also beside a running master. A folder shows the state at the last `catch_up`.
-    pub fn follow(&self) -> Result<Index> {
+    pub fn open_to_read(&self) -> Result<Index> {
         match self {
-            Location::Folder(folder) => Rocks::follow(&database(folder)?).map(Index::from),
-            Location::Database { url, .. } => Sql::follow(url).map(Index::Sql),
+            Location::Folder(folder) => Rocks::open_to_read(&database(folder)?).map(Index::from),
+            Location::Database { url, .. } => Sql::open_to_read(url).map(Index::Sql),
         }
     }
 
@@ -59,7 +59,7 @@ impl Location {
     pub fn is_in_use(&self) -> Result<bool> {
         match self {
             Location::Folder(folder) => Ok(is_locked(folder)),
-            Location::Database { url, .. } => Sql::follow(url)?.is_in_use(),
+            Location::Database { url, .. } => Sql::open_to_read(url)?.is_in_use(),
         }
     }
 

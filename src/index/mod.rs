@@ -358,7 +358,7 @@ impl Index {
         }
     }
 
-    /// Shows a follower what the master has written since. Does nothing for the index's owner.
+    /// Shows a secondary what the master has written since. Does nothing for the index's owner.
     pub fn catch_up(&self) -> Result<()> {
         engine!(self, catch_up())
     }

@@ -43,7 +43,7 @@ pub struct Rocks {
     db: DB,
     sync: bool,
     /// It belongs to another process, which may write it meanwhile.
-    follower: bool,
+    secondary: bool,
     pub(super) locks: Locks,
     /// The lock of the folder `-db`, where the index was opened through it.
     pub(super) folder_lock: Option<File>,
@@ -68,7 +68,7 @@ impl Rocks {
         options.create_if_missing(create);
         let db = DB::open_cf_descriptors(&options, folder, families()).map_err(|e| wrong(&e))?;
         let (locks, folder_lock, backups) = Default::default();
-        Ok(Rocks { db, sync, follower: false, locks, folder_lock, backups })
+        Ok(Rocks { db, sync, secondary: false, locks, folder_lock, backups })
     }
 
     /// Makes a database for a bulk load.
@@ -81,15 +81,15 @@ impl Rocks {
 
     /// Opens the database in this folder for reading, also beside a running master. It shows the state at the last
     /// `catch_up`.
-    pub fn follow(folder: &Path) -> Result<Rocks> {
+    pub fn open_to_read(folder: &Path) -> Result<Rocks> {
         let wrong = |e: &dyn Display| Error::Index(format!("the index {} cannot be read: {e}", folder.display()));
         if !folder.join("CURRENT").exists() {
             return Err(wrong(&"there is none: check -db"));
         }
-        let scratch = std::env::temp_dir().join(format!("mkv-follow-{:x}", fastrand::u64(..)));
+        let scratch = std::env::temp_dir().join(format!("mkv-secondary-{:x}", fastrand::u64(..)));
         let no_scratch = |e| Error::Failed(format!("{}: {e}: set TMPDIR", scratch.display()));
         std::fs::create_dir(&scratch).map_err(no_scratch)?;
-        // The primary may delete tables that the follower still needs.
+        // The primary may delete tables that the secondary still needs.
         let mut options = options();
         options.set_max_open_files(-1);
         let db = DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families());
@@ -97,14 +97,14 @@ impl Rocks {
         let _ = std::fs::remove_dir_all(&scratch);
         let db = db.map_err(|e| wrong(&e))?;
         let (locks, folder_lock, backups) = Default::default();
-        let index = Rocks { db, sync: false, follower: true, locks, folder_lock, backups };
+        let index = Rocks { db, sync: false, secondary: true, locks, folder_lock, backups };
         index.catch_up()?;
         Ok(index)
     }
 
-    /// Shows a follower what the master has written since. Does nothing for the index's owner.
+    /// Shows a secondary what the master has written since. Does nothing for the index's owner.
     pub fn catch_up(&self) -> Result<()> {
-        if !self.follower {
+        if !self.secondary {
             return Ok(());
         }
         self.db.try_catch_up_with_primary().map_err(index_error)
@@ -145,8 +145,8 @@ impl Rocks {
 
     /// The index as it is now, for as long as the view lives.
     pub fn view(&self) -> View<'_> {
-        // A follower has no snapshots, but it changes only when it catches up.
-        View { index: self, snapshot: (!self.follower).then(|| self.db.snapshot()) }
+        // A secondary has no snapshots, but it changes only when it catches up.
+        View { index: self, snapshot: (!self.secondary).then(|| self.db.snapshot()) }
     }
 
     /// Whether the index holds neither a record nor debris.
