@@ -1,15 +1,18 @@
 //! The program: parses the command line, runs the command, prints the error once.
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process;
 use std::sync::Arc;
 
-use mkv::cli::{self, Cli, Command, Source};
-use mkv::error::Result;
-use mkv::index::Location;
-use mkv::ops::{backup, dump, import, rebalance, rebuild, verify};
-use mkv::store::{self, Store};
+use mkv::api::Outcome;
+use mkv::cli::{self, Cli, Command, Server, Source};
+use mkv::error::{Error, Result};
+use mkv::index::LOG;
+use mkv::ops::{backup, dump, follow, import, rebalance, rebuild, verify};
+use mkv::store::Store;
 use mkv::volumes::{Volumes, secret};
-use mkv::{api, http, logging};
+use mkv::{api, logging};
 
 fn main() {
     if let Err(error) = cli::parse(std::env::args_os().skip(1)).and_then(run) {
@@ -31,12 +34,11 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
     match command {
         Command::Print(text) => println!("{text}"),
         Command::Secret(file) => secret::create(&file)?,
-        Command::Server { db, sync, store, http, api } => {
-            serve(&db, sync, store, volumes(), http, api)?;
-        }
+        Command::Server(server) => serve(*server, volumes())?,
+        Command::Promote { db } => follow::promote(&db)?,
         Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
         Command::Rebalance { db, sync, store, dry_run } => {
-            let index = db.open(false, sync)?;
+            let index = db.open(false, sync, LOG)?;
             rebalance::run(&Store::new(store, index, volumes()), dry_run, verbose)?;
         }
         Command::Verify { store, verify } => verify::run(verify, store, volumes())?,
@@ -49,16 +51,17 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
     Ok(())
 }
 
-fn serve(
-    db: &Location,
-    sync: bool,
-    store: store::Config,
-    volumes: Arc<Volumes>,
-    http: http::Config,
-    api: api::Config,
-) -> Result<()> {
-    let index = db.open(true, sync)?;
-    api::serve(Store::new(store, index, volumes), api, http)
+fn serve(Server { db, sync, log, store, http, api, peer, follows }: Server, volumes: Arc<Volumes>) -> Result<()> {
+    let follows = peer.as_ref().map_or(Ok(false), |peer| follow::prepare(peer, follows))?;
+    let index = if follows { db.open_to_follow(sync, log) } else { db.open(true, sync, log) }?;
+    match api::serve(Store::new(store, index, volumes), api, http, peer)? {
+        Outcome::Stopped => Ok(()),
+        Outcome::Again => {
+            // Threads still use the index that was replaced: only a new process can open the other one.
+            let error = process::Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).exec();
+            Err(Error::Failed(format!("this process cannot start again: {error}")))
+        }
+    }
 }
 
 /// Logs each panic as one line.

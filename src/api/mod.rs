@@ -28,6 +28,7 @@ mod text;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_channel::bounded;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -35,6 +36,7 @@ use signal_hook::iterator::Signals;
 use crate::error::{Error, Result};
 use crate::http::{self, Counters, Server};
 use crate::store::Store;
+use crate::store::follow::{Ended, Peer};
 use auth::Authenticator;
 use handlers::Api;
 
@@ -57,19 +59,30 @@ pub struct Config {
     pub backup: Option<Duration>,
 }
 
-/// Serves the store until SIGTERM or SIGINT. Then it accepts nothing more, waits up to 30 s for the requests under way,
-/// and flushes the index.
-pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()> {
+/// How a server ended without an error.
+#[derive(Debug, PartialEq)]
+pub enum Outcome {
+    Stopped,
+    /// The process has to start again, with another index.
+    Again,
+}
+
+/// Serves the store until SIGTERM or SIGINT, or until it cannot go on beside its peer. Then it accepts nothing more,
+/// waits up to 30 s for the requests under way, and flushes the index.
+pub fn serve(store: Arc<Store>, config: Config, http: http::Config, peer: Option<Peer>) -> Result<Outcome> {
     raise_descriptor_limit();
     store.check_volumes()?;
     let authenticator = match config.basicauth {
         true => Some(Authenticator::new(store.volumes.clone(), &store.config.placement.volumes)?),
         false => None,
     };
-    store.suspect_after_crash()?;
-    let cleans = authenticator.is_none() || store.own_auth().is_some() || store.volumes.are_signed();
+    let follows = store.index.following().is_some();
+    if !follows {
+        store.suspect_after_crash()?;
+    }
     let place = if http.host.is_empty() { "every address".into() } else { http.host.clone() };
-    let (port, counters, backup) = (http.port, Arc::new(Counters::default()), config.backup);
+    let (port, counters) = (http.port, Arc::new(Counters::default()));
+    let writers = Writers { store: store.clone(), backup: config.backup, basicauth: config.basicauth };
     let api = Api::new(store.clone(), config, authenticator, counters.clone());
     let sampler = api.sampler();
     let server = Server::bind(http, counters, api).map_err(|e| {
@@ -79,16 +92,6 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
     let front = server.clone();
     spawn("mkv-accept", move || front.run())?;
     spawn("mkv-sampler", sampler)?;
-    if cleans {
-        let cleaner = store.clone();
-        spawn("mkv-cleaner", move || cleaner.clean())?;
-    } else {
-        log::warn!("without -userpass the cleaner cannot delete: debris waits");
-    }
-    if let Some(interval) = backup {
-        let keeper = store.clone();
-        spawn("mkv-backup", move || keeper.keep_backup(interval))?;
-    }
     let checker = store.clone();
     let check = move || {
         checker.volumes.warn_if_open(&checker.config.placement.volumes);
@@ -97,13 +100,73 @@ pub fn serve(store: Arc<Store>, config: Config, http: http::Config) -> Result<()
     spawn("mkv-check", check)?;
     let wrong = |e: std::io::Error| Error::Failed(format!("signals: {e}"));
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(wrong)?;
+    let (end, ended) = bounded(1);
+    let handle = signals.handle();
+    let end = move |why| {
+        let _ = end.try_send(why);
+        handle.close();
+    };
+    match peer {
+        Some(peer) => watch(Arc::new(peer), &store, writers, follows, end)?,
+        None => writers.start()?,
+    }
     println!("mkv listens on {address}");
     // SIGHUP has nothing to reopen: the log goes to stderr, and all settings are flags.
-    while signals.wait().all(|signal| signal == SIGHUP) {}
+    while !signals.is_closed() && signals.wait().all(|signal| signal == SIGHUP) {}
     server.stop(DRAIN);
     store.index.sync()?;
     store.index.close();
-    Ok(())
+    match ended.try_recv() {
+        Err(_) => Ok(Outcome::Stopped),
+        Ok(Ended::Replaced) => Ok(Outcome::Again),
+        Ok(Ended::Failed(error)) => Err(error),
+    }
+}
+
+/// What only a master does, in the background.
+struct Writers {
+    store: Arc<Store>,
+    backup: Option<Duration>,
+    basicauth: bool,
+}
+
+impl Writers {
+    fn start(self) -> Result<()> {
+        let store = self.store;
+        if !self.basicauth || store.own_auth().is_some() || store.volumes.are_signed() {
+            let cleaner = store.clone();
+            spawn("mkv-cleaner", move || cleaner.clean())?;
+        } else {
+            log::warn!("without -userpass the cleaner cannot delete: debris waits");
+        }
+        if let Some(interval) = self.backup {
+            spawn("mkv-backup", move || store.keep_backup(interval))?;
+        }
+        Ok(())
+    }
+}
+
+/// Starts what a process with a peer does: it follows, until it is promoted; a master looks whether its peer was.
+fn watch(
+    peer: Arc<Peer>,
+    store: &Arc<Store>,
+    writers: Writers,
+    follows: bool,
+    end: impl Fn(Ended) + Clone + Send + 'static,
+) -> Result<()> {
+    if follows {
+        let (peer, store, end) = (peer.clone(), store.clone(), end.clone());
+        let promotion = move || store.await_promotion(&peer, || writers.start());
+        spawn("mkv-promotion", move || {
+            if let Err(error) = promotion() {
+                end(Ended::Failed(error));
+            }
+        })?;
+    } else {
+        writers.start()?;
+    }
+    let store = store.clone();
+    spawn("mkv-follow", move || end(store.follow(&peer)))
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {

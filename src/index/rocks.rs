@@ -1,8 +1,9 @@
 //! RocksDB: records under their key, debris in a column family under the key and 8 bytes of version (big-endian).
 //!
-//! The only file that names rocksdb. It opens, reads, scans and writes batches; `write.rs` has the verbs of the store's
-//! protocols on them. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
+//! It opens, reads, scans and writes batches; `write.rs` has the verbs of the store's protocols on them, `log.rs` those of
+//! followers. Only this file and `log.rs` name rocksdb. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
 
+mod log;
 mod write;
 
 use std::fmt::Display;
@@ -39,6 +40,8 @@ const BULK_WRITE_BUFFER: usize = 16 << 20;
 /// Bytes of the block cache.
 const CACHE: usize = 64 << 20;
 
+pub use log::Following;
+
 pub struct Rocks {
     db: DB,
     sync: bool,
@@ -49,11 +52,17 @@ pub struct Rocks {
     pub(super) folder_lock: Option<File>,
     /// Backups that are being read.
     pub(super) backups: AtomicUsize,
+    lineage: log::Lineage,
 }
 
 impl Rocks {
     /// Opens the database in this folder, or makes it if `create` is set. `sync`: a write is on disk when it returns.
     pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Rocks> {
+        Rocks::open_keeping(folder, create, sync, 0)
+    }
+
+    /// The same, and keeps about so many MiB of the log of what is in tables already, for followers.
+    pub fn open_keeping(folder: &Path, create: bool, sync: bool, log: u64) -> Result<Rocks> {
         let wrong = |e: &dyn Display| {
             Error::Index(format!(
                 "the index {} does not open ({e}): if this stays so, move it away and run mkv rebuild",
@@ -66,9 +75,10 @@ impl Rocks {
         }
         let mut options = options();
         options.create_if_missing(create);
+        options.set_wal_size_limit_mb(log);
         let db = DB::open_cf_descriptors(&options, folder, families()).map_err(|e| wrong(&e))?;
-        let (locks, folder_lock, backups) = Default::default();
-        Ok(Rocks { db, sync, secondary: false, locks, folder_lock, backups })
+        let (locks, folder_lock, backups, lineage) = Default::default();
+        Ok(Rocks { db, sync, secondary: false, locks, folder_lock, backups, lineage })
     }
 
     /// Makes a database for a bulk load.
@@ -96,8 +106,8 @@ impl Rocks {
         // The folder holds only RocksDB's own log, which nobody reads.
         let _ = std::fs::remove_dir_all(&scratch);
         let db = db.map_err(|e| wrong(&e))?;
-        let (locks, folder_lock, backups) = Default::default();
-        let index = Rocks { db, sync: false, secondary: true, locks, folder_lock, backups };
+        let (locks, folder_lock, backups, lineage) = Default::default();
+        let index = Rocks { db, sync: false, secondary: true, locks, folder_lock, backups, lineage };
         index.catch_up()?;
         Ok(index)
     }
@@ -166,8 +176,12 @@ impl Rocks {
         self.db.flush_wal(true).map_err(index_error)
     }
 
-    /// Writes a batch that changes nothing, to see whether the index takes writes.
+    /// Writes a batch that changes nothing, to see whether the index takes writes. A follower writes only what its master
+    /// has written.
     pub fn probe(&self) -> Result<()> {
+        if self.following().is_some() {
+            return self.get(b"").map(drop);
+        }
         self.batch().set_debris(b"", 0, &Debris::default()).commit()
     }
 
