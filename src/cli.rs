@@ -139,6 +139,7 @@ pub const GROUPS: [Group; 13] = [
             ("sync", "", "flush the index to the disk before a write is answered"),
             ("peer", "URL", "the other machine's mkv; if it was promoted in place of this one, follow it"),
             ("keeplog", "MIB", "how much of the index's log to keep for followers (1024)"),
+            ("s3uploads", "TIME", "how long a multipart upload may take before its parts are deleted (168h)"),
             ("maxconns", "N", "the most connections of clients (4096)"),
             ("headtimeout", "TIME", "how long the head of a request may take (30s)"),
             ("idletimeout", "TIME", "how long a connection may wait for its next request (60s)"),
@@ -428,6 +429,7 @@ impl Flags {
             // With signatures it is for the other master only.
             auth: login.filter(|_| !is_signed).map(|login| basic_auth(login.as_bytes())),
             settle: self.time("settle", 60)?,
+            uploads: self.timeout("s3uploads", 7 * 24 * 3600)?,
             lost: self.all("lost").iter().flat_map(|list| list.split(',')).map(String::from).collect(),
         })
     }

@@ -5,14 +5,14 @@ use std::os::unix::process::CommandExt;
 use std::process;
 use std::sync::Arc;
 
-use mkv::api::Outcome;
 use mkv::cli::{self, Cli, Command, Server, Source};
 use mkv::error::{Error, Result};
 use mkv::index::LOG;
+use mkv::logging;
 use mkv::ops::{backup, dump, follow, import, rebalance, rebuild, verify};
+use mkv::serve::{Outcome, serve};
 use mkv::store::Store;
 use mkv::volumes::{Volumes, secret};
-use mkv::{api, logging};
 
 fn main() {
     if let Err(error) = cli::parse(std::env::args_os().skip(1)).and_then(run) {
@@ -34,7 +34,7 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
     match command {
         Command::Print(text) => println!("{text}"),
         Command::Secret(file) => secret::create(&file)?,
-        Command::Server(server) => serve(*server, volumes())?,
+        Command::Server(server) => run_server(*server, volumes())?,
         Command::Promote { db } => follow::promote(&db)?,
         Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
         Command::Rebalance { db, sync, store, dry_run } => {
@@ -51,10 +51,11 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
     Ok(())
 }
 
-fn serve(Server { db, sync, log, store, http, api, peer, follows }: Server, volumes: Arc<Volumes>) -> Result<()> {
+/// Runs the server until it is stopped.
+fn run_server(Server { db, sync, log, store, http, api, peer, follows }: Server, volumes: Arc<Volumes>) -> Result<()> {
     let follows = peer.as_ref().map_or(Ok(false), |peer| follow::prepare(peer, follows))?;
     let index = if follows { db.open_to_follow(sync, log) } else { db.open(true, sync, log) }?;
-    match api::serve(Store::new(store, index, volumes), api, http, peer)? {
+    match serve(Store::new(store, index, volumes), api, http, peer)? {
         Outcome::Stopped => Ok(()),
         Outcome::Again => {
             // Threads still use the index that was replaced: only a new process can open the other one.

@@ -287,9 +287,13 @@ impl Rocks {
         let (now, mut forgotten) = (wall_clock() as u64 / 1000, 0);
         for entry in self.view().entries() {
             let mut entry = entry?;
+            // A part of an upload that goes on; or surplus, which waits.
+            if entry.debris.keep_until > now {
+                continue;
+            }
             let version = self.get(&entry.key)?.map(|record| record.version);
             if version.is_some_and(|version| version >= entry.version) {
-                entry.debris.keep_until = entry.debris.keep_until.max(now);
+                entry.debris.keep_until = now;
             } else {
                 entry.debris = Debris::default();
                 forgotten += 1;
