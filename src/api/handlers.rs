@@ -21,7 +21,6 @@ use crate::error::{Error, Result};
 use crate::format::record::{Hash, hex, unhex};
 use crate::format::time::stamp;
 use crate::http::{Body, Content, Counters, Handler, Refusal, Request, Response};
-use crate::index::Following;
 use crate::logging;
 use crate::store::stats::Statistics;
 use crate::store::{List, Located, Store};
@@ -69,7 +68,10 @@ impl Handler for Api {
             Err(error) => (status::failure(&error, id), Some(status::kind(&error))),
         };
         let path = request.target.split('?').next().unwrap_or_default();
-        self.count((request.method, path, id), &response, error, begun.elapsed());
+        // The log is read all the time, and its answers wait for changes.
+        if !request.target.starts_with("/?log") || error.is_some() {
+            self.count((request.method, path, id), &response, error, begun.elapsed());
+        }
         if let Some(following) = self.store.index.following() {
             response.headers.push(("Key-Age", following.age().as_secs_f64().ceil().to_string()));
         }
@@ -187,12 +189,7 @@ impl Api {
 
     /// Fails if this process follows a master.
     fn check_master(&self) -> Result<()> {
-        match self.store.index.following() {
-            None => Ok(()),
-            Some(Following { master, .. }) => {
-                Err(Error::Unavailable(format!("this is a follower, which writes nothing: ask http://{master}")))
-            }
-        }
+        self.store.index.following().map_or(Ok(()), |following| Err(following.refusal()))
     }
 
     /// Finds a replica of a live key. A follower may not know yet that a value was replaced or deleted.

@@ -267,6 +267,7 @@ impl Batch<'_> {
     }
 
     pub fn commit(self) -> Result<()> {
+        self.index.check_owner()?;
         let mut options = WriteOptions::default();
         options.set_sync(self.index.sync);
         self.index.db.write_opt(self.batch, &options).map_err(index_error)

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::index::{Location, Role, is_locked, lock_dir, publish_checkpoint};
+use crate::index::{Location, Role, is_locked, lock_dir, publish_checkpoint, remove};
 use crate::store::follow::{Peer, REQUEST};
 
 /// How long a running follower may take to become a master.
@@ -21,12 +21,20 @@ pub fn prepare(peer: &Peer, wants: bool) -> Result<bool> {
     let role = Role::read(folder)?;
     let Some(follows) = role_with(peer, &role, wants)? else { return Ok(false) };
     if follows != role {
+        if role.follows.is_none() {
+            // Of an earlier time as a follower.
+            remove(&folder.join("index.new"))?;
+        }
         follows.write(folder)?;
     }
-    publish_checkpoint(folder, follows.stepped_down)?;
+    let published = publish_checkpoint(folder, follows.stepped_down)?;
+    if published && follows.stepped_down {
+        // The old master's index is kept once.
+        Role { stepped_down: false, ..follows }.write(folder)?;
+    }
     if !folder.join("index").exists() {
         peer.fetch_checkpoint()?;
-        publish_checkpoint(folder, follows.stepped_down)?;
+        publish_checkpoint(folder, false)?;
     }
     Ok(true)
 }

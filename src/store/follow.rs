@@ -88,7 +88,7 @@ impl Peer {
                 "http://{} was promoted in place of this master: start this one again, and it follows",
                 self.host()
             ))),
-            None if head.generation == generation => {
+            None => {
                 log::error!("http://{} is a master of this store too: stop one of the two", self.host());
                 Ok(())
             }

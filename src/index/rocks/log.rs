@@ -24,7 +24,7 @@ use crate::threads::lock;
 
 /// How long a reader of the log waits for changes, and how often they are looked for: each look reads a log file of
 /// some MiB from its beginning.
-const WAIT: Duration = Duration::from_secs(1);
+const WAIT: Duration = Duration::from_millis(300);
 const LOOK: Duration = Duration::from_millis(25);
 
 /// So many changes are sent without waiting for more, and about so many bytes at once.
@@ -48,9 +48,11 @@ pub struct Lineage {
 pub struct Following {
     /// `host:port`.
     pub master: String,
-    /// Whether batches may be taken over. Held while one is.
-    takes: Mutex<bool>,
-    /// It has become a master.
+    /// Held while a batch is taken over, and during a promotion.
+    taking: Mutex<()>,
+    /// The index is a master's: no batch is taken over any more.
+    promoted: AtomicBool,
+    /// This process has become a master.
     ended: AtomicBool,
     /// When the index was last known to be current, in milliseconds since the machine started.
     current: AtomicI64,
@@ -65,6 +67,11 @@ impl Following {
     pub fn age(&self) -> Duration {
         let age = boot_time().as_millis() as i64 - self.current.load(Ordering::Relaxed);
         Duration::from_millis(age.max(0) as u64)
+    }
+
+    /// The error for a change of this index by anybody else.
+    pub fn refusal(&self) -> Error {
+        Error::Unavailable(format!("this is a follower, which writes nothing: ask http://{}", self.master))
     }
 
     /// How many changes the master was ahead when it last answered.
@@ -85,9 +92,9 @@ impl Rocks {
         self.trace_families()?;
         let (Some(master), db) = (role.follows.clone(), self.parent()) else { return Ok(()) };
         let age = wall_clock() - noted_time(db);
-        let (takes, ended, noted) = (Mutex::new(true), AtomicBool::new(false), AtomicI64::new(i64::MIN));
-        let current = AtomicI64::new(boot_time().as_millis() as i64 - age);
-        self.lineage.following = Some(Following { master, takes, ended, current, noted, behind: AtomicU64::default() });
+        let (taking, promoted, ended, behind) = Default::default();
+        let (current, noted) = (AtomicI64::new(boot_time().as_millis() as i64 - age), AtomicI64::new(i64::MIN));
+        self.lineage.following = Some(Following { master, taking, promoted, ended, current, noted, behind });
         self.lineage.generation = role.generation.into();
         *lock(&self.lineage.history) = History::read(self.folder())?;
         Ok(())
@@ -211,9 +218,9 @@ impl Rocks {
     /// Takes over a batch.
     pub fn apply(&self, update: &Update) -> Result<()> {
         let Some(following) = self.following() else { return Ok(()) };
-        let takes = lock(&following.takes);
+        let _taking = lock(&following.taking);
         let last = self.db.latest_sequence_number();
-        if !*takes || update.change != last + 1 {
+        if following.promoted.load(Ordering::Relaxed) || update.change != last + 1 {
             return Err(Error::Failed(format!("change {} does not follow change {last}", update.change)));
         }
         let batch = WriteBatch::from_data(&update.batch);
@@ -246,12 +253,19 @@ impl Rocks {
     /// Makes the copy a master's index, which is that also after a crash. `lead` has to follow.
     pub fn promote(&self) -> Result<()> {
         let Some(following) = self.following() else { return Ok(()) };
-        let mut takes = lock(&following.takes);
+        let _taking = lock(&following.taking);
         self.sync()?;
         let role = Role::read(self.parent())?.promoted();
         role.write(self.parent())?;
-        *takes = false;
+        following.promoted.store(true, Ordering::Relaxed);
+        log::warn!("promoted; the index was last known to be current {:.1} s ago", following.age().as_secs_f64());
         self.take_over(role)
+    }
+
+    /// Fails if only the master's changes may be written.
+    pub fn check_owner(&self) -> Result<()> {
+        let following = self.following().filter(|following| !following.promoted.load(Ordering::Relaxed));
+        following.map_or(Ok(()), |following| Err(following.refusal()))
     }
 
     /// From now on this process writes the index.
@@ -272,8 +286,8 @@ impl Rocks {
             self.sync()?;
             Role { inherits: false, ..role }.write(self.parent())?;
             log::warn!(
-                "promoted: this is generation {}. {left} blobs that the old master was writing or deleting are left \
-                 alone: mkv verify names them",
+                "this is generation {}; {left} blobs that the old master was writing or deleting are left alone: mkv \
+                 verify names them",
                 role.generation
             );
         }

@@ -96,14 +96,6 @@ impl Follower {
         assert_eq!(child.wait().unwrap().code(), Some(0), "{}", self.log());
     }
 
-    /// Waits until it has exited by itself, with exit status 1.
-    #[track_caller]
-    pub fn wait_for_failure(&mut self) {
-        let mut child = self.child.take().expect("the follower runs");
-        wait(&mut child, "the process");
-        assert_eq!(child.wait().unwrap().code(), Some(1), "{}", self.log());
-    }
-
     #[track_caller]
     pub fn ask(&self, method: &str, target: &str) -> Answer {
         http_client::ask(&self.address, method, target, &[], None)
@@ -132,6 +124,15 @@ impl Follower {
         let wanted = change(&c.address());
         wait_until("the follower has caught up", || {
             http_client::Conn::try_open(&self.address).is_ok() && change(&self.address) >= wanted
+        });
+    }
+
+    /// The same the other way round: waits until the master, which follows this one now, has all changes of this one.
+    #[track_caller]
+    pub fn wait_until_followed_by(&self, c: &Cluster) {
+        let wanted = change(&self.address);
+        wait_until("the old master has caught up", || {
+            http_client::Conn::try_open(&c.address()).is_ok() && change(&c.address()) >= wanted
         });
     }
 
