@@ -74,7 +74,7 @@ main() {
   rounds=${1:-5}
   prepare
   start_postgres
-  start_volumes
+  start_volumes 3
   start_master "$bin/mkv" "$work/db"
   rocks=$url
   if [ -n "${BEFORE:-}" ]; then start_master "$BEFORE" "$work/db-before"; before=("$url"); fi

@@ -35,10 +35,11 @@ await() { # COMMAND…
   until "$@" >/dev/null 2>&1; do sleep 0.1; done
 }
 
+# start_volumes COUNT: sets volumes.
 start_volumes() {
   local n free
   volumes=
-  for ((n = 1; n <= 3; n++)); do
+  for ((n = 1; n <= $1; n++)); do
     free=$(port)
     BIND=127.0.0.1 PORT=$free "$here/volume.sh" "$work/v$n" >/dev/null 2>"$work/v$n.log" &
     await curl -s -o /dev/null "http://127.0.0.1:$free/"
@@ -46,11 +47,11 @@ start_volumes() {
   done
 }
 
-# start_master BINARY DB: sets url and pid.
+# start_master BINARY DB [FLAG…]: sets url and pid.
 start_master() {
   local free
   free=$(port)
-  "$1" -db "$2" -volumes "$volumes" -host 127.0.0.1 -port "$free" server >"$work/master-$free.log" 2>&1 &
+  "$1" -db "$2" -volumes "$volumes" -host 127.0.0.1 -port "$free" "${@:3}" server >"$work/master-$free.log" 2>&1 &
   pid=$! url=http://127.0.0.1:$free
   await curl -s -o /dev/null "$url/"
 }
