@@ -23,6 +23,7 @@ pub mod index;
 pub mod logging;
 pub mod man;
 pub mod ops;
+pub mod serve;
 pub mod store;
 pub mod threads;
 pub mod volumes;
