@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 
+use super::Call;
 use super::failure::{Code, Failure};
 use super::xml::{DECLARATION, Document};
-use super::Call;
 use crate::error::Error;
 use crate::http::{Content, Refusal, Response};
 
-pub type Answer<'a> = Result<Response<'a>, Fault>;
+pub type Outcome<T, E = Fault> = Result<T, E>;
+
+pub type Answer<'a> = Outcome<Response<'a>>;
 
 /// The error of a judge that finds the bucket gone.
 pub const NO_BUCKET: Error = Error::NotFound("no such bucket");

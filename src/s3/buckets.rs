@@ -1,15 +1,14 @@
 //! Buckets. The marker of bucket `b` is an empty value under the key `/b/`; a bucket exists if its marker or any key below
 //! it does, so what the native API has written is in buckets too.
 
-use super::answer::{Answer, Fault, NO_BUCKET, document, empty, iso, xml};
-use super::failure::{Code, Failure};
+use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, iso, xml};
+use super::failure::Code;
 use super::objects::read_text;
 use super::route::{self, Operation, key};
 use super::xml::{self, Document};
 use super::{Call, S3};
 use crate::error::Result;
-use crate::format::record::Record;
-use crate::http::{Body, Content, Response};
+use crate::http::{Body, Response};
 use crate::store::Step;
 use crate::volumes::upload::Upload;
 
@@ -64,7 +63,7 @@ impl S3 {
     }
 
     /// Fails if the bucket has objects or uploads.
-    fn check_empty(&self, marker: &[u8]) -> Result<(), Fault> {
+    fn check_empty(&self, marker: &[u8]) -> Outcome<()> {
         let mut is_empty = true;
         self.store.scan(marker, marker, |key, _| {
             is_empty = key == marker;

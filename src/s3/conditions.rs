@@ -1,8 +1,8 @@
 //! Conditions of a request: `If-Match`, `If-None-Match`, `If-Modified-Since`, `If-Unmodified-Since` (RFC 9110, section
 //! 13), and the same of a copy's source. Clients send ETags with and without quotes.
 
+use super::head::Head;
 use super::meta::{self, Meta};
-use super::sigv4::Head;
 use crate::error::{Error, Result};
 use crate::format::record::Record;
 

@@ -1,6 +1,6 @@
 //! CopyObject and UploadPartCopy: the master streams the source from a volume into the new value.
 
-use super::answer::{Answer, Fault, LONG, iso, kept_alive, xml};
+use super::answer::{Answer, Fault, LONG, Outcome, iso, kept_alive, xml};
 use super::conditions::{Conditions, Verdict};
 use super::failure::{Code, Failure};
 use super::get::Object;
@@ -21,7 +21,7 @@ struct Source {
 }
 
 impl Source {
-    fn of(call: &Call) -> Result<Source, Fault> {
+    fn of(call: &Call) -> Outcome<Source> {
         let (bucket, object) = copy_source(call.amz("x-amz-copy-source").unwrap_or_default())?;
         if !call.may(false, &bucket) {
             return Err(denied().into());
@@ -30,7 +30,7 @@ impl Source {
         Ok(Source { bucket, key, conditions: Conditions::of_source(call.head) })
     }
 
-    fn judge(&self, etag: &str, time: u64) -> Result<(), Error> {
+    fn judge(&self, etag: &str, time: u64) -> Outcome<(), Error> {
         if self.conditions.verdict(etag, time) == Verdict::Go { Ok(()) } else { Err(Error::Precondition) }
     }
 }
@@ -64,11 +64,9 @@ impl S3 {
         let (bucket, hash) = (call.route.bucket.clone(), object.record.hash);
         let work = move || {
             let judge = move |old: Option<&Record>| self.judge(&bucket, &conditions, old);
-            let record = transfer(opened, hash, |upload| {
-                self.store.put_object(&key, upload, |_| meta.encode(), &judge)
-            })?;
-            let etag = etag(&record, &Meta::decode(&record.meta)?);
-            Ok(result("CopyObjectResult", &etag, record.time))
+            let record =
+                transfer(opened, hash, |upload| self.store.put_object(&key, upload, |_| meta.encode(), &judge))?;
+            copied("CopyObjectResult", &record)
         };
         kept_alive(call, object.size >= LONG, work)
     }
@@ -83,12 +81,12 @@ impl S3 {
             meta.extend(old.of_value());
             Ok(Record { meta: meta.encode(), ..record })
         });
-        let record = match changed {
-            Err(Error::NotFound(_)) => return Err(self.missing(&source.bucket)?.into()),
-            changed => changed?,
-        };
-        let etag = etag(&record, &Meta::decode(&record.meta)?);
-        Ok(xml(200, result("CopyObjectResult", &etag, record.time)))
+        if matches!(changed, Err(Error::NotFound(_))) {
+            return Err(self.missing(&source.bucket)?.into());
+        }
+        changed?;
+        let record = self.store.object(&source.key)?.ok_or(Error::NOT_FOUND)?;
+        Ok(xml(200, copied("CopyObjectResult", &record)?))
     }
 
     pub(super) fn upload_part_copy<'a>(&'a self, call: &Call) -> Answer<'a> {
@@ -101,9 +99,8 @@ impl S3 {
         })?;
         let (size, hash) = (opened.length, object.record.hash.filter(|_| text.is_none()));
         let work = move || {
-            let part =
-                transfer(opened, hash, |data| self.store.put_part(&upload, number, data, |_| String::new()))?;
-            Ok(result("CopyPartResult", &crate::format::record::hex(&part.hash), Some(part.time)))
+            let part = transfer(opened, hash, |data| self.store.put_part(&upload, number, data, |_| String::new()))?;
+            copied("CopyPartResult", &part.record)
         };
         kept_alive(call, size >= LONG, work)
     }
@@ -112,12 +109,12 @@ impl S3 {
     fn open_source(
         &self,
         source: &Source,
-        range: impl Fn(&Object) -> Result<Option<(u64, u64)>, Failure>,
-    ) -> Result<(Object, Opened), Fault> {
+        range: impl Fn(&Object) -> Outcome<Option<(u64, u64)>, Failure>,
+    ) -> Outcome<(Object, Opened)> {
         self.read(&source.bucket, &source.key, |object| {
-            source.judge(&object.etag, object.time).map_err(|_| {
-                Fault::new(Code::PreconditionFailed, "a condition of the source does not hold")
-            })?;
+            source
+                .judge(&object.etag, object.time)
+                .map_err(|_| Fault::new(Code::PreconditionFailed, "a condition of the source does not hold"))?;
             let range = range(&object)?;
             let opened = self.store.open_object(&source.key, &object.record, range)?;
             Ok((object, opened))
@@ -130,7 +127,7 @@ fn transfer<T>(
     opened: Opened,
     content_md5: Option<Hash>,
     store: impl FnOnce(Upload) -> crate::error::Result<T>,
-) -> Result<T, Fault> {
+) -> Outcome<T> {
     let Opened { length, mut body, .. } = opened;
     store(Upload { reader: &mut body, length: Some(length), content_md5 }).map_err(|error| match error {
         // It is the volume's body, and none of the client's.
@@ -139,14 +136,14 @@ fn transfer<T>(
     })
 }
 
-fn result(root: &str, etag: &str, time: Option<u64>) -> String {
-    let mut result = Document::new(root);
-    result.element("LastModified", iso(time.unwrap_or_default())).element("ETag", format!("\"{etag}\""));
-    result.finish()
+fn copied(root: &str, record: &Record) -> Outcome<String> {
+    let (mut result, etag) = (Document::new(root), etag(record, &Meta::decode(&record.meta)?));
+    result.element("LastModified", iso(record.time.unwrap_or_default())).element("ETag", format!("\"{etag}\""));
+    Ok(result.finish())
 }
 
 /// Parses `bytes=FIRST-LAST`, which has to be inside the source.
-fn source_range(text: &str, size: u64) -> Result<(u64, u64), Failure> {
+fn source_range(text: &str, size: u64) -> Outcome<(u64, u64), Failure> {
     let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
     let range = text.strip_prefix("bytes=").and_then(|range| range.split_once('-'));
     match range.and_then(|(first, last)| Some((number(first)?, number(last)?))) {

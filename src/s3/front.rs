@@ -5,7 +5,7 @@
 //! in `X-Mkv-Failed` if it cannot read it, `X-Mkv-Range`, and the object's headers under names of `CARRIED`. nginx cannot
 //! carry a header whose name it does not know, nor an empty one: such objects are streamed by the master.
 
-use super::answer::{Fault, empty};
+use super::answer::{Outcome, empty};
 use super::get::{Headers, Object, Range};
 use super::route::Operation;
 use super::{Call, S3};
@@ -56,7 +56,7 @@ impl S3 {
         object: &Object,
         range: Range,
         headers: &Headers,
-    ) -> Result<Option<Response<'a>>, Fault> {
+    ) -> Outcome<Option<Response<'a>>> {
         // A volume with passwords would need the master's own, which no client may see.
         if self.store.own_auth().is_some() && !self.store.volumes.are_signed() {
             return Ok(None);

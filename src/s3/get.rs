@@ -3,7 +3,7 @@
 
 use std::io::{self, Read, Write};
 
-use super::answer::{Answer, Fault, empty, http_date};
+use super::answer::{Answer, Fault, Outcome, empty, http_date};
 use super::conditions::{Conditions, Verdict, bare, seconds};
 use super::failure::{Code, Failure};
 use super::meta::{DEFAULT_TYPE, KEPT, Meta, etag, is_text};
@@ -81,17 +81,14 @@ impl S3 {
     }
 
     /// Lets `act` read an object, once more whenever it was overwritten or deleted meanwhile and the blob is gone.
-    pub(super) fn read<T>(
-        &self,
-        bucket: &str,
-        key: &[u8],
-        mut act: impl FnMut(Object) -> std::result::Result<T, Fault>,
-    ) -> std::result::Result<T, Fault> {
+    pub(super) fn read<T>(&self, bucket: &str, key: &[u8], mut act: impl FnMut(Object) -> Outcome<T>) -> Outcome<T> {
         loop {
             let Some(object) = self.find(key)? else { return Err(self.missing(bucket)?.into()) };
             let record = object.record.clone();
             match act(object) {
-                Err(Fault::Store(error)) if self.store.object(key)?.as_ref() == Some(&record) => return Err(error.into()),
+                Err(Fault::Store(error)) if self.store.object(key)?.as_ref() == Some(&record) => {
+                    return Err(error.into());
+                }
                 Err(Fault::Store(_)) => {}
                 result => return result,
             }
@@ -140,7 +137,7 @@ fn wanted_range(call: &Call, object: &Object) -> Range {
 /// The headers that describe an object, with names in lower case.
 pub type Headers = Vec<(String, String)>;
 
-fn describe(call: &Call, object: &Object, range: Range) -> std::result::Result<Headers, Failure> {
+fn describe(call: &Call, object: &Object, range: Range) -> Outcome<Headers, Failure> {
     let mut headers: Headers = Vec::new();
     let mut add = |name: &str, value: &str| headers.push((name.to_string(), value.to_string()));
     add("etag", &format!("\"{}\"", object.etag));

@@ -4,7 +4,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-use super::answer::{Answer, Fault, document, iso};
+use super::answer::{Answer, Outcome, document, iso};
 use super::buckets::owner;
 use super::failure::{Code, Failure};
 use super::meta::{Meta, etag};
@@ -186,7 +186,7 @@ pub struct Encoding {
 }
 
 impl Encoding {
-    pub fn of(call: &Call) -> std::result::Result<Encoding, Failure> {
+    pub fn of(call: &Call) -> Outcome<Encoding, Failure> {
         match call.query.get("encoding-type") {
             None | Some("") => Ok(Encoding { is_url: false }),
             Some(text) if text.eq_ignore_ascii_case("url") => Ok(Encoding { is_url: true }),
@@ -209,12 +209,12 @@ impl Encoding {
 }
 
 /// How many entries a page may have.
-pub fn most(call: &Call, name: &str) -> std::result::Result<usize, Failure> {
+pub fn most(call: &Call, name: &str) -> Outcome<usize, Failure> {
     let most = call.query.number(name, 0..=i32::MAX as u64)?;
     Ok(most.unwrap_or(PAGE_MAX).min(PAGE_MAX) as usize)
 }
 
-fn read_token(token: &str) -> std::result::Result<Vec<u8>, Failure> {
+fn read_token(token: &str) -> Outcome<Vec<u8>, Failure> {
     let wrong = |_| Failure::new(Code::InvalidArgument, "the continuation token is not one of this server's");
     URL_SAFE_NO_PAD.decode(token).map_err(wrong)
 }

@@ -15,10 +15,11 @@
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
+use super::answer::Outcome;
 use super::checksum::Algorithm;
 use super::failure::{Code, Failure};
+use super::head::Head;
 use super::route::Query;
-use super::sigv4::Head;
 use crate::error::{Error, Result};
 use crate::format::record::{Record, hex};
 
@@ -46,7 +47,7 @@ pub struct Meta {
 
 impl Meta {
     /// What a request says of an object: its headers, and those that a presigned URL has in its query.
-    pub fn of_request(head: &Head, query: &Query) -> std::result::Result<Meta, Failure> {
+    pub fn of_request(head: &Head, query: &Query) -> Outcome<Meta, Failure> {
         let mut meta = Meta::default();
         let queried = query.0.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let queried = queried.filter(|(name, _)| is_user(name));
@@ -86,7 +87,7 @@ impl Meta {
         }
     }
 
-    fn check(&self) -> std::result::Result<(), Failure> {
+    fn check(&self) -> Outcome<(), Failure> {
         if self.pairs.iter().any(|(name, value)| !is_token(name) || !is_text(value)) {
             return Err(Failure::new(Code::InvalidArgument, "metadata has a control character or no name"));
         }
@@ -203,7 +204,7 @@ pub fn etag(record: &Record, meta: &Meta) -> String {
 mod tests {
     use super::*;
 
-    fn meta_of(headers: &[(&str, &str)]) -> std::result::Result<Meta, Code> {
+    fn meta_of(headers: &[(&str, &str)]) -> Outcome<Meta, Code> {
         let head = Head { method: "PUT", target: "/b/a", headers };
         Meta::of_request(&head, &Query(Vec::new())).map_err(|failure| failure.code)
     }

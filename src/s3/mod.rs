@@ -3,7 +3,7 @@
 //! - `route.rs`: method and address to operation; `conditions.rs`: If-Match and the like; `meta.rs`: META and ETags
 //! - `buckets.rs`, `lists.rs`, `objects.rs`, `get.rs`, `copy.rs`, `multipart.rs`: the operations
 //! - `front.rs`: GET through the front or by redirect; `answer.rs`: results and errors as responses
-//! - `sigv4.rs`, `keys.rs`: who asks; `payload.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and codes
+//! - `head.rs`, `sigv4.rs`, `sigv2.rs`, `keys.rs`: who asks; `payload.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and codes
 //!
 //! A request is judged by its head alone - signature, key, operation, name, conditions - before the client is told to send
 //! the body, before a lock and before a byte is read. An operation is carried out by the store; the room decides nothing
@@ -17,6 +17,7 @@ mod copy;
 mod failure;
 mod front;
 mod get;
+mod head;
 pub mod keys;
 mod lists;
 mod meta;
@@ -24,6 +25,7 @@ mod multipart;
 mod objects;
 mod payload;
 mod route;
+mod sigv2;
 mod sigv4;
 mod xml;
 
@@ -33,14 +35,15 @@ use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, Result};
-use crate::http::{Body, Content, Handler, Refusal, Request, Response};
+use crate::http::{Body, Handler, Refusal, Request, Response};
 use crate::logging;
 use crate::store::Store;
-use answer::{Answer, Fault, refusal};
+use answer::{Answer, Fault, Outcome, refusal};
 use failure::{Code, Failure};
+use head::Head;
 use keys::Keys;
 use route::{Operation, Query, Route, route};
-use sigv4::{Head, Signed};
+use sigv4::Signed;
 
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -154,7 +157,7 @@ impl S3 {
             Some(keys) => Some(sigv4::authenticate(&head, keys, SystemTime::now())?.ok_or_else(unsigned)?),
             None => None,
         };
-        let query = Query(sigv4::query(head.target)?);
+        let query = Query(head::query(head.target)?);
         let copies = amz(&head, &query, "x-amz-copy-source").is_some();
         let route = route(head.method, head.path(), &query, copies)?;
         check_headers(&head, &query)?;
@@ -253,10 +256,12 @@ const NOT_IMPLEMENTED: [&str; 11] = [
     "x-amz-rename-source",
 ];
 
-fn check_headers(head: &Head, query: &Query) -> std::result::Result<(), Failure> {
+fn check_headers(head: &Head, query: &Query) -> Outcome<(), Failure> {
     match NOT_IMPLEMENTED.iter().find(|name| amz(head, query, name).is_some()) {
         Some(name) => Err(Failure::new(Code::NotImplemented, format!("mkv has no {name}"))),
-        None if amz(head, query, "x-amz-bucket-object-lock-enabled").is_some_and(|on| !on.eq_ignore_ascii_case("false")) => {
+        None if amz(head, query, "x-amz-bucket-object-lock-enabled")
+            .is_some_and(|on| !on.eq_ignore_ascii_case("false")) =>
+        {
             Err(Failure::new(Code::NotImplemented, "mkv has no object lock"))
         }
         None => Ok(()),

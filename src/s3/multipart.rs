@@ -7,19 +7,19 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use md5::{Digest, Md5};
 
-use super::answer::{Answer, Fault, LONG, document, empty, iso, kept_alive, xml};
+use super::answer::{Answer, Fault, LONG, Outcome, document, empty, iso, kept_alive, xml};
 use super::buckets::owner;
 use super::checksum::{Algorithm, Hasher};
 use super::conditions::Conditions;
 use super::failure::{Code, Failure};
 use super::lists::{Encoding, most};
 use super::meta::{Meta, etag};
-use super::objects::{read_text, receive, with_checksum};
+use super::objects::{read_text, receive, stored, with_checksum};
 use super::xml::{Document, parse_complete};
 use super::{Call, S3};
 use crate::error::{Error, Result};
 use crate::format::record::{Hash, Record, hex};
-use crate::http::{Body, Response};
+use crate::http::Body;
 use crate::store::{MultipartUpload, Part};
 
 /// The most parts of an upload; their numbers begin at 1.
@@ -32,7 +32,7 @@ const PART_MIN: u64 = 5 << 20;
 const COMPOSITE: &str = "composite";
 
 impl Call<'_> {
-    pub(super) fn part_number(&self) -> std::result::Result<u16, Failure> {
+    pub(super) fn part_number(&self) -> Outcome<u16, Failure> {
         let number = self.query.number("partNumber", 1..=PARTS_MAX)?;
         let missing = || Failure::new(Code::InvalidArgument, "partNumber is a number from 1 to 10000");
         number.map(|number| number as u16).ok_or_else(missing)
@@ -86,10 +86,7 @@ impl S3 {
             let meta = |_: &_| with_checksum(Meta::default(), &checksum()).encode();
             self.store.put_part(&upload, number, data, meta)
         })?;
-        let mut headers = vec![("ETag", format!("\"{}\"", hex(&part.hash)))];
-        let meta = Meta::decode(&part.meta)?;
-        headers.extend(meta.checksum().map(|(algorithm, value)| (algorithm.header(), value.to_string())));
-        Ok(Response { headers, ..empty(200) })
+        stored(&part.record)
     }
 
     pub(super) fn abort<'a>(&'a self, call: &Call) -> Answer<'a> {
@@ -101,7 +98,9 @@ impl S3 {
         let id = call.upload_id().ok_or(Error::NoSuchUpload)?;
         let named = parse_complete(&read_text(call, body, false)?)?;
         let place = Place::of(call);
-        let Some(upload) = self.store.find_upload(&place.key, id)? else { return Ok(xml(200, self.completed(&place, id)?)) };
+        let Some(upload) = self.store.find_upload(&place.key, id)? else {
+            return Ok(xml(200, self.completed(&place, id)?));
+        };
         let parts = choose(&self.store.parts(&upload)?, &named)?;
         let conditions = Conditions::of(call.head);
         conditions.judge(self.store.object(&place.key)?.as_ref())?;
@@ -111,21 +110,21 @@ impl S3 {
         {
             return Err(Fault::new(Code::BadDigest, "the object does not have the checksum that was sent"));
         }
-        let size: u64 = parts.iter().map(|part| part.size).sum();
+        let total: u64 = parts.iter().map(size).sum();
         let work = move || {
             let judge = |old: Option<&Record>| self.judge(&place.bucket, &conditions, old);
-            match self.store.complete_upload(&upload, parts, meta.encode(), &judge) {
+            match self.store.complete_upload(&upload, &parts, meta.encode(), &judge) {
                 Ok(record) => place.result(&record),
                 // The same Complete was faster on another connection.
                 Err(Error::NoSuchUpload) => self.completed(&place, id),
                 Err(error) => Err(error.into()),
             }
         };
-        kept_alive(call, size >= LONG, work)
+        kept_alive(call, total >= LONG, work)
     }
 
     /// The result of an upload that was completed before, if the object is still the one that it made.
-    fn completed(&self, place: &Place, id: u64) -> std::result::Result<String, Fault> {
+    fn completed(&self, place: &Place, id: u64) -> Outcome<String> {
         let record = self.store.object(&place.key)?.ok_or(Error::NoSuchUpload)?;
         match Meta::decode(&record.meta)?.get("upload") == Some(&shown(id)) {
             true => place.result(&record),
@@ -151,9 +150,11 @@ impl S3 {
         list.element("NextPartNumberMarker", last).element("MaxParts", most).element("IsTruncated", more);
         encoding.write(&mut list);
         for part in &parts {
-            list.open("Part").element("PartNumber", part.number).element("LastModified", iso(part.time));
-            list.element("ETag", format!("\"{}\"", hex(&part.hash))).element("Size", part.size);
-            write_checksum(&mut list, &Meta::decode(&part.meta)?);
+            list.open("Part")
+                .element("PartNumber", part.number)
+                .element("LastModified", iso(part.record.time.unwrap_or_default()));
+            list.element("ETag", format!("\"{}\"", md5(part))).element("Size", size(part));
+            write_checksum(&mut list, &Meta::decode(&part.record.meta)?);
             list.close();
         }
         document(list)
@@ -163,7 +164,8 @@ impl S3 {
         self.check_bucket(call)?;
         let (most, encoding) = (most(call, "max-uploads")?, Encoding::of(call)?);
         let text = |name| call.query.get(name).unwrap_or_default();
-        let [prefix, delimiter, marker, id_marker] = ["prefix", "delimiter", "key-marker", "upload-id-marker"].map(text);
+        let [prefix, delimiter, marker, id_marker] =
+            ["prefix", "delimiter", "key-marker", "upload-id-marker"].map(text);
         let bucket = call.route.key();
         let uploads = self.store.uploads(&[&bucket, prefix.as_bytes()].concat())?;
         let mut list = Document::new("ListMultipartUploadsResult");
@@ -252,7 +254,7 @@ impl Place {
         Place { key: call.route.key(), bucket: call.route.bucket.clone(), object: call.route.object.clone(), location }
     }
 
-    fn result(&self, record: &Record) -> std::result::Result<String, Fault> {
+    fn result(&self, record: &Record) -> Outcome<String> {
         let meta = Meta::decode(&record.meta)?;
         let mut result = Document::new("CompleteMultipartUploadResult");
         result.element("Location", &self.location).element("Bucket", &self.bucket);
@@ -269,8 +271,18 @@ fn write_checksum(document: &mut Document, meta: &Meta) {
     }
 }
 
+/// Bytes of a part.
+fn size(part: &Part) -> u64 {
+    part.record.size.unwrap_or_default()
+}
+
+/// The ETag of a part. Every part has a hash.
+fn md5(part: &Part) -> String {
+    part.record.hash.map_or(String::new(), |hash| hex(&hash))
+}
+
 /// The parts that a Complete names, in its order.
-fn choose(known: &[Part], named: &[(u16, String)]) -> std::result::Result<Vec<Part>, Failure> {
+fn choose(known: &[Part], named: &[(u16, String)]) -> Outcome<Vec<Part>, Failure> {
     if !named.is_sorted_by(|(one, _), (next, _)| one < next) {
         return Err(Failure::new(Code::InvalidPartOrder, "the numbers of the parts do not ascend"));
     }
@@ -278,16 +290,16 @@ fn choose(known: &[Part], named: &[(u16, String)]) -> std::result::Result<Vec<Pa
     let mut parts = Vec::new();
     for (number, etag) in named {
         match known.get(number) {
-            Some(part) if hex(&part.hash) == *etag => parts.push((*part).clone()),
+            Some(part) if md5(part) == *etag => parts.push((*part).clone()),
             _ => {
                 let text = format!("part {number} was not uploaded, or has another ETag");
                 return Err(Failure::new(Code::InvalidPart, text));
             }
         }
     }
-    match parts.iter().rev().skip(1).find(|part| part.size < PART_MIN) {
+    match parts.iter().rev().skip(1).find(|part| size(part) < PART_MIN) {
         Some(part) => {
-            let text = format!("part {} has {} bytes: all but the last need 5 MiB", part.number, part.size);
+            let text = format!("part {} has {} bytes: all but the last need 5 MiB", part.number, size(part));
             Err(Failure::new(Code::EntityTooSmall, text))
         }
         None => Ok(parts),
@@ -297,10 +309,11 @@ fn choose(known: &[Part], named: &[(u16, String)]) -> std::result::Result<Vec<Pa
 /// META of the object that these parts become.
 fn object_meta(upload: &MultipartUpload, parts: &[Part]) -> Result<Meta> {
     let given = Meta::decode(&upload.meta)?;
-    let (mut meta, hashes) = (given.of_client(), parts.iter().map(|part| part.hash).collect::<Vec<Hash>>());
+    let (mut meta, hashes) =
+        (given.of_client(), parts.iter().filter_map(|part| part.record.hash).collect::<Vec<Hash>>());
     meta.set("etag", format!("{}-{}", hex(&Md5::digest(hashes.concat()).into()), parts.len()));
     meta.set("upload", shown(upload.id));
-    let checksums: Vec<Meta> = parts.iter().map(|part| Meta::decode(&part.meta)).collect::<Result<_>>()?;
+    let checksums: Vec<Meta> = parts.iter().map(|part| Meta::decode(&part.record.meta)).collect::<Result<_>>()?;
     match (given.get(COMPOSITE).and_then(Algorithm::parse), &checksums[..]) {
         (Some(algorithm), all) => meta.set_checksum(composite(algorithm, all).as_deref().map(|sum| (algorithm, sum))),
         // The only part is the object.
@@ -325,11 +338,10 @@ mod tests {
     use super::*;
 
     fn part(number: u16, size: u64) -> Part {
-        let (replicas, meta) = (Vec::new(), String::new());
-        Part { number, version: 1, size, hash: [number as u8; 16], time: 0, replicas, meta }
+        Part { number, record: Record { size: Some(size), hash: Some([number as u8; 16]), ..Record::default() } }
     }
 
-    fn code(known: &[Part], named: &[(u16, u8)]) -> std::result::Result<Vec<u16>, Code> {
+    fn code(known: &[Part], named: &[(u16, u8)]) -> Outcome<Vec<u16>, Code> {
         let named: Vec<_> = named.iter().map(|(number, of)| (*number, hex(&[*of; 16]))).collect();
         let parts = choose(known, &named).map_err(|failure| failure.code)?;
         Ok(parts.iter().map(|part| part.number).collect())

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use md5::{Digest, Md5};
 
-use super::answer::{Answer, Fault, NO_BUCKET, document, empty, xml};
+use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, xml};
 use super::buckets::acl;
 use super::checksum::Algorithm;
 use super::conditions::Conditions;
@@ -30,7 +30,8 @@ pub type Checksum = Option<(Algorithm, String)>;
 
 impl S3 {
     pub(super) fn put<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
-        let (key, meta, conditions) = (call.route.key(), Meta::of_request(call.head, call.query)?, Conditions::of(call.head));
+        let (key, meta, conditions) =
+            (call.route.key(), Meta::of_request(call.head, call.query)?, Conditions::of(call.head));
         self.check_bucket(call)?;
         if conditions.is_any() {
             // Spares a client the upload of a value that is refused; the judge of the flip decides.
@@ -80,7 +81,7 @@ impl S3 {
         document(result)
     }
 
-    fn delete_listed(&self, bucket: &str, object: &xml::Object) -> std::result::Result<(), Fault> {
+    fn delete_listed(&self, bucket: &str, object: &xml::Object) -> Outcome<()> {
         if object.version.is_some() {
             return Err(Fault::new(Code::NoSuchVersion, "objects have no versions, but for the version null"));
         }
@@ -173,7 +174,7 @@ pub fn receive<T>(
     call: &Call,
     body: &mut Body,
     store: impl FnOnce(Upload, &dyn Fn() -> Checksum) -> Result<T>,
-) -> std::result::Result<T, Fault> {
+) -> Outcome<T> {
     let length = body.length();
     if length == Some(0) && call.head.header("content-length").is_none() {
         return Err(Fault::new(Code::MissingContentLength, "send Content-Length"));
@@ -207,14 +208,14 @@ fn bad_digest() -> Failure {
     Failure::new(Code::BadDigest, "the body does not have the Content-MD5 that came with it")
 }
 
-fn content_md5(call: &Call) -> std::result::Result<Option<Hash>, Failure> {
+fn content_md5(call: &Call) -> Outcome<Option<Hash>, Failure> {
     let Some(text) = call.head.header("content-md5") else { return Ok(None) };
     let hash = STANDARD.decode(text).ok().and_then(|hash| hash.try_into().ok());
     hash.map(Some).ok_or_else(|| Failure::new(Code::InvalidDigest, "Content-MD5 is no base64 of 16 bytes"))
 }
 
 /// Reads a body of XML. `is_checked`: the request's checksum is that of the body.
-pub fn read_text(call: &Call, body: &mut Body, is_checked: bool) -> std::result::Result<String, Fault> {
+pub fn read_text(call: &Call, body: &mut Body, is_checked: bool) -> Outcome<String> {
     let (length, md5) = (body.length(), content_md5(call)?);
     let mut accepted = Accepted(body);
     let payload = Payload::new(call.head, call.signed, length, &mut accepted)?;
