@@ -110,7 +110,7 @@ pub fn xml<'a>(status: u16, text: String) -> Response<'a> {
     Response { status, headers, extra: Vec::new(), content: Content::Text(text) }
 }
 
-pub fn document<'a>(mut document: Document) -> Answer<'a> {
+pub fn document<'a>(document: Document) -> Answer<'a> {
     Ok(xml(200, document.finish()))
 }
 

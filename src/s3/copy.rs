@@ -136,7 +136,7 @@ fn transfer<T>(
     })
 }
 
-fn copied(root: &str, record: &Record) -> Outcome<String> {
+fn copied(root: &'static str, record: &Record) -> Outcome<String> {
     let (mut result, etag) = (Document::new(root), etag(record, &Meta::decode(&record.meta)?));
     result.element("LastModified", iso(record.time.unwrap_or_default())).element("ETag", format!("\"{etag}\""));
     Ok(result.finish())

@@ -3,6 +3,7 @@
 //! Clients decide by the code whether they try again, so a code is AWS's where AWS has one for the case.
 
 use std::fmt::{self, Display};
+use std::io;
 
 use super::xml::Document;
 
@@ -86,6 +87,11 @@ impl Failure {
         Failure { code, message: message.into() }
     }
 
+    /// The failure in an error of `Payload::read`, if it is one.
+    pub(super) fn of(error: &io::Error) -> Option<&Failure> {
+        error.get_ref()?.downcast_ref()
+    }
+
     pub fn status(&self) -> u16 {
         self.code.status()
     }
@@ -106,6 +112,12 @@ impl Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+impl From<Failure> for io::Error {
+    fn from(failure: Failure) -> io::Error {
+        io::Error::other(failure)
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -12,8 +12,10 @@
 mod answer;
 mod buckets;
 mod checksum;
+mod chunked;
 mod conditions;
 mod copy;
+mod declared;
 mod failure;
 mod front;
 mod get;

@@ -218,8 +218,8 @@ fn content_md5(call: &Call) -> Outcome<Option<Hash>, Failure> {
 pub fn read_text(call: &Call, body: &mut Body, is_checked: bool) -> Outcome<String> {
     let (length, md5) = (body.length(), content_md5(call)?);
     let mut accepted = Accepted(body);
-    let payload = Payload::new(call.head, call.signed, length, &mut accepted)?;
-    let mut payload = if is_checked { payload } else { payload.without_checksum() };
+    let open = if is_checked { Payload::new } else { Payload::without_checksum };
+    let mut payload = open(call.head, call.signed, length, &mut accepted)?;
     if payload.length().is_some_and(|length| length > XML_MAX) {
         return Err(too_large());
     }

@@ -23,37 +23,10 @@ use super::keys::Keys;
 use super::sigv4::{Signed, check, expired, unknown_key};
 
 /// The parameters that are signed, but for `response-…`.
-const SUB_RESOURCES: [&str; 29] = [
-    "accelerate",
-    "acl",
-    "analytics",
-    "cors",
-    "defaultObjectAcl",
-    "delete",
-    "inventory",
-    "lifecycle",
-    "location",
-    "logging",
-    "metrics",
-    "notification",
-    "object-lock",
-    "partNumber",
-    "policy",
-    "replication",
-    "requestPayment",
-    "restore",
-    "select",
-    "select-type",
-    "storageClass",
-    "tagging",
-    "torrent",
-    "uploadId",
-    "uploads",
-    "versionId",
-    "versioning",
-    "versions",
-    "website",
-];
+const SUB_RESOURCES: &str = "accelerate acl analytics cors defaultObjectAcl delete inventory lifecycle location logging \
+                             metrics notification object-lock partNumber policy replication requestPayment restore \
+                             select select-type storageClass tagging torrent uploadId uploads versionId versioning \
+                             versions website";
 
 pub(super) fn authenticate<'k>(
     head: &Head,
@@ -78,7 +51,7 @@ pub(super) fn authenticate<'k>(
         hmac.update(&to_sign(head, query, expires, end));
         check(&STANDARD.encode(hmac.finalize().into_bytes()), signature)
     };
-    let is_bucket = !head.path().trim_start_matches('/').contains('/');
+    let is_bucket = !head.path().get(1..).is_some_and(|path| path.contains('/'));
     // Of the path /bucket botocore signs /bucket/, unless the name cannot be part of a host's.
     check_with("").or_else(|wrong| if is_bucket { check_with("/") } else { Err(wrong) })?;
     Ok(Signed { key, signer: None })
@@ -101,7 +74,7 @@ fn to_sign(head: &Head, query: &[(String, String)], expires: &str, end: &str) ->
     text.push_str(head.path());
     text.push_str(end);
     let is_signed = |name: &[u8]| {
-        name.starts_with(b"response-") || SUB_RESOURCES.iter().any(|resource| resource.as_bytes() == name)
+        name.starts_with(b"response-") || SUB_RESOURCES.split(' ').any(|resource| resource.as_bytes() == name)
     };
     let mut signed: Vec<_> = parameters(head.target).filter(|(name, _)| is_signed(name)).collect();
     signed.sort();
@@ -124,10 +97,9 @@ mod tests {
     use crate::s3::sigv4::tests::{after, keys};
 
     fn judge(method: &str, target: &str, headers: &[(&str, &str)], now: i64) -> Result<(), Code> {
-        match authenticate(&Head { method, target, headers }, &keys(), after(now)) {
-            Ok(signed) => Ok(assert!(signed.is_some_and(|signed| signed.signer.is_none()))),
-            Err(failure) => Err(failure.code),
-        }
+        let keys = keys();
+        let signed = authenticate(&Head { method, target, headers }, &keys, after(now));
+        signed.map(|signed| assert!(signed.unwrap().signer.is_none())).map_err(|failure| failure.code)
     }
 
     /// The first is AWS's, the others are botocore's (HmacV1QueryAuth).
