@@ -9,7 +9,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use sha2::{Digest, Sha256};
 
-use crate::support::cluster::Cluster;
+use crate::support::cluster::{Cluster, Setup};
 use crate::support::commands::now;
 use crate::support::http_client::{Answer, Conn, LAST_CHUNK, chunks, target};
 
@@ -58,6 +58,16 @@ pub struct AwsChunked {
     pub sizes: Vec<usize>,
     /// Inside a chunked transfer, without a Content-Length.
     pub transfer: bool,
+    /// The length that is announced, if it is not the body's.
+    pub announced: Option<String>,
+}
+
+/// Starts a store with an S3 endpoint, and makes a bucket called bucket.
+pub fn store(setup: Setup) -> (Cluster, Client) {
+    let c = setup.s3().start();
+    let s3 = c.s3();
+    s3.put("/bucket", "").expect(200);
+    (c, s3)
 }
 
 /// An endpoint, and the key to sign with.
@@ -268,7 +278,7 @@ impl Request {
             Payload::Hash => hex(&Sha256::digest(&self.body)),
             Payload::Plain(word) => word.clone(),
             Payload::AwsChunked(chunked) => {
-                let length = self.body.len().to_string();
+                let length = chunked.announced.clone().unwrap_or_else(|| self.body.len().to_string());
                 headers.push(("x-amz-decoded-content-length".into(), length));
                 headers.extend(chunked.trailer.iter().map(|(name, _)| ("x-amz-trailer".into(), name.clone())));
                 chunked.kind().into()
