@@ -12,14 +12,19 @@ use crate::support::faulty_proxy::{Fault, FaultyProxy};
 use crate::support::http_client::{Conn, wait_until};
 
 /// The nginx of front.conf, with TLS, in front of a master.
-struct FrontProxy {
+pub struct FrontProxy {
     nginx: Child,
-    address: String,
+    pub address: String,
     certificate: String,
 }
 
 impl FrontProxy {
     fn start(c: &Cluster) -> FrontProxy {
+        FrontProxy::before(c, &c.address())
+    }
+
+    /// In front of this server.
+    pub fn before(c: &Cluster, server: &str) -> FrontProxy {
         let folder = c.folder.join("front");
         fs::create_dir(&folder).expect("the proxy's folder can be created");
         let (certificate, key) = (file_path(&folder, "front.pem"), file_path(&folder, "front.key"));
@@ -32,7 +37,7 @@ impl FrontProxy {
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let address = format!("{}:3443", c.host);
         let conf = file_path(&folder, "front.conf");
-        fs::write(&conf, front_configuration(c, &address, &certificate, &key)).expect("the file can be written");
+        fs::write(&conf, front_configuration(server, &address, &certificate, &key)).expect("the file can be written");
         let log = fs::File::create(folder.join("log")).expect("the log can be written");
         let pid = file_path(&folder, "pid");
         let nginx = child_command("TERM")
@@ -48,7 +53,7 @@ impl FrontProxy {
 
     /// Runs curl through the proxy. Returns status and redirect data, and the body.
     #[track_caller]
-    fn curl(&self, args: &[&str], path: &str) -> (String, Vec<u8>) {
+    pub fn curl(&self, args: &[&str], path: &str) -> (String, Vec<u8>) {
         let url = format!("https://{}{path}", self.address);
         let output = Command::new("curl")
             .args(["-sS", "--max-time", "30", "--noproxy", "*", "--cacert", &self.certificate])
@@ -93,12 +98,12 @@ impl Drop for FrontProxy {
     }
 }
 
-fn file_path(folder: &Path, name: &str) -> String {
+pub fn file_path(folder: &Path, name: &str) -> String {
     folder.join(name).to_str().expect("the temporary folder's name is UTF-8").to_string()
 }
 
 /// front.conf with its lines marked HERE filled in, and with its own temporary folders.
-fn front_configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> String {
+fn front_configuration(server: &str, address: &str, certificate: &str, key: &str) -> String {
     let text = fs::read_to_string("deploy/front.conf").expect("deploy/front.conf exists");
     let mut set = 0;
     let mut lines: Vec<String> = Vec::new();
@@ -114,7 +119,7 @@ fn front_configuration(c: &Cluster, address: &str, certificate: &str, key: &str)
         };
         let name = directive.trim().split(' ').next().unwrap_or_default();
         lines.push(match name {
-            "server" => format!("server {};", c.address()),
+            "server" => format!("server {server};"),
             "listen" => format!("listen {address} ssl;"),
             "ssl_certificate" => format!("ssl_certificate {certificate};"),
             "ssl_certificate_key" => format!("ssl_certificate_key {key};"),
