@@ -32,9 +32,9 @@ install_tools() {
     need zsh command -v zsh
     need fish command -v fish
     need openssl command -v openssl
-    need python3 command -v python3
+    need python3 test -x /usr/bin/python3
     need chromium command -v chromium
-    need python3-requests python3 -c 'import requests'
+    need python3-requests /usr/bin/python3 -c 'import requests'
     need dpkg-dev command -v dpkg-shlibdeps
     need lintian command -v lintian
     need man-db command -v man

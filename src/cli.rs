@@ -125,6 +125,7 @@ pub const GROUPS: [Group; 11] = [
             ("md5sum", "BOOL", "keep the md5 of each value (true)"),
             ("backup", "TIME", "store a copy of the index on the volumes this often, as 24h (never)"),
             ("sync", "", "flush the index to the disk before a write is answered"),
+            ("s3uploads", "TIME", "how long a multipart upload may take before its parts are deleted (168h)"),
             ("maxconns", "N", "the most connections of clients (4096)"),
             ("headtimeout", "TIME", "how long the head of a request may take (30s)"),
             ("idletimeout", "TIME", "how long a connection may wait for its next request (60s)"),
@@ -391,6 +392,7 @@ impl Flags {
             md5sum: self.switch("md5sum", true)?,
             auth: login.map(|login| basic_auth(login.as_bytes())),
             settle: self.time("settle", 60)?,
+            uploads: self.timeout("s3uploads", 7 * 24 * 3600)?,
             lost: self.all("lost").iter().flat_map(|list| list.split(',')).map(String::from).collect(),
         })
     }

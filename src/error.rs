@@ -29,8 +29,12 @@ pub enum Error {
     NoValue,
     /// The list is too long without a limit.
     TooMany,
-    /// The key is over 1,024 bytes; its length in bytes.
+    /// The key is over 1,089 bytes; its length in bytes.
     KeyTooLong(usize),
+    /// A condition that the request makes does not hold.
+    Precondition,
+    /// No multipart upload has this id.
+    NoSuchUpload,
     /// A volume refused a request with this status.
     Refused { volume: String, status: u16 },
     /// A volume did not answer. `maybe_done`: it has the request and may still carry it out.
@@ -71,7 +75,9 @@ impl fmt::Display for Error {
             Error::Gone => f.write_str("no volume has a replica of this key: run mkv verify, check the volumes' disks"),
             Error::NoValue => f.write_str("send a value of at least one byte, with Content-Length or chunked"),
             Error::TooMany => f.write_str("over 1,000,000 keys: add &limit=N and follow next"),
-            Error::KeyTooLong(n) => write!(f, "the key has {n} bytes, 1024 are allowed"),
+            Error::KeyTooLong(n) => write!(f, "the key has {n} bytes, 1089 are allowed"),
+            Error::Precondition => f.write_str("a condition of the request does not hold: read the key again"),
+            Error::NoSuchUpload => f.write_str("no such upload: it was completed, aborted or has expired"),
             Error::Refused { volume, status } => {
                 let why = match status {
                     401 => "give a user and password that it accepts, with -userpass",

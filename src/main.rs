@@ -1,15 +1,14 @@
 //! The program: parses the command line, runs the command, prints the error once.
 
 use std::io::Write;
-use std::sync::Arc;
 
 use mkv::cli::{self, Cli, Command, Source};
 use mkv::error::Result;
-use mkv::index::Location;
+use mkv::logging;
 use mkv::ops::{backup, dump, import, rebalance, rebuild, verify};
-use mkv::store::{self, Store};
+use mkv::serve::serve;
+use mkv::store::Store;
 use mkv::volumes::{Volumes, secret};
-use mkv::{api, http, logging};
 
 fn main() {
     if let Err(error) = cli::parse(std::env::args_os().skip(1)).and_then(run) {
@@ -32,7 +31,8 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
         Command::Print(text) => println!("{text}"),
         Command::Secret(file) => secret::create(&file)?,
         Command::Server { db, sync, store, http, api } => {
-            serve(&db, sync, store, volumes(), http, api)?;
+            let index = db.open(true, sync)?;
+            serve(Store::new(store, index, volumes()), api, http)?;
         }
         Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
         Command::Rebalance { db, sync, store, dry_run } => {
@@ -47,18 +47,6 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
         Command::Restore { db, file } => backup::restore(&db, &file)?,
     }
     Ok(())
-}
-
-fn serve(
-    db: &Location,
-    sync: bool,
-    store: store::Config,
-    volumes: Arc<Volumes>,
-    http: http::Config,
-    api: api::Config,
-) -> Result<()> {
-    let index = db.open(true, sync)?;
-    api::serve(Store::new(store, index, volumes), api, http)
 }
 
 /// Logs each panic as one line.

@@ -81,6 +81,7 @@ fn generate(folder: &Path, keys: u64) {
                 size: Some(random.u64(1 << 20..1 << 30)),
                 time: Some(1_700_000_000 + n),
                 version: 0,
+                meta: String::new(),
                 replicas: (1..=3).map(|v| format!("10.0.0.{v}:3001/sv{:02X}", n % 10)).collect(),
             };
             batch = batch.put(format!("/bench/{n:010}").as_bytes(), &record);

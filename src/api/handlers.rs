@@ -208,7 +208,7 @@ impl Api {
         let length = page.length;
         let write = Box::new(move |out: &mut dyn io::Write| page.write(out));
         let headers = vec![("Content-Type", "application/json".to_string())];
-        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+        Ok(Response { headers, content: Content::Stream { length, write }, ..status::empty(200) })
     }
 
     /// The index as one file.
@@ -228,7 +228,7 @@ impl Api {
                 }
             }
         });
-        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+        Ok(Response { headers, content: Content::Stream { length, write }, ..status::empty(200) })
     }
 
     fn metrics_text(&self, auth: Auth) -> Response<'_> {

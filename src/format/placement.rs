@@ -16,8 +16,8 @@ use md5::{Digest, Md5};
 
 use crate::format::record::number;
 
-/// The longest key, in bytes.
-pub const KEY_MAX: usize = 1024;
+/// The longest key, in bytes: an S3 object's 1,024 below the longest name of a bucket, 63, and two slashes.
+pub const KEY_MAX: usize = 1089;
 
 /// The longest part of a name, in bytes. With the 17 bytes of a version it makes the 255 that file systems allow.
 const PART_MAX: usize = 238;

@@ -1,9 +1,10 @@
 //! The record codec: what the index holds for a key, and for debris.
 //!
 //! ```text
-//! record  = [ "INIT" ] [ "DELETED" ] fields volumes
+//! record  = [ "INIT" ] [ "DELETED" ] fields [ "META " meta " " ] volumes
 //! debris  = [ "TIME" 16hex ] [ "WAIT" 16hex ] volumes
 //! fields  = [ "HASH" 32hex ] [ "SIZE" 16hex ] [ "TIME" 16hex ] [ "VERS" 16hex ]
+//! meta    = 1*( %x21-7E )                                  ; no space, so no volume's name looks like it
 //! volumes = volume *( "," volume )
 //! ```
 //!
@@ -56,6 +57,8 @@ pub struct Record {
     pub time: Option<u64>,
     /// The version in the blob's name; 0 is the plain name.
     pub version: u64,
+    /// What S3 keeps beside a value, `name=value&…` (docs/formats.md); empty: nothing.
+    pub meta: String,
     /// `host:port` or `host:port/svXX`, in the order that placement gave them at the time of the write.
     pub replicas: Vec<String>,
 }
@@ -97,12 +100,16 @@ impl Record {
             size: take_number(&mut rest, "SIZE")?,
             time: take_number(&mut rest, "TIME")?,
             version: take_number(&mut rest, "VERS")?.unwrap_or(0),
+            meta: match take_tag(&mut rest, "META ") {
+                true => take_word(&mut rest)?,
+                false => String::new(),
+            },
             replicas: volumes(rest)?,
         })
     }
 
     pub fn encode(&self) -> String {
-        let mut text = String::with_capacity(160);
+        let mut text = String::with_capacity(160 + self.meta.len());
         match self.state {
             State::Live => {}
             State::Unlinked => text.push_str("DELETED"),
@@ -115,6 +122,9 @@ impl Record {
         put_number(&mut text, "SIZE", self.size);
         put_number(&mut text, "TIME", self.time);
         put_number(&mut text, "VERS", Some(self.version).filter(|v| *v > 0));
+        if !self.meta.is_empty() {
+            let _ = write!(text, "META {} ", self.meta);
+        }
         text + &self.replicas.join(",")
     }
 }
@@ -185,6 +195,13 @@ fn take<'a>(rest: &mut &'a str, length: usize) -> Option<&'a str> {
     let (head, tail) = rest.split_at_checked(length)?;
     *rest = tail;
     Some(head)
+}
+
+/// Takes a word of printable ASCII and the space behind it.
+fn take_word(rest: &mut &str) -> Option<String> {
+    let (word, after) = rest.split_once(' ')?;
+    *rest = after;
+    (!word.is_empty() && word.bytes().all(|byte| byte.is_ascii_graphic())).then(|| word.to_string())
 }
 
 /// Takes an optional numeric field; the outer `None` means that it does not decode.
@@ -264,6 +281,8 @@ mod tests {
             "VERS",
             "INIT",
             "WAIT",
+            "META ",
+            "etag=a%20b,c ",
             ",",
             "a:1",
             "0",

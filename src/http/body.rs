@@ -83,11 +83,18 @@ impl<'a> Body<'a> {
     /// The bytes that the client will still send. `None`: unknown.
     pub(super) fn rest(&self) -> Option<u64> {
         match self.state {
-            State::Ended => Some(0),
             // A client that waits for `100 Continue` and gets a final response may send the body or not.
-            State::Length(left) if !self.expected => Some(left),
+            _ if self.expected => None,
+            State::Ended => Some(0),
+            State::Length(left) => Some(left),
             _ => None,
         }
+    }
+
+    /// Sends `100 Continue` if the client waits for it, also where the body is empty: some clients take the next
+    /// response for an answer to this request otherwise.
+    pub fn accept(&mut self) -> io::Result<()> {
+        self.send_continue()
     }
 
     /// Sends `100 Continue`, unless the client has already begun to send the body (RFC 9110, 10.1.1).

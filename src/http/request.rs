@@ -85,6 +85,11 @@ impl<'a> Request<'a> {
         let field = self.fields.iter().find(|field| field.name.eq_ignore_ascii_case(name))?;
         from_utf8(field.value).ok()
     }
+
+    /// All headers, in the order in which they came.
+    pub fn headers(&self) -> impl Iterator<Item = (&'a str, &'a str)> {
+        self.fields.iter().filter_map(|field| Some((field.name, from_utf8(field.value).ok()?)))
+    }
 }
 
 /// Why a head cannot be parsed.

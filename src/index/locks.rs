@@ -3,7 +3,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::threads::lock;
@@ -12,33 +12,50 @@ use crate::threads::lock;
 const CLIENT_WAIT: Duration = Duration::from_secs(2);
 const CLEANER_WAIT: Duration = Duration::from_millis(200);
 
+/// How long a writer that passes others waits for one that does not.
+const PASSING_WAIT: Duration = Duration::from_secs(10);
+
 /// How long a deletion without an answer may still be carried out.
 pub const UNCONFIRMED: Duration = Duration::from_secs(3600);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Owner {
     Client,
+    /// A client whose writes pass those of others: it holds a key for a moment only.
+    Passing,
     Cleaner,
 }
+
+/// A key and a version of it.
+type Name = (Vec<u8>, u64);
 
 #[derive(Default)]
 pub struct Locks {
     held: Mutex<HashMap<Vec<u8>, Owner>>,
     /// Keys and versions whose blobs are being deleted without the key's lock.
-    clearing: Mutex<HashSet<(Vec<u8>, u64)>>,
+    clearing: Mutex<HashSet<Name>>,
+    /// Keys and versions that are being written without the key's lock.
+    drafts: Mutex<HashSet<Name>>,
     /// Keys with a deletion that got no answer, and when it was sent. One of nginx's processes may carry it out after
     /// another has answered the next request.
     unconfirmed_deletes: Mutex<HashMap<Vec<u8>, Instant>>,
+    /// Held while an upload's rows change.
+    uploads: Mutex<()>,
     /// When this process found debris at its start: requests of the process before it may still be carried out.
     crash: OnceLock<Instant>,
 }
 
 impl Locks {
     /// Locks a key; `None` if another request writes it. A client waits for the cleaner, because no client could know
-    /// of that writer. The cleaner gives way to clients, after a short wait.
+    /// of that writer, and for writers that hold the key for a moment. The cleaner gives way to clients, after a short
+    /// wait.
     pub fn lock(&self, key: &[u8], owner: Owner) -> Option<KeyLock<'_>> {
         let begun = Instant::now();
-        let patience = if owner == Owner::Client { CLIENT_WAIT } else { CLEANER_WAIT };
+        let patience = match owner {
+            Owner::Client => CLIENT_WAIT,
+            Owner::Passing => PASSING_WAIT,
+            Owner::Cleaner => CLEANER_WAIT,
+        };
         loop {
             match lock(&self.held).entry(key.to_vec()) {
                 Entry::Vacant(entry) => {
@@ -60,14 +77,27 @@ impl Locks {
 
     /// Until the returned guard is dropped, no write uses this name of the key.
     pub fn clear(&self, key: &[u8], version: u64) -> Clearing<'_> {
-        let name = (key.to_vec(), version);
-        lock(&self.clearing).insert(name.clone());
-        Clearing { locks: self, name }
+        Noted::new(&self.clearing, key, version)
+    }
+
+    /// Until the returned guard is dropped, the cleaner leaves this version of the key alone.
+    pub fn draft(&self, key: &[u8], version: u64) -> Noted<'_> {
+        Noted::new(&self.drafts, key, version)
+    }
+
+    /// Whether this version of the key is being written without the key's lock.
+    pub fn is_draft(&self, key: &[u8], version: u64) -> bool {
+        lock(&self.drafts).contains(&(key.to_vec(), version))
     }
 
     /// Whether blobs of this key and version are being deleted without the key's lock.
     pub fn is_clearing(&self, key: &[u8], version: u64) -> bool {
         lock(&self.clearing).contains(&(key.to_vec(), version))
+    }
+
+    /// Held while the rows of multipart uploads change.
+    pub fn uploads(&self) -> MutexGuard<'_, ()> {
+        lock(&self.uploads)
     }
 
     /// Notes a deletion that got no answer, and forgets those that can no longer be carried out.
@@ -125,14 +155,25 @@ impl Drop for KeyLock<'_> {
 }
 
 /// Deletions under way of one key's blobs of one version.
-pub struct Clearing<'a> {
-    locks: &'a Locks,
-    name: (Vec<u8>, u64),
+pub type Clearing<'a> = Noted<'a>;
+
+/// A key and version in a set, until it is dropped.
+pub struct Noted<'a> {
+    names: &'a Mutex<HashSet<Name>>,
+    name: Name,
 }
 
-impl Drop for Clearing<'_> {
+impl Noted<'_> {
+    fn new<'a>(names: &'a Mutex<HashSet<Name>>, key: &[u8], version: u64) -> Noted<'a> {
+        let name = (key.to_vec(), version);
+        lock(names).insert(name.clone());
+        Noted { names, name }
+    }
+}
+
+impl Drop for Noted<'_> {
     fn drop(&mut self) {
-        lock(&self.locks.clearing).remove(&self.name);
+        lock(self.names).remove(&self.name);
     }
 }
 

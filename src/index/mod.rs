@@ -2,7 +2,8 @@
 //!
 //! This file offers the store the verbs of its protocols: begin a write, claim a record for copies, flip, remove,
 //! update, hold debris, forget. Each verb changes the index at once or not at all. Locks, versions and deletions
-//! without an answer live behind the verbs. Two engines have them:
+//! without an answer live behind the verbs.
+//! `drafts.rs` has those of S3, where writers of a key pass each other, and of multipart uploads. Two engines have them:
 //!
 //! - `rocks.rs`: RocksDB, embedded, for one master; `directory.rs` is its folder, `-db`, and `backup.rs` makes one file
 //!   of it
@@ -12,8 +13,19 @@
 //!
 //! The room knows nothing of volumes and sends them no request. It may name `format`, `error` and `threads`.
 
+/// Calls a method of the engine.
+macro_rules! engine {
+    ($index:expr, $method:ident($($argument:expr),*)) => {
+        match $index {
+            Index::Rocks(rocks) => rocks.$method($($argument),*),
+            Index::Sql(sql) => sql.$method($($argument),*),
+        }
+    };
+}
+
 mod backup;
 mod directory;
+mod drafts;
 mod location;
 mod locks;
 mod rocks;
@@ -26,6 +38,7 @@ use std::time::Duration;
 
 pub use backup::{Backup, Unpacked, unpack};
 pub use directory::{lock_file, remove};
+pub use drafts::{Draft, Judge, MultipartUpload, Part};
 pub use location::{Location, Replacement};
 pub use locks::Clearing;
 pub use rocks::ENGINE;
@@ -133,16 +146,6 @@ const MARKED: Duration = Duration::from_secs(10);
 /// A key, and the text of its record.
 pub type Row = (Box<[u8]>, Box<[u8]>);
 
-/// Calls a method of the engine.
-macro_rules! engine {
-    ($index:expr, $method:ident($($argument:expr),*)) => {
-        match $index {
-            Index::Rocks(rocks) => rocks.$method($($argument),*),
-            Index::Sql(sql) => sql.$method($($argument),*),
-        }
-    };
-}
-
 impl Index {
     /// Opens the RocksDB in this folder, or makes it if `create` is set. `sync`: a write is on disk when it returns.
     pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Index> {
@@ -213,13 +216,20 @@ impl Index {
 
     /// Removes a key's record and makes its blobs debris; `check` can refuse that. If there is no record, an earlier
     /// removal may have left debris. Returns the debris that can be deleted now, and the key, which stays locked.
-    pub fn remove(&self, key: &[u8], check: impl Fn(&Record) -> Result<()>) -> Result<(Held<'_>, Vec<Entry>)> {
-        engine!(self, remove(key, check))
+    /// `passing`: drafts of the key do not matter.
+    pub fn remove(
+        &self,
+        key: &[u8],
+        passing: bool,
+        check: impl Fn(&Record) -> Result<()>,
+    ) -> Result<(Held<'_>, Vec<Entry>)> {
+        engine!(self, remove(key, passing, check))
     }
 
-    /// Replaces a key's record by what `change` makes of it, under the key's lock.
-    pub fn update(&self, key: &[u8], change: impl Fn(Option<Record>) -> Result<Record>) -> Result<()> {
-        engine!(self, update(key, change))
+    /// Replaces a key's record by what `change` makes of it, under the key's lock. `passing`: drafts of the key do not
+    /// matter.
+    pub fn update(&self, key: &[u8], passing: bool, change: impl Fn(Option<Record>) -> Result<Record>) -> Result<()> {
+        engine!(self, update(key, passing, change))
     }
 
     /// Calls `f` with all debris that may be deleted now. Entries of keys that are being written are among them.

@@ -1,8 +1,9 @@
 //! RocksDB: records under their key, debris in a column family under the key and 8 bytes of version (big-endian).
 //!
-//! The only file that names rocksdb. It opens, reads, scans and writes batches; `write.rs` has the verbs of the store's
-//! protocols on them. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
+//! The only files that name rocksdb are this one and those below it. It opens, reads, scans and writes batches;
+//! `write.rs` has the verbs of the store's protocols on them, `drafts.rs` those of S3. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
 
+mod drafts;
 mod write;
 
 use std::fmt::Display;
@@ -29,6 +30,9 @@ pub const ENGINE: &str = concat!("RocksDB ", env!("MKV_ROCKSDB"));
 /// The column families.
 const RECORDS: &str = "default";
 const DEBRIS: &str = "debris";
+const UPLOADS: &str = "uploads";
+
+const FAMILIES: [&str; 3] = [RECORDS, DEBRIS, UPLOADS];
 
 const VERSION_BYTES: usize = 8;
 
@@ -66,7 +70,7 @@ impl Rocks {
         }
         let mut options = options();
         options.create_if_missing(create);
-        let db = DB::open_cf_descriptors(&options, folder, families()).map_err(|e| wrong(&e))?;
+        let db = DB::open_cf_descriptors(&options, folder, families(&FAMILIES)).map_err(|e| wrong(&e))?;
         let (locks, folder_lock, backups) = Default::default();
         Ok(Rocks { db, sync, follower: false, locks, folder_lock, backups })
     }
@@ -92,7 +96,11 @@ impl Rocks {
         // The primary may delete tables that the follower still needs.
         let mut options = options();
         options.set_max_open_files(-1);
-        let db = DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families());
+        // Before its first start with this mkv a database has no uploads.
+        let known = DB::list_cf(&options, folder).unwrap_or_default();
+        let names: Vec<&str> =
+            FAMILIES.into_iter().filter(|name| *name != UPLOADS || known.iter().any(|k| k == name)).collect();
+        let db = DB::open_cf_descriptors_as_secondary(&options, folder, &scratch, families(&names));
         // The folder holds only RocksDB's own log, which nobody reads.
         let _ = std::fs::remove_dir_all(&scratch);
         let db = db.map_err(|e| wrong(&e))?;
@@ -234,6 +242,15 @@ impl Batch<'_> {
         self
     }
 
+    /// Replaces a row of the uploads, or removes it.
+    fn set_upload(mut self, name: &[u8], text: Option<String>) -> Self {
+        match text {
+            Some(text) => self.batch.put_cf(self.index.family(UPLOADS), name, text),
+            None => self.batch.delete_cf(self.index.family(UPLOADS), name),
+        }
+        self
+    }
+
     pub fn commit(self) -> Result<()> {
         let mut options = WriteOptions::default();
         options.set_sync(self.index.sync);
@@ -326,17 +343,17 @@ fn options() -> rocksdb::Options {
     options
 }
 
-fn families() -> Vec<ColumnFamilyDescriptor> {
+fn families(names: &[&str]) -> Vec<ColumnFamilyDescriptor> {
     let cache = Cache::new_lru_cache(CACHE);
-    let family = |name| {
+    let family = |name: &&str| {
         let mut table = BlockBasedOptions::default();
         table.set_block_cache(&cache);
         table.set_bloom_filter(10.0, false);
         let mut options = options();
         options.set_block_based_table_factory(&table);
-        ColumnFamilyDescriptor::new(name, options)
+        ColumnFamilyDescriptor::new(*name, options)
     };
-    vec![family(RECORDS), family(DEBRIS)]
+    names.iter().map(family).collect()
 }
 
 /// Whether tables or logs of a database lie in this folder.

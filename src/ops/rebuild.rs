@@ -90,6 +90,7 @@ fn named_replicas(index: &Index) -> Result<BTreeSet<String>> {
 
 // The kinds of findings.
 const FOREIGN: &str = "names that are no blob, not indexed";
+const EMPTY: &str = "empty blobs, not indexed: S3 objects or buckets if it is in use, or what a power cut left";
 const STALE: &str = "other versions of keys, not indexed";
 const CONFLICTS: &str = "replicas of different lengths under one name, the majority taken";
 const DOUBTFUL: &str = "blobs that the copy calls unfinished or deleted, not indexed and left alone";
@@ -125,6 +126,9 @@ impl Rebuild<'_> {
         let names: Vec<String> = names.cloned().collect();
         volumes.check_distinct(names.iter())?;
         if let Some(old) = &self.old {
+            if !self.is_copy {
+                index.take_uploads(old)?;
+            }
             for entry in old.view().entries() {
                 let mut entry = entry?;
                 entry.debris.replicas.retain(|replica| !self.store.is_lost(replica));
@@ -143,7 +147,7 @@ impl Rebuild<'_> {
     fn show(&self, begun: Instant) -> u64 {
         self.report.show();
         let Totals { keys, replicas, under_replicated, .. } = *lock(&self.totals);
-        let skipped = self.report.count(FOREIGN) + self.report.count(STALE);
+        let skipped = [FOREIGN, EMPTY, STALE].iter().map(|kind| self.report.count(kind)).sum::<usize>();
         let seconds = begun.elapsed().as_secs_f64();
         println!(
             "{keys} keys, {replicas} replicas, {under_replicated} under-replicated, {skipped} skipped, {seconds:.1} s"
@@ -178,12 +182,17 @@ impl Rebuild<'_> {
     /// The record of a key with these blobs; `None` if they are all debris.
     fn record(&self, key: &[u8], blobs: Vec<Blob>) -> Result<Option<Record>> {
         let old = self.old.as_ref().map_or(Ok(None), |old| old.get(key))?;
-        // No value is empty: a power cut leaves such files.
-        let is_wrong = |blob: &Blob| blob.size == 0 || blob.version > self.store.index.max_version();
-        let (wrong, mut blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(is_wrong);
-        for Blob { replica, version, size, .. } in wrong {
-            let why = if size == 0 { "is empty" } else { "has too high a version" };
-            self.report.add(FOREIGN, format!("{replica}{} {why}", path(key, version)));
+        let is_high = |blob: &Blob| blob.version > self.store.index.max_version();
+        // A power cut leaves empty files, too: only the old index tells which ones are values.
+        let is_empty = |blob: &Blob| {
+            blob.size == 0 && !old.as_ref().is_some_and(|old| old.version == blob.version && old.size == Some(0))
+        };
+        let (high, blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(is_high);
+        let (empty, mut blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(is_empty);
+        for (kind, wrong, why) in [(FOREIGN, high, "has too high a version"), (EMPTY, empty, "is empty")] {
+            for Blob { replica, version, .. } in wrong {
+                self.report.add(kind, format!("{replica}{} {why}", path(key, version)));
+            }
         }
         self.drop_debris(key, old.as_ref(), &mut blobs)?;
         let mut versions = group(blobs, |blob| blob.version);
@@ -202,7 +211,7 @@ impl Rebuild<'_> {
         replicas.sort_by_key(|replica| wanted.iter().position(|w| w == replica).unwrap_or(wanted.len()));
         let known = old.filter(|old| old.size.is_none_or(|known| known == size)).unwrap_or_default();
         let time = known.time.or(Some(time));
-        let mut record = Record { state: known.state, hash: known.hash, size: Some(size), time, version, replicas };
+        let mut record = Record { size: Some(size), time, version, replicas, ..known };
         if self.config.rehash && record.hash.is_none() {
             record.hash = self.hash(key, &record)?;
         }

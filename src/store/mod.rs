@@ -2,6 +2,8 @@
 //!
 //! - `read.rs`: GET, and where a reader finds a value
 //! - `write.rs`: PUT, REPLACE, DELETE, UNLINK, RELINK; its header is the write protocol
+//! - `objects.rs`: the same for S3, where writers of a key pass each other
+//! - `multipart.rs`: uploads in parts
 //! - `replicas.rs`: one key's replicas moved, copied and checked (REBALANCE, `rebalance`, `verify -repair`)
 //! - `cleaner.rs`: deletes debris in the background
 //! - `list.rs`: pages of keys
@@ -17,6 +19,8 @@
 mod backup;
 mod cleaner;
 mod list;
+mod multipart;
+mod objects;
 mod read;
 mod replicas;
 pub mod stats;
@@ -28,8 +32,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 pub use list::{Detail, List, Listed, Page};
+pub use objects::Step;
 pub use read::Located;
 pub use replicas::Plan;
+
+pub use crate::index::{MultipartUpload, Part};
 
 use crate::error::Result;
 use crate::format::placement::Placement;
@@ -49,6 +56,8 @@ pub struct Config {
     pub auth: Option<String>,
     /// How long the copies of a rebalance rest before the replicas that they replace may be deleted.
     pub settle: Duration,
+    /// How long a multipart upload may take before its parts are deleted.
+    pub uploads: Duration,
     /// Volumes (`host:port`) and subvolumes (`host:port/svXX`) that are gone for good.
     pub lost: Vec<String>,
 }

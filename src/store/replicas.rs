@@ -92,7 +92,7 @@ impl Store {
             let (reader, length) = (&mut blob.body, Some(blob.length));
             let upload = Upload { reader, length, content_md5: record.hash };
             let time = record.time.or(blob.time).unwrap_or_else(now);
-            let options = PutOptions { time, md5sum: false };
+            let options = PutOptions { time, md5sum: false, empty: true };
             let target = path(&key, record.version);
             match self.volumes.put(copies, &target, upload, options, auth) {
                 Ok(_) => return Ok(writing),

@@ -26,12 +26,12 @@ use crate::volumes::Auth;
 use crate::volumes::upload::{PutFailed, PutOptions, Upload};
 
 /// How long a 404 proves nothing after a whole body was sent and no answer came, in seconds.
-const LOST_ANSWER: u64 = 3600;
+pub(super) const LOST_ANSWER: u64 = 3600;
 
 /// How long the plain name of a key is avoided after a volume could not use it, in seconds.
-const CONFLICT: u64 = 60;
+pub(super) const CONFLICT: u64 = 60;
 
-const PROTECTED: Error = Error::Forbidden("this server protects keys: UNLINK it first");
+pub(super) const PROTECTED: Error = Error::Forbidden("this server protects keys: UNLINK it first");
 
 impl Store {
     /// Stores a value under a key that is not live or, with `replace`, under any key.
@@ -45,13 +45,14 @@ impl Store {
             self.check_put(key, old, replace)?;
             self.volumes.check_silent(&replicas, auth)
         })?;
-        let (version, options) = (writing.entry.version, PutOptions { time: now(), md5sum: self.config.md5sum });
-        let mut reader = Watched { reader: upload.reader, writing: &writing };
+        let (version, options) =
+            (writing.entry.version, PutOptions { time: now(), md5sum: self.config.md5sum, empty: false });
+        let mut reader = Watched { reader: upload.reader, is_lost: || writing.is_lost() };
         let upload = Upload { reader: &mut reader, ..upload };
         match self.volumes.put(&replicas, &path(key, version), upload, options, auth) {
             Err(failed) if writing.is_lost() => {
                 self.abandon(writing, failed, auth);
-                Err(Error::Unavailable("another master took this one for dead: try again".into()))
+                Err(taken_for_dead())
             }
             Err(failed) => Err(self.abandon(writing, failed, auth)),
             Ok(stored) => {
@@ -61,6 +62,7 @@ impl Store {
                     size: Some(stored.size),
                     time: Some(options.time),
                     version,
+                    meta: String::new(),
                     replicas,
                 };
                 let old = writing.held.record.as_ref().map(|old| old.replicas.clone());
@@ -120,7 +122,7 @@ impl Store {
             true => Err(PROTECTED),
             false => Ok(()),
         };
-        let (held, entries) = self.index.remove(key, check)?;
+        let (held, entries) = self.index.remove(key, false, check)?;
         let mut failed = None;
         for mut entry in entries {
             match self.clear(&held, &mut entry, true, auth) {
@@ -137,7 +139,7 @@ impl Store {
 
     /// Hides a live key and keeps its value.
     pub fn unlink(&self, key: &[u8]) -> Result<()> {
-        self.index.update(key, |record| {
+        self.index.update(key, false, |record| {
             let record = record.filter(Record::live).ok_or(Error::NOT_FOUND)?;
             Ok(Record { state: State::Unlinked, ..record })
         })
@@ -145,7 +147,7 @@ impl Store {
 
     /// Shows an unlinked key again, if a volume still has its value.
     pub fn relink(&self, key: &[u8], auth: Auth) -> Result<()> {
-        self.index.update(key, |record| {
+        self.index.update(key, false, |record| {
             let record = record.filter(|record| record.state == State::Unlinked);
             let record = record.ok_or(Error::NotFound("no unlinked key of this name"))?;
             self.find(key, &record, auth, &[])?;
@@ -213,15 +215,19 @@ impl Store {
     }
 }
 
-/// The body of an upload. It ends in an error once the write cannot be completed any more.
-struct Watched<'a, 'b> {
-    reader: &'a mut dyn Read,
-    writing: &'a Writing<'b>,
+pub(super) fn taken_for_dead() -> Error {
+    Error::Unavailable("another master took this one for dead: try again".into())
 }
 
-impl Read for Watched<'_, '_> {
+/// The body of an upload. It ends in an error once the write cannot be completed any more.
+pub(super) struct Watched<'a, F> {
+    pub reader: &'a mut dyn Read,
+    pub is_lost: F,
+}
+
+impl<F: Fn() -> bool> Read for Watched<'_, F> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.writing.is_lost() {
+        if (self.is_lost)() {
             return Err(io::Error::other("another master took this one for dead"));
         }
         self.reader.read(buffer)

@@ -260,14 +260,18 @@ impl Volumes {
 
     /// Sends a GET with ureq. It is sent again where a pooled connection fails on its first use: the
     /// volume may have closed it in the meantime.
-    fn get(&self, replica: &str, path: &str, auth: Auth) -> Result<http::Response<Body>> {
+    fn get(&self, replica: &str, path: &str, range: Option<(u64, u64)>, auth: Auth) -> Result<http::Response<Body>> {
         let volume = self.volume(replica);
         let begun = Instant::now();
         let send = || {
             let target = volume.target("GET", replica, path);
             let request = volume.agent.get(format!("http://{}{target}", volume_of(replica)));
-            match auth {
+            let request = match auth {
                 Some(auth) => request.header("authorization", auth),
+                None => request,
+            };
+            match range {
+                Some((first, last)) => request.header("range", format!("bytes={first}-{last}")),
                 None => request,
             }
             .call()
@@ -286,9 +290,23 @@ impl Volumes {
 
     /// Opens a blob to read it. `None`: it is not there.
     pub fn read(&self, replica: &str, path: &str, auth: Auth) -> Result<Option<Opened>> {
-        let answer = self.get(replica, path, auth)?;
+        self.read_range(replica, path, None, auth)
+    }
+
+    /// The same from the first byte of a range to its last one, inclusive.
+    pub fn read_range(
+        &self,
+        replica: &str,
+        path: &str,
+        range: Option<(u64, u64)>,
+        auth: Auth,
+    ) -> Result<Option<Opened>> {
+        let answer = self.get(replica, path, range, auth)?;
         match answer.status().as_u16() {
-            200 => Opened::new(answer).map(Some).ok_or_else(|| unreachable(replica, "its GET has no Content-Length")),
+            // A volume that ignores ranges would send the whole blob: its length tells.
+            200 | 206 => {
+                Opened::new(answer).map(Some).ok_or_else(|| unreachable(replica, "its GET has no Content-Length"))
+            }
             301 | 404 => Ok(None),
             status => Err(Error::Refused { volume: replica.into(), status }),
         }

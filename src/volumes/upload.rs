@@ -49,6 +49,8 @@ pub struct PutOptions {
     pub time: u64,
     /// Whether to compute the digest of a value that comes without one.
     pub md5sum: bool,
+    /// Whether the value may be empty.
+    pub empty: bool,
 }
 
 /// A value that every replica has stored.
@@ -86,7 +88,7 @@ impl Volumes {
         let begun = Instant::now();
         let mut chunks = Chunks::new(&mut upload, options.md5sum);
         chunks.read()?;
-        if chunks.size == 0 {
+        if chunks.size == 0 && !options.empty {
             return Err(Error::NoValue.into());
         }
         let time = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(options.time));
@@ -172,6 +174,10 @@ struct Hashing {
     thread: JoinHandle<Md5>,
 }
 
+fn cut_short(e: &std::io::Error) -> Error {
+    Error::BadRequest(format!("the upload was cut short: {e}"))
+}
+
 fn lost() -> Error {
     Error::Failed("the thread of the digest is lost: try again".into())
 }
@@ -236,10 +242,25 @@ impl<'a, 'b> Chunks<'a, 'b> {
                 }
                 Ok(n) => self.filled += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(Error::BadRequest(format!("the upload was cut short: {e}"))),
+                Err(e) => return Err(cut_short(&e)),
             }
         }
+        if self.upload.length == Some(self.size + self.filled as u64) {
+            self.check_end()?;
+        }
         Ok(())
+    }
+
+    /// Fails unless the reader ends here: some know only at the end whether the value is right.
+    fn check_end(&mut self) -> Result<()> {
+        loop {
+            match self.upload.reader.read(&mut [0]) {
+                Ok(0) => return Ok(()),
+                Ok(_) => return Err(Error::BadRequest("the upload is longer than its length says".into())),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(cut_short(&e)),
+            }
+        }
     }
 
     fn digest(&mut self) -> Result<()> {

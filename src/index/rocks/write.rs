@@ -80,11 +80,19 @@ impl Rocks {
         batch.set_debris(&key, version, &debris).commit()
     }
 
-    pub fn remove(&self, key: &[u8], check: impl FnOnce(&Record) -> Result<()>) -> Result<(Held<'_>, Vec<Entry>)> {
-        let mut held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+    pub fn remove(
+        &self,
+        key: &[u8],
+        passing: bool,
+        check: impl FnOnce(&Record) -> Result<()>,
+    ) -> Result<(Held<'_>, Vec<Entry>)> {
+        let mut held = self.hold(key, owner(passing))?.ok_or(Error::Locked)?;
         let entry = |(version, debris)| Entry { key: key.into(), version, debris, stage: Stage::Due };
         let Some(record) = held.record.take() else {
-            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).collect();
+            let parts = self.part_versions(key)?;
+            let is_unwanted =
+                |entry: &Entry| !parts.contains(&entry.version) && !self.locks.is_draft(key, entry.version);
+            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).filter(is_unwanted).collect();
             return if entries.is_empty() { Err(Error::NOT_FOUND) } else { Ok((held, entries)) };
         };
         check(&record)?;
@@ -95,8 +103,8 @@ impl Rocks {
         Ok((held, vec![entry((version, debris))]))
     }
 
-    pub fn update(&self, key: &[u8], change: impl Fn(Option<Record>) -> Result<Record>) -> Result<()> {
-        let mut held = self.hold(key, Owner::Client)?.ok_or(Error::Locked)?;
+    pub fn update(&self, key: &[u8], passing: bool, change: impl Fn(Option<Record>) -> Result<Record>) -> Result<()> {
+        let mut held = self.hold(key, owner(passing))?.ok_or(Error::Locked)?;
         self.batch().put(key, &change(held.record.take())?).commit()
     }
 
@@ -109,7 +117,7 @@ impl Rocks {
     }
 
     pub fn hold_to_clean(&self, entry: &mut Entry) -> Result<Option<Held<'_>>> {
-        let held = self.hold(&entry.key, Owner::Cleaner)?;
+        let held = self.hold(&entry.key, Owner::Cleaner)?.filter(|_| !self.locks.is_draft(&entry.key, entry.version));
         if held.is_some() {
             entry.debris = self.debris_entry(&entry.key, entry.version)?;
         }
@@ -128,13 +136,13 @@ impl Rocks {
         self.drop_replicas(entry, |replica| deleted.gone.contains(replica) || is_record(replica))
     }
 
-    fn drop_replicas(&self, entry: &mut Entry, is_gone: impl Fn(&String) -> bool) -> Result<()> {
+    pub(super) fn drop_replicas(&self, entry: &mut Entry, is_gone: impl Fn(&String) -> bool) -> Result<()> {
         let before = entry.debris.replicas.len();
         entry.debris.replicas.retain(|replica| !is_gone(replica));
         if entry.debris.replicas.len() < before { self.put_entry(entry) } else { Ok(()) }
     }
 
-    fn put_entry(&self, Entry { key, version, debris, .. }: &Entry) -> Result<()> {
+    pub fn put_entry(&self, Entry { key, version, debris, .. }: &Entry) -> Result<()> {
         self.batch().set_debris(key, *version, debris).commit()
     }
 
@@ -152,9 +160,14 @@ impl Rocks {
         Ok(())
     }
 
-    /// How many entries of debris there are.
+    /// How many entries of debris are due.
     pub fn left(&self) -> Result<u64> {
-        self.view().entries().try_fold(0, |left, entry| entry.map(|_| left + 1))
+        let mut left = 0;
+        self.due(|_| {
+            left += 1;
+            Ok(())
+        })?;
+        Ok(left)
     }
 
     pub fn forget_lost(&self, is_lost: impl Fn(&str) -> bool) -> Result<u64> {
@@ -171,14 +184,14 @@ impl Rocks {
         self.locks.count()
     }
 
-    fn hold(&self, key: &[u8], owner: Owner) -> Result<Option<Held<'_>>> {
+    pub(super) fn hold(&self, key: &[u8], owner: Owner) -> Result<Option<Held<'_>>> {
         let Some(lock) = self.locks.lock(key, owner) else { return Ok(None) };
         Ok(Some(Held { lock, record: self.get(key)? }))
     }
 
     /// The version of a blob that is about to be written. No path ever holds two values: the plain name is used only if
     /// no blob of the key can lie anywhere; otherwise the version is one that the key never had.
-    fn new_version(&self, key: &[u8], old: Option<&Record>) -> Result<u64> {
+    pub(super) fn new_version(&self, key: &[u8], old: Option<&Record>) -> Result<u64> {
         let debris = self.debris(key)?;
         let versions = debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version));
         let highest = match versions.max() {
@@ -188,6 +201,10 @@ impl Rocks {
         };
         Ok((now().as_micros() as u64).max(highest + 1))
     }
+}
+
+fn owner(passing: bool) -> Owner {
+    if passing { Owner::Passing } else { Owner::Client }
 }
 
 /// The time since 1970.

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use super::connection::Arg::{Bytes, Int, Text};
+use super::connection::Arg::{Bool, Bytes, Int, Text};
 use super::pool::Failure;
 use super::statements as sql;
 use super::write::{PAUSE, TURNS, in_doubt};
@@ -29,8 +29,13 @@ enum Attempt<T> {
 }
 
 impl Engine {
-    pub fn remove(&self, key: &[u8], check: impl Fn(&Record) -> Result<()>) -> Result<(Held<'_>, Vec<Entry>)> {
-        let held = Held { lock: self.lock(key)?, record: None };
+    pub fn remove(
+        &self,
+        key: &[u8],
+        passing: bool,
+        check: impl Fn(&Record) -> Result<()>,
+    ) -> Result<(Held<'_>, Vec<Entry>)> {
+        let held = Held { lock: self.lock(key, passing)?, record: None };
         let removed = self.change(key, |record, tried| {
             let Some(record) = record else {
                 let rows = self.pool.read(sql::UNWANTED, &[Bytes(key)])?;
@@ -40,7 +45,7 @@ impl Engine {
             check(&record)?;
             let (version, value) = (signed(key, record.version)?, record.encode());
             let surplus = record.replicas.join(",");
-            let args = [Bytes(key), Int(version), Int(self.session()), Text(&value), Text(&surplus)];
+            let args = [Bytes(key), Int(version), Int(self.session()), Text(&value), Text(&surplus), Bool(passing)];
             let row = match self.pool.query(sql::DELETE, &args) {
                 Ok(rows) => rows.into_iter().next().unwrap_or_default(),
                 Err(failure) => return Ok(Attempt::Failed(failure)),
@@ -53,8 +58,8 @@ impl Engine {
         Ok((held, removed))
     }
 
-    pub fn update(&self, key: &[u8], change: impl Fn(Option<Record>) -> Result<Record>) -> Result<()> {
-        let _lock = self.lock(key)?;
+    pub fn update(&self, key: &[u8], passing: bool, change: impl Fn(Option<Record>) -> Result<Record>) -> Result<()> {
+        let _lock = self.lock(key, passing)?;
         let tried = RefCell::new(None);
         self.change(key, |record, again| {
             // The answer to the first attempt was lost, and it was carried out.
@@ -65,7 +70,7 @@ impl Engine {
             let Some(old) = old else { return Err(Error::NOT_FOUND) };
             let (version, value, text) = (signed(key, old.version)?, old.encode(), new.encode());
             *tried.borrow_mut() = Some(new);
-            let args = [Bytes(key), Int(version), Int(self.session()), Text(&value), Text(&text)];
+            let args = [Bytes(key), Int(version), Int(self.session()), Text(&value), Text(&text), Bool(passing)];
             match self.pool.query(sql::SET, &args) {
                 Ok(rows) if rows.first().is_some_and(|row| flag(row, 0)) => Ok(Attempt::Done(())),
                 Ok(rows) => Ok(Attempt::Changed { lives: rows.first().is_some_and(|row| flag(row, 1)) }),

@@ -1,6 +1,6 @@
 //! PostgreSQL: an index that several masters share.
 //!
-//! - `write.rs`, `change.rs`, `debris.rs`: the verbs of the store's protocols, each one statement
+//! - `write.rs`, `change.rs`, `debris.rs`, `drafts.rs`: the verbs of the store's protocols, each one statement
 //! - `lookup.rs`: reads of many threads in one statement
 //! - `session.rs`: which masters live, and takeover
 //! - `statements.rs`: tables and SQL
@@ -14,6 +14,7 @@
 mod change;
 mod connection;
 mod debris;
+mod drafts;
 mod lookup;
 mod pool;
 mod session;

@@ -2,7 +2,8 @@
 //!
 //! `record` is a key's record; `version` repeats that of its text. `writing` has a row for each write under way: it is
 //! the key's lock, the trace of the write and its fence. `debris` has the blobs that nobody writes and no record wants;
-//! `gone`: all of them were deleted, and the row stays until `until`. `session` has a row for each live master, and
+//! `gone`: all of them were deleted, and the row stays until `until`. `upload` has the multipart uploads under way and
+//! `part` their parts, whose blobs are debris that rests. `session` has a row for each live master, and
 //! `store` one row that all sessions touch when they begin; `verify` is the result of the last one. `format` is 0 while `rebuild` or `import` fills the store.
 //!
 //! Each statement is a transaction and touches a table at most once, so that the same text runs on CockroachDB. Keys
@@ -31,18 +32,21 @@ macro_rules! entry {
     };
 }
 
-pub static SCHEMA: [&str; 6] = [
+pub static SCHEMA: [&str; 8] = [
     "CREATE TABLE IF NOT EXISTS session (id bigint PRIMARY KEY, beat bigint NOT NULL, name text NOT NULL, flags text NOT NULL)",
     "CREATE TABLE IF NOT EXISTS record (key bytea PRIMARY KEY, version bigint NOT NULL, value text NOT NULL)",
     "CREATE TABLE IF NOT EXISTS writing (key bytea, version bigint, session bigint NOT NULL, replicas text NOT NULL,
         PRIMARY KEY (key, version))",
     "CREATE TABLE IF NOT EXISTS debris (key bytea, version bigint, until timestamptz NOT NULL, wait timestamptz NOT NULL,
         gone boolean NOT NULL, replicas text NOT NULL, PRIMARY KEY (key, version))",
+    "CREATE TABLE IF NOT EXISTS upload (id bigint PRIMARY KEY, key bytea NOT NULL, value text NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS part (id bigint, number bigint, version bigint, value text NOT NULL,
+        PRIMARY KEY (id, number, version))",
     "CREATE TABLE IF NOT EXISTS store (id bigint PRIMARY KEY, format bigint NOT NULL, opened bigint NOT NULL, verify text NOT NULL)",
     "INSERT INTO store (id, format, opened, verify) VALUES (1, 1, 0, '') ON CONFLICT (id) DO NOTHING",
 ];
 
-pub static HAS_SCHEMA: &str = "SELECT EXISTS (SELECT 1 FROM information_schema.tables WHERE table_name = 'store' AND table_schema = current_schema())";
+pub static HAS_SCHEMA: &str = "SELECT EXISTS (SELECT 1 FROM information_schema.tables WHERE table_name = 'part' AND table_schema = current_schema())";
 pub static FORMAT: &str = "SELECT format FROM store WHERE id = 1";
 
 pub static VERIFY: &str = "SELECT verify FROM store WHERE id = 1";
@@ -60,9 +64,13 @@ pub static DEBRIS: &str = concat!(
     " FROM debris WHERE key = $1::bytea
      UNION ALL SELECT version, replicas, false, 0, NULL FROM writing WHERE key = $1 ORDER BY 1"
 );
-/// Without the writes under way.
-pub static UNWANTED: &str =
-    concat!("SELECT version, ", entry!(), " FROM debris WHERE key = $1::bytea ORDER BY version");
+/// Without the writes under way and the parts of uploads.
+pub static UNWANTED: &str = concat!(
+    "SELECT version, ",
+    entry!(),
+    " FROM debris WHERE key = $1::bytea AND version NOT IN
+       (SELECT p.version FROM part p, upload u WHERE p.id = u.id AND u.key = $1) ORDER BY version"
+);
 pub static ENTRY: &str = concat!("SELECT ", entry!(), " FROM debris WHERE key = $1::bytea AND version = $2::bigint");
 pub static ALL_DEBRIS: &str = concat!(
     "SELECT * FROM (SELECT key, version, ",
@@ -143,9 +151,10 @@ pub static ADD: &str = concat!(
      VALUES ($1::bytea, $2::bigint, now() + $3::bigint * interval '1 second', 'epoch', false, $4::text)",
     grow!()
 );
+/// $6: whether only a rebalance of the record keeps others from it (R9).
 pub static DELETE: &str = concat!(
     "WITH r AS (DELETE FROM record WHERE key = $1::bytea AND version = $2::bigint AND value = $4::text
-       AND NOT EXISTS (SELECT 1 FROM writing WHERE key = $1) AND EXISTS (SELECT 1 FROM session WHERE id = $3::bigint)
+       AND NOT EXISTS (SELECT 1 FROM writing WHERE key = $1 AND (version = $2 OR NOT $6::boolean)) AND EXISTS (SELECT 1 FROM session WHERE id = $3::bigint)
        RETURNING key),
      d AS (INSERT INTO debris (key, version, until, wait, gone, replicas)
        SELECT key, $2, 'epoch', 'epoch', false, $5::text FROM r",
@@ -155,13 +164,44 @@ pub static DELETE: &str = concat!(
 );
 pub static SET: &str =
     "WITH r AS (UPDATE record SET value = $5::text WHERE key = $1::bytea AND version = $2::bigint AND value = $4::text
-       AND NOT EXISTS (SELECT 1 FROM writing WHERE key = $1) AND EXISTS (SELECT 1 FROM session WHERE id = $3::bigint)
+       AND NOT EXISTS (SELECT 1 FROM writing WHERE key = $1 AND (version = $2 OR NOT $6::boolean)) AND EXISTS (SELECT 1 FROM session WHERE id = $3::bigint)
        RETURNING key)
      SELECT EXISTS (SELECT 1 FROM r), EXISTS (SELECT 1 FROM session WHERE id = $3)";
 pub static CLAIM: &str = "INSERT INTO writing (key, version, session, replicas)
      SELECT $1::bytea, $2::bigint, $3::bigint, $4::text WHERE EXISTS (SELECT 1 FROM session WHERE id = $3)
        AND EXISTS (SELECT 1 FROM record WHERE key = $1 AND version = $2)
      ON CONFLICT (key, version) DO NOTHING RETURNING 1";
+
+// Multipart uploads.
+pub static CREATE_UPLOAD: &str = "INSERT INTO upload (id, key, value) VALUES ($1::bigint, $2::bytea, $3::text)
+     ON CONFLICT (id) DO NOTHING";
+pub static FIND_UPLOAD: &str = "SELECT value FROM upload WHERE id = $1::bigint";
+pub static UPLOADS: &str = "SELECT id, value FROM upload WHERE id > $1::bigint ORDER BY id LIMIT $2::bigint";
+pub static PARTS: &str = "SELECT number, value FROM part WHERE id = $1::bigint ORDER BY number, version";
+pub static PART: &str = "SELECT 1 FROM part WHERE id = $1::bigint AND number = $2::bigint AND version = $3::bigint";
+/// $4, $5, $6: the upload, the part's number and record. $7: for how many seconds its blob, on $8, rests.
+pub static KEEP_PART: &str = concat!(
+    "WITH ", mine!(), ",
+     u AS (SELECT id FROM upload WHERE id = $4::bigint FOR UPDATE),
+     p AS (INSERT INTO part (id, number, version, value) SELECT u.id, $5::bigint, $2, $6::text FROM mine, u RETURNING id),
+     w AS (DELETE FROM writing WHERE key IN (SELECT key FROM mine) AND version = $2 AND session = $3
+       AND EXISTS (SELECT 1 FROM p)),
+     d AS (INSERT INTO debris (key, version, until, wait, gone, replicas)
+       SELECT mine.key, $2, 'epoch', now() + $7::bigint * interval '1 second', false, $8::text FROM mine, p", grow!(), ")
+     SELECT EXISTS (SELECT 1 FROM mine), EXISTS (SELECT 1 FROM p)"
+);
+pub static ADD_PART: &str = "INSERT INTO part (id, number, version, value)
+     VALUES ($1::bigint, $2::bigint, $3::bigint, $4::text) ON CONFLICT (id, number, version) DO NOTHING";
+pub static CLAIM_PART: &str = "WITH u AS (SELECT id FROM upload WHERE id = $5::bigint FOR UPDATE)
+     INSERT INTO writing (key, version, session, replicas)
+     SELECT $1::bytea, $2::bigint, $3::bigint, $4::text FROM u WHERE EXISTS (SELECT 1 FROM session WHERE id = $3)
+       AND EXISTS (SELECT 1 FROM part WHERE id = $5 AND version = $2)
+     ON CONFLICT (key, version) DO NOTHING RETURNING 1";
+pub static END_UPLOAD: &str = "DELETE FROM upload WHERE id = $1::bigint";
+/// The blob of a part that is claimed rests on.
+pub static END_PARTS: &str = "WITH p AS (DELETE FROM part WHERE id = $1::bigint RETURNING version)
+     UPDATE debris SET wait = 'epoch' WHERE key = $2::bytea AND version IN (SELECT version FROM p)
+       AND version NOT IN (SELECT version FROM writing WHERE key = $2)";
 
 // Debris. $3 is the row's replicas as they were read: a row that has changed since is left alone.
 pub static MARK: &str =

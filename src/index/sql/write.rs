@@ -21,10 +21,10 @@ use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
 use crate::index::locks::{KeyLock, Owner};
-use crate::index::{Deleted, Entry, Held, Stage, Writing, record_of};
+use crate::index::{Deleted, Entry, Held, Judge, Stage, Writing, record_of};
 
 /// How long a flip is tried while the database is away: a failover may take a minute.
-const FLIP: Duration = Duration::from_secs(60);
+pub const FLIP: Duration = Duration::from_secs(60);
 
 /// The pause before the next attempt.
 pub const PAUSE: Duration = Duration::from_millis(300);
@@ -38,11 +38,17 @@ pub struct Trace<'a> {
     key: Vec<u8>,
     version: i64,
     session: i64,
-    ended: bool,
+    pub ended: bool,
+}
+
+impl<'a> Trace<'a> {
+    pub fn new(engine: &'a Engine, key: &[u8], version: i64) -> Trace<'a> {
+        Trace { engine, key: key.into(), version, session: engine.session(), ended: false }
+    }
 }
 
 impl Trace<'_> {
-    fn name(&self) -> [super::connection::Arg<'_>; 3] {
+    pub fn name(&self) -> [super::connection::Arg<'_>; 3] {
         [Bytes(&self.key), Int(self.version), Int(self.session)]
     }
 
@@ -55,6 +61,15 @@ impl Trace<'_> {
     pub fn abandon(mut self, until: i64) {
         let [key, version, session] = self.name();
         self.ended = self.engine.pool.query(sql::ABANDON, &[key, version, session, Int(until)]).is_ok();
+    }
+
+    /// Ends a write that failed, whose blobs on these replicas were deleted as far as possible.
+    pub fn give_up(self, entry: &Entry, replicas: &[String], deleted: &Deleted) {
+        if replicas.iter().all(|replica| deleted.gone.contains(replica)) {
+            self.end();
+        } else {
+            self.abandon(entry.debris.doubtful_until.saturating_sub(super::now()) as i64);
+        }
     }
 
     /// Whether its session is no longer that of this process.
@@ -91,7 +106,7 @@ impl Engine {
         pass: bool,
         check: impl FnOnce(Option<&Record>) -> Result<()>,
     ) -> Result<Writing<'_>> {
-        let (lock, session) = (self.lock(key)?, self.session());
+        let (lock, session) = (self.lock(key, pass)?, self.session());
         let args = [Bytes(key), Int(session), Text(&replicas.join(",")), Bool(replace), Bool(pass)];
         let row = match self.pool.query(sql::BEGIN, &args) {
             Ok(rows) => rows.into_iter().next().unwrap_or_else(|| vec![None; 3]),
@@ -123,8 +138,8 @@ impl Engine {
         }
     }
 
-    pub fn lock(&self, key: &[u8]) -> Result<KeyLock<'_>> {
-        self.locks.lock(key, Owner::Client).ok_or(Error::Locked)
+    pub fn lock(&self, key: &[u8], passing: bool) -> Result<KeyLock<'_>> {
+        self.locks.lock(key, if passing { Owner::Passing } else { Owner::Client }).ok_or(Error::Locked)
     }
 
     pub fn lost_session(&self) -> Error {
@@ -132,7 +147,7 @@ impl Engine {
     }
 
     pub fn claim(&self, key: &[u8]) -> Result<Writing<'_>> {
-        let lock = self.lock(key)?;
+        let lock = self.lock(key, false)?;
         let record = self.get(key)?.ok_or(Error::NOT_FOUND)?;
         let entry = Entry { key: key.into(), version: record.version, debris: Debris::default(), stage: Stage::Due };
         let held = Held { lock, record: Some(record) };
@@ -160,13 +175,13 @@ impl Engine {
 
     /// Takes the row for copies of the record's blob.
     pub fn claim_row(&self, key: &[u8], version: u64, replicas: &[String]) -> Result<Trace<'_>> {
-        let (version, session) = (signed(key, version)?, self.session());
-        let mut trace = Trace { engine: self, key: key.into(), version, session, ended: false };
-        let args = [Bytes(key), Int(version), Int(session), Text(&replicas.join(","))];
+        let mut trace = Trace::new(self, key, signed(key, version)?);
+        let ([name, version, session], id) = (trace.name(), trace.session);
+        let args = [name, version, session, Text(&replicas.join(","))];
         match self.pool.query(sql::CLAIM, &args) {
             Ok(rows) if rows.is_empty() => {
                 trace.ended = true;
-                Err(if self.is_lost(session) { self.lost_session() } else { Error::Locked })
+                Err(if self.is_lost(id) { self.lost_session() } else { Error::Locked })
             }
             Ok(_) => Ok(trace),
             Err(failure) => {
@@ -188,15 +203,23 @@ impl Engine {
         let Some(trace) = trace else { return Ok(()) };
         let is_copy = held.record.as_ref().is_some_and(|record| record.version == entry.version);
         let deleted = if is_copy { Deleted::default() } else { delete(&held, &entry, &replicas) };
-        if replicas.iter().all(|replica| deleted.gone.contains(replica)) {
-            trace.end();
-        } else {
-            trace.abandon(entry.debris.doubtful_until.saturating_sub(super::now()) as i64);
-        }
+        trace.give_up(&entry, &replicas, &deleted);
         Ok(())
     }
 
-    pub fn flip(&self, mut writing: Writing, new: &Record, surplus: Vec<String>, keep: Option<Duration>) -> Result<()> {
+    pub fn flip(&self, writing: Writing, new: &Record, surplus: Vec<String>, keep: Option<Duration>) -> Result<()> {
+        self.flip_judged(writing, new, surplus, keep, &|_| Ok(()))
+    }
+
+    /// `judge`: whether the record that is found may be replaced.
+    pub fn flip_judged(
+        &self,
+        mut writing: Writing,
+        new: &Record,
+        surplus: Vec<String>,
+        keep: Option<Duration>,
+        judge: Judge,
+    ) -> Result<()> {
         let trace = match writing.trace.take() {
             Some(trace) => trace,
             // A rebalance that copies nothing.
@@ -206,6 +229,10 @@ impl Engine {
         let is_copy = old.as_ref().is_some_and(|old| old.version == new.version);
         let mut turns = 0;
         loop {
+            if let Err(refused) = judge(old.as_ref()) {
+                trace.abandon(0);
+                return Err(refused);
+            }
             // An upload replaces the whole blob of the record that it finds.
             let replaced =
                 if is_copy { surplus.join(",") } else { old.as_ref().map_or(String::new(), |o| o.replicas.join(",")) };
@@ -292,7 +319,7 @@ impl Engine {
 
 impl Trace<'_> {
     /// Ends a write whose row is gone.
-    fn forget(mut self) {
+    pub fn forget(mut self) {
         self.ended = true;
     }
 }

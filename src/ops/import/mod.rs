@@ -68,6 +68,7 @@ fn copy_all(from: &Index, replacement: &Replacement) -> Result<(u64, u64)> {
         index.batch().set_debris(&key, version, &debris).commit()?;
         counts.1 += 1;
     }
+    index.take_uploads(from)?;
     index.sync()?;
     Ok(counts)
 }

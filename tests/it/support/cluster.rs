@@ -241,7 +241,7 @@ pub struct Master {
 impl Master {
     /// Stops the process with SIGSTOP.
     pub fn freeze(&self) {
-        signal(self.child.id(), Signal::STOP);
+        stop_process(self.child.id());
     }
 
     pub fn thaw(&self) {
@@ -865,6 +865,19 @@ pub fn signal(pid: u32, signal: Signal) {
     let pid = Pid::from_raw(pid as i32).expect("a process id is positive");
     // The process may have exited already.
     let _ = kill_process(pid, signal);
+}
+
+/// Stops a process with SIGSTOP, and waits until all its threads stand still.
+pub fn stop_process(pid: u32) {
+    signal(pid, Signal::STOP);
+    wait_until("the process stands still", || process_states(pid).iter().all(|state| "TZ".contains(*state)));
+}
+
+/// The states of a process's threads, as ps shows them; none if it is gone.
+pub fn process_states(pid: u32) -> Vec<char> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let stats = tasks.filter_map(|task| fs::read_to_string(task.path().join("stat")).ok());
+    stats.filter_map(|stat| stat.rsplit(") ").next()?.chars().next()).collect()
 }
 
 /// Waits for a process to exit.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::process::{Signal, geteuid};
 
-use crate::support::cluster::{signal, wait};
+use crate::support::cluster::{process_states, signal, stop_process, wait};
 use crate::support::http_client::wait_at_most;
 
 const PASSWORD: &str = "p@ss wörd";
@@ -85,6 +85,12 @@ impl Postgres {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.server = Some(command.spawn().expect("postgres starts"));
         wait_at_most(Duration::from_secs(30), "PostgreSQL answers", || {
+            let ended = self.server.as_mut().unwrap().try_wait().expect("the process can be waited for");
+            if let Some(status) = ended {
+                let log = fs::read_to_string(self.data.with_extension("log")).unwrap_or_default();
+                let tail: Vec<&str> = log.lines().rev().take(20).collect();
+                panic!("PostgreSQL has ended, {status}: {tail:#?}");
+            }
             self.psql("postgres", "SELECT 1").status.success()
         });
     }
@@ -96,8 +102,11 @@ impl Postgres {
     /// Ends all its processes with SIGKILL.
     pub fn crash(&mut self) {
         let mut server = self.server.take().expect("PostgreSQL runs");
-        self.each_process(server.id(), Signal::KILL);
+        let killed = self.each_process(server.id(), Signal::KILL);
         wait(&mut server, "PostgreSQL");
+        // The next server does not start before all have left its memory.
+        let is_gone = |pid: &u32| process_states(*pid).iter().all(|state| *state == 'Z');
+        wait_at_most(Duration::from_secs(10), "its processes have ended", || killed.iter().all(is_gone));
     }
 
     /// Stops all its processes with SIGSTOP: the kernel goes on accepting connections.
@@ -109,16 +118,17 @@ impl Postgres {
         self.each_process(self.pid(), Signal::CONT);
     }
 
-    fn each_process(&self, server: u32, how: Signal) {
-        // It starts no more processes: one that outlives a crash would keep the next server from starting.
-        signal(server, Signal::STOP);
+    fn each_process(&self, server: u32, how: Signal) -> Vec<u32> {
+        // It starts no more processes meanwhile.
+        stop_process(server);
         let mut pids = vec![server];
         for entry in fs::read_dir("/proc").expect("/proc is mounted").flatten() {
             let pid = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
             let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
             pids.extend(pid.filter(|_| status.lines().any(|line| line == format!("PPid:\t{server}"))));
         }
-        pids.into_iter().for_each(|pid| signal(pid, how));
+        pids.iter().for_each(|pid| signal(*pid, how));
+        pids
     }
 
     /// Stops the process that sends the log to the standby.
@@ -165,9 +175,11 @@ impl Postgres {
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        if self.server.is_some() {
-            self.crash();
-        }
+        let Some(mut server) = self.server.take() else { return };
+        // It ends at once, and leaves none of its shared memory behind.
+        self.each_process(server.id(), Signal::CONT);
+        signal(server.id(), Signal::QUIT);
+        wait(&mut server, "PostgreSQL");
     }
 }
 

@@ -1,0 +1,155 @@
+//! Drafts and multipart uploads on PostgreSQL.
+//!
+//! A draft is a row of `writing` like that of any write, begun so that it passes other rows of its key. When it becomes a
+//! part, one statement deletes the row, adds the part and makes its blob debris that rests. The row of the upload is
+//! locked meanwhile: the end of an upload finds either the part or the draft.
+
+use std::time::Instant;
+
+use super::connection::Arg::{Bytes, Int, Text};
+use super::pool::Failure;
+use super::statements as sql;
+use super::write::{FLIP, PAUSE, Trace, in_doubt};
+use super::{Engine, bytes, flag, int, now, signed};
+use crate::error::{Error, Result};
+use crate::format::record::{Debris, Record};
+use crate::index::drafts::{Draft, Judge, MultipartUpload, Part, newest};
+use crate::index::{Deleted, Entry, Held, Stage, Writing, record_of};
+
+/// Uploads that are read at a time.
+const PAGE: i64 = 1000;
+
+impl Engine {
+    pub fn draft(&self, key: &[u8], replicas: &[String]) -> Result<Draft<'_>> {
+        let Writing { entry, trace, .. } = self.begin(key, replicas.to_vec(), true, true, |_| Ok(()))?;
+        Ok(Draft { entry, trace, noted: None })
+    }
+
+    pub fn flip_draft(&self, draft: Draft, new: &Record, judge: Judge) -> Result<()> {
+        let Draft { entry, trace, .. } = draft;
+        let lock = self.lock(&entry.key, true)?;
+        let record = self.get(&entry.key)?;
+        let replicas = entry.debris.replicas.clone();
+        let writing = Writing { held: Held { lock, record }, entry, replicas, replace: true, trace };
+        if writing.held.record.as_ref().is_some_and(|record| record.version > new.version) {
+            judge(writing.held.record.as_ref())?;
+            // Overtaken: the dropped row becomes debris.
+            return Ok(());
+        }
+        self.flip_judged(writing, new, Vec::new(), None, judge)
+    }
+
+    pub fn abandon_draft(&self, draft: Draft, delete: impl FnOnce(&Entry) -> Deleted) -> Result<()> {
+        let Draft { entry, trace, .. } = draft;
+        if let Some(trace) = trace {
+            let deleted = delete(&entry);
+            trace.give_up(&entry, &entry.debris.replicas, &deleted);
+        }
+        Ok(())
+    }
+
+    pub fn create_upload(&self, upload: &MultipartUpload) -> Result<()> {
+        let args = [Int(upload.id as i64), Bytes(&upload.key), Text(&upload.encode())];
+        Ok(self.pool.query(sql::CREATE_UPLOAD, &args).map(drop)?)
+    }
+
+    pub fn find_upload(&self, id: u64) -> Result<Option<MultipartUpload>> {
+        let rows = self.pool.read(sql::FIND_UPLOAD, &[Int(id as i64)])?;
+        rows.first().map(|row| MultipartUpload::decode(id, bytes(row, 0))).transpose()
+    }
+
+    pub fn uploads(&self) -> Result<Vec<MultipartUpload>> {
+        let mut uploads: Vec<MultipartUpload> = Vec::new();
+        loop {
+            let last = uploads.last().map_or(-1, |upload| upload.id as i64);
+            let rows = self.pool.read(sql::UPLOADS, &[Int(last), Int(PAGE)])?;
+            if rows.is_empty() {
+                return Ok(uploads);
+            }
+            for row in &rows {
+                uploads.push(MultipartUpload::decode(int(row, 0) as u64, bytes(row, 1))?);
+            }
+        }
+    }
+
+    pub fn parts(&self, id: u64) -> Result<Vec<Part>> {
+        let rows = self.pool.read(sql::PARTS, &[Int(id as i64)])?;
+        let part = |row: &super::Row| {
+            let record = record_of(&id.to_be_bytes(), bytes(row, 1))?;
+            Ok(Part { number: int(row, 0) as u16, record })
+        };
+        Ok(newest(rows.iter().map(part).collect::<Result<_>>()?))
+    }
+
+    pub fn keep_part(&self, draft: Draft, id: u64, part: &Part, until: u64) -> Result<()> {
+        let Draft { entry, trace: Some(trace), .. } = draft else { return Err(self.lost_session()) };
+        let (begun, record, replicas) = (Instant::now(), part.record.encode(), entry.debris.replicas.join(","));
+        let wait = until.saturating_sub(now()) as i64;
+        loop {
+            let [key, version, session] = trace.name();
+            let (id, number) = (Int(id as i64), Int(part.number.into()));
+            let args = [key, version, session, id, number, Text(&record), Int(wait), Text(&replicas)];
+            let row = match self.pool.query(sql::KEEP_PART, &args) {
+                Ok(rows) => rows.into_iter().next().unwrap_or_default(),
+                Err(failure) if failure.is_temporary() && begun.elapsed() < FLIP => {
+                    std::thread::sleep(PAUSE);
+                    continue;
+                }
+                Err(failure) => return Err(in_doubt(&failure)),
+            };
+            return match (flag(&row, 0), flag(&row, 1)) {
+                (_, true) => {
+                    trace.forget();
+                    Ok(())
+                }
+                (true, false) => {
+                    trace.abandon(0);
+                    Err(Error::NoSuchUpload)
+                }
+                // It was kept before and the answer was lost, or another master took over.
+                (false, false) if !self.pool.read(sql::PART, &[id, number, version])?.is_empty() => {
+                    trace.forget();
+                    Ok(())
+                }
+                (false, false) => Err(self.lost_session()),
+            };
+        }
+    }
+
+    /// Adds a part whose blob has its debris entry.
+    pub fn add_part(&self, id: u64, part: &Part) -> Result<()> {
+        let (id, number) = (Int(id as i64), Int(part.number.into()));
+        let args = [id, number, Int(signed(b"", part.record.version)?), Text(&part.record.encode())];
+        Ok(self.pool.query(sql::ADD_PART, &args).map(drop)?)
+    }
+
+    pub fn claim_part(&self, upload: &MultipartUpload, part: &Part, copies: &[String]) -> Result<Draft<'_>> {
+        let (key, version) = (&upload.key, signed(&upload.key, part.record.version)?);
+        let mut replicas = part.record.replicas.clone();
+        replicas.extend(copies.iter().filter(|copy| !part.record.replicas.contains(copy)).cloned());
+        let mut trace = Trace::new(self, key, version);
+        let [name, number, session] = trace.name();
+        let args = [name, number, session, Text(&replicas.join(",")), Int(upload.id as i64)];
+        match self.pool.query(sql::CLAIM_PART, &args) {
+            Ok(rows) if rows.is_empty() => {
+                trace.ended = true;
+                Err(if self.find_upload(upload.id)?.is_some() { Error::Locked } else { Error::NoSuchUpload })
+            }
+            Ok(_) => {
+                let debris = Debris { replicas, ..Debris::default() };
+                let entry = Entry { key: key.clone(), version: version as u64, debris, stage: Stage::Due };
+                Ok(Draft { entry, trace: Some(trace), noted: None })
+            }
+            Err(failure) => {
+                trace.ended = !matches!(failure, Failure::Doubt(_));
+                Err(failure.into())
+            }
+        }
+    }
+
+    pub fn end_upload(&self, upload: &MultipartUpload) -> Result<()> {
+        // The first statement ends claims of parts. The second one sees those that were made before.
+        self.pool.query(sql::END_UPLOAD, &[Int(upload.id as i64)])?;
+        Ok(self.pool.query(sql::END_PARTS, &[Int(upload.id as i64), Bytes(&upload.key)]).map(drop)?)
+    }
+}
