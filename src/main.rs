@@ -30,9 +30,9 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
     match command {
         Command::Print(text) => println!("{text}"),
         Command::Secret(file) => secret::create(&file)?,
-        Command::Server { db, sync, store, http, api } => {
+        Command::Server { db, sync, store, http, api, s3 } => {
             let index = db.open(true, sync)?;
-            serve(Store::new(store, index, volumes()), api, http)?;
+            serve(Store::new(store, index, volumes()), api, http, s3)?;
         }
         Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
         Command::Rebalance { db, sync, store, dry_run } => {

@@ -94,6 +94,15 @@ impl Api {
         Api { store, config, authenticator, metrics, samples, checked, statistics, begun, requests: start.into() }
     }
 
+    /// Counts the requests of another door: method, status, the error if there was one, and the time it took.
+    pub fn observer(&self) -> Box<dyn Fn(&str, u16, Option<&Error>, Duration) + Send + Sync> {
+        let metrics = self.metrics.clone();
+        Box::new(move |method, status, error, time| {
+            let kind = error.map(status::kind).or((status >= 400).then_some("client"));
+            metrics.count(method, status, kind, time);
+        })
+    }
+
     /// Takes a sample for the page's charts every few seconds, for ever.
     pub fn sampler(&self) -> impl FnOnce() + Send + 'static + use<> {
         let (metrics, samples, volumes) = (self.metrics.clone(), self.samples.clone(), self.store.volumes.clone());
