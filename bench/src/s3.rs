@@ -89,7 +89,8 @@ fn cycle(endpoint: &Endpoint, size: usize, count: usize, threads: usize) {
     let value = random(size);
     let key = |n: usize| format!("cycle/{size}/{n:06}");
     let rate = |count: usize, time: Duration| format!("{:.1}", count as f64 / time.as_secs_f64());
-    let mut line = rate(count, in_threads(endpoint, count, threads, |client, n| drop(client.ask("PUT", &key(n), "", &value))));
+    let mut line =
+        rate(count, in_threads(endpoint, count, threads, |client, n| drop(client.ask("PUT", &key(n), "", &value))));
     let read = |client: &mut Client, n: usize| assert_eq!(client.length_of("GET", &key(n), ""), size as u64);
     let _ = write!(line, " {}", rate(count, in_threads(endpoint, count, threads, read)));
     let short = SHORT_PHASE.max(count);
@@ -116,13 +117,15 @@ fn multipart(endpoint: &Endpoint, size: usize, threads: usize) {
     let etags: Vec<_> = (0..count).map(|_| std::sync::Mutex::new(String::new())).collect();
     in_threads(endpoint, count, threads, |client, n| {
         let size = PART.min(size - n * PART);
-        *etags[n].lock().unwrap() = client.put_part(key, &format!("partNumber={}&uploadId={}", n + 1, target(&id)), &part[..size]);
+        *etags[n].lock().unwrap() =
+            client.put_part(key, &format!("partNumber={}&uploadId={}", n + 1, target(&id)), &part[..size]);
     });
     let mut xml = String::from("<CompleteMultipartUpload>");
     for (n, etag) in etags.iter().enumerate() {
         let _ = write!(xml, "<Part><PartNumber>{}</PartNumber><ETag>{}</ETag></Part>", n + 1, etag.lock().unwrap());
     }
-    let done = client.ask("POST", key, &format!("uploadId={}", target(&id)), (xml + "</CompleteMultipartUpload>").as_bytes());
+    let done =
+        client.ask("POST", key, &format!("uploadId={}", target(&id)), (xml + "</CompleteMultipartUpload>").as_bytes());
     assert!(done.contains("CompleteMultipartUploadResult"), "{done}");
     let (written, started) = (started.elapsed(), Instant::now());
     assert_eq!(client.length_of("GET", key, ""), size as u64);
@@ -225,7 +228,8 @@ impl Client<'_> {
     /// Sends a request and reads the head of the answer. The length is `None` if the body is chunked.
     fn send(&mut self, method: &str, key: &str, query: &str, body: &[u8]) -> (Vec<String>, Option<u64>) {
         let slash = if key.is_empty() { "" } else { "/" };
-        let path = format!("/{}{slash}{}", self.endpoint.bucket, key.split('/').map(target).collect::<Vec<_>>().join("/"));
+        let path =
+            format!("/{}{slash}{}", self.endpoint.bucket, key.split('/').map(target).collect::<Vec<_>>().join("/"));
         let head = self.endpoint.head(method, &path, query, body.len());
         let out = self.socket.get_mut();
         out.write_all(head.as_bytes()).and_then(|()| out.write_all(body)).expect("the server reads the request");
@@ -240,7 +244,8 @@ impl Client<'_> {
             lines.push(line.trim().to_string());
         }
         let value = |name: &str| {
-            let found = lines.iter().filter_map(|line| line.split_once(':')).find(|(n, _)| n.eq_ignore_ascii_case(name));
+            let found =
+                lines.iter().filter_map(|line| line.split_once(':')).find(|(n, _)| n.eq_ignore_ascii_case(name));
             found.map(|(_, value)| value.trim().to_string())
         };
         let chunked = value("transfer-encoding").is_some();
@@ -277,7 +282,8 @@ impl Endpoint {
     /// The head of a signed request.
     fn head(&self, method: &str, path: &str, query: &str, length: usize) -> String {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970").as_secs();
-        let date = Timestamp::from_second(now as i64).expect("a time of this era").strftime("%Y%m%dT%H%M%SZ").to_string();
+        let date =
+            Timestamp::from_second(now as i64).expect("a time of this era").strftime("%Y%m%dT%H%M%SZ").to_string();
         let scope = format!("{}/us-east-1/s3/aws4_request", &date[..8]);
         let names = "host;x-amz-content-sha256;x-amz-date";
         let mut pairs: Vec<&str> = query.split('&').collect();

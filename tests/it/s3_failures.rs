@@ -82,8 +82,11 @@ fn a_part_that_is_killed_is_not_there_and_can_be_sent_again() {
     let value = random_bytes(&mut seeded_rng(), 2 * MIB);
     let upload = s3.create_upload(PATH);
     s3.put_part(PATH, &upload, 1, "first");
-    let part = |number: &str| s3.request("PUT", PATH).query("partNumber", number).query("uploadId", &upload).body(&value);
-    for (number, left, fault) in [("2", MIB, None), ("1", MIB, None), ("2", 0, Some(Fault::HoldAnswer)), ("1", 0, Some(Fault::HoldAnswer))] {
+    let part =
+        |number: &str| s3.request("PUT", PATH).query("partNumber", number).query("uploadId", &upload).body(&value);
+    for (number, left, fault) in
+        [("2", MIB, None), ("1", MIB, None), ("2", 0, Some(Fault::HoldAnswer)), ("1", 0, Some(Fault::HoldAnswer))]
+    {
         if let Some(fault) = fault {
             c.each_proxy(|proxy| proxy.set("PUT", fault));
         }
@@ -131,7 +134,10 @@ fn acknowledged_writes_survive_kills_under_load() {
         for (client, (acknowledged, sent)) in known.iter_mut().enumerate() {
             let answer = s3.get(format!("/bucket/{client}"));
             let read = if answer.status == 404 { 0 } else { answer.text().split(' ').nth(1).unwrap().parse().unwrap() };
-            assert!((*acknowledged..=*sent).contains(&read), "round {round}, client {client}: {read}, {acknowledged}..={sent}");
+            assert!(
+                (*acknowledged..=*sent).contains(&read),
+                "round {round}, client {client}: {read}, {acknowledged}..={sent}"
+            );
             if read > 0 {
                 assert_same_bytes(&answer.body, value(client, read).as_bytes(), "the value");
             }
@@ -214,7 +220,12 @@ fn reads_go_on_and_writes_fail_while_a_volume_is_down() {
 fn a_rebuild_says_what_of_s3_it_loses() {
     let (mut c, s3) = store(Setup::new().replicas(2));
     let large = vec![b'x'; 5 * MIB];
-    s3.request("PUT", "/bucket/typed").header("Content-Type", "text/x").header("x-amz-meta-a", "b c").body("v").send().expect(200);
+    s3.request("PUT", "/bucket/typed")
+        .header("Content-Type", "text/x")
+        .header("x-amz-meta-a", "b c")
+        .body("v")
+        .send()
+        .expect(200);
     s3.put("/bucket/plain", "plain").expect(200);
     s3.put("/bucket/empty", "").expect(200);
     s3.put("/bucket/dir/", "").expect(200);

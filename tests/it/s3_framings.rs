@@ -168,7 +168,11 @@ fn wrong_trailers_and_checksums_are_refused() {
                     AwsChunked { signed, trailer, sizes: vec![2], transfer, ..AwsChunked::default() }
                 };
                 refused(put().aws_chunked(kind(&other)), &["BadDigest"], sum);
-                refused(put().aws_chunked(kind("")), &["BadDigest", "InvalidRequest", "InvalidDigest", "MalformedTrailerError"], sum);
+                refused(
+                    put().aws_chunked(kind("")),
+                    &["BadDigest", "InvalidRequest", "InvalidDigest", "MalformedTrailerError"],
+                    sum,
+                );
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::support::s3::{Client, OWNER, store};
 
 /// A request with a presigned URL through the front. Returns its status and head, and its body.
 fn curl(front: &FrontProxy, target: &str, args: &[&str]) -> (String, String, Vec<u8>) {
-    let (status, body) = front.curl(&[&["-D", "-", "--path-as-is"], args].concat(), target);
+    let (status, body) = front.curl_at(&front.s3, &[&["-D", "-", "--path-as-is"], args].concat(), target);
     let end = crate::support::http_client::find(&body, b"\r\n\r\n").map_or(0, |end| end + 4);
     (status, String::from_utf8_lossy(&body[..end]).to_ascii_lowercase(), body[end..].to_vec())
 }
@@ -20,8 +20,8 @@ fn curl(front: &FrontProxy, target: &str, args: &[&str]) -> (String, String, Vec
 /// A store behind the front, whose volumes answer nobody but mkv, and a client that signs for the front's address.
 fn store_behind_front() -> (Cluster, FrontProxy, Client) {
     let (c, s3) = store(Setup::new().secret().proxied().flags(&["-accel"]));
-    let front = FrontProxy::before(&c, &s3.address);
-    let s3 = Client { host: front.address.clone(), ..s3 };
+    let front = FrontProxy::start(&c);
+    let s3 = Client { host: front.s3.clone(), ..s3 };
     (c, front, s3)
 }
 
@@ -37,7 +37,8 @@ fn the_front_reads_values_from_the_volumes() {
     fs::write(&file, &value).expect("the file can be written");
     let key = "/bucket/a b//../é+";
     let put = s3.request("PUT", key).presigned(60);
-    let (status, head, _) = curl(&front, &put, &["-T", &file, "-H", "Content-Type: text/x; a=b", "-H", "Cache-Control: no-store"]);
+    let (status, head, _) =
+        curl(&front, &put, &["-T", &file, "-H", "Content-Type: text/x; a=b", "-H", "Cache-Control: no-store"]);
     assert!(status.starts_with("200 "), "{status}");
     let etag = format!("\"{}\"", reference::md5(&value));
     assert!(head.contains(&format!("etag: {etag}")), "{head}");
@@ -47,7 +48,13 @@ fn the_front_reads_values_from_the_volumes() {
     let (status, head, body) = curl(&front, &get, &[]);
     assert!(status.starts_with("200 "), "{status}");
     assert_same_bytes(&body, &value, "the value through the front");
-    for line in ["content-type: text/x; a=b", "cache-control: no-store", "accept-ranges: bytes", "content-length: 3000000", &format!("etag: {etag}")] {
+    for line in [
+        "content-type: text/x; a=b",
+        "cache-control: no-store",
+        "accept-ranges: bytes",
+        "content-length: 3000000",
+        &format!("etag: {etag}"),
+    ] {
         assert_eq!(head.matches(&format!("{line}\r\n")).count(), 1, "{line}: {head}");
     }
     assert_eq!(head.matches("last-modified: ").count(), 1, "{head}");

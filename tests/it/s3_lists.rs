@@ -83,7 +83,8 @@ fn entries(page: &Answer, url: bool) -> Vec<(String, bool)> {
         false => text.clone(),
     };
     let text = page.text();
-    let common: String = text.split("<CommonPrefixes>").skip(1).map(|rest| rest.split("</CommonPrefixes>").next().unwrap()).collect();
+    let common: String =
+        text.split("<CommonPrefixes>").skip(1).map(|rest| rest.split("</CommonPrefixes>").next().unwrap()).collect();
     let common = Answer { body: common.into_bytes(), ..page.clone() };
     let keys = page.elements("Key");
     let mut entries: Vec<_> = keys.iter().map(|key| (decode(key), false)).collect();
@@ -93,7 +94,13 @@ fn entries(page: &Answer, url: bool) -> Vec<(String, bool)> {
 }
 
 /// All pages of a list. `first`: start-after or marker.
-fn read_list(s3: &Client, version: u8, (prefix, delimiter, first): (&str, &str, &str), limit: usize, url: bool) -> Vec<(String, bool)> {
+fn read_list(
+    s3: &Client,
+    version: u8,
+    (prefix, delimiter, first): (&str, &str, &str),
+    limit: usize,
+    url: bool,
+) -> Vec<(String, bool)> {
     let mut all = Vec::new();
     let mut token: Option<String> = None;
     for _ in 0..10_000 {
@@ -162,9 +169,7 @@ fn lists_of_random_keys_match_the_reference() {
     let all: Vec<&String> = keys.iter().collect();
     for _ in 0..150 {
         let any = |random: &mut fastrand::Rng| all[random.usize(..all.len())].clone();
-        let cut = |text: String, random: &mut fastrand::Rng| {
-            text.chars().take(random.usize(0..4)).collect::<String>()
-        };
+        let cut = |text: String, random: &mut fastrand::Rng| text.chars().take(random.usize(0..4)).collect::<String>();
         let prefix = any(&mut random);
         let prefix = cut(prefix, &mut random);
         let delimiter = ["", "/", "/", "a", "é", "//", "-~"][random.usize(..7)];

@@ -76,7 +76,8 @@ impl Worker<'_> {
             let (signed, transfer) = (self.random.bool(), self.random.bool());
             let sum = crate::support::s3::checksum("crc32", &value);
             let trailer = Some(("x-amz-checksum-crc32".to_string(), sum));
-            request = request.aws_chunked(AwsChunked { signed, transfer, trailer, sizes: vec![65536], announced: None });
+            request =
+                request.aws_chunked(AwsChunked { signed, transfer, trailer, sizes: vec![65536], announced: None });
         }
         let answer = request.send();
         if held {
@@ -173,8 +174,9 @@ impl Worker<'_> {
         let keys = page.elements("Key").into_iter().map(|key| format!("/bucket/{key}"));
         let found: Vec<_> = keys.zip(page.elements("ETag")).zip(page.elements("Size")).collect();
         let live = self.model.iter().filter(|(_, object)| object.stored.live);
-        let expected: Vec<_> =
-            live.map(|(key, object)| ((key.clone(), object.etag.clone()), object.stored.value.len().to_string())).collect();
+        let expected: Vec<_> = live
+            .map(|(key, object)| ((key.clone(), object.etag.clone()), object.stored.value.len().to_string()))
+            .collect();
         assert_eq!(found, expected);
         let native = self.c.keys(&self.folder, "list");
         assert!(native.iter().eq(expected.iter().map(|((key, _), _)| key.as_bytes())));

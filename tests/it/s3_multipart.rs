@@ -33,7 +33,8 @@ fn parts_become_one_object() {
     let path = "/bucket/a b/é";
     let large = [random_bytes(&mut random, 5 * MIB), random_bytes(&mut random, 5 * MIB + 1)];
     let parts: [&[u8]; 3] = [&large[0], &large[1], b"tail"];
-    let start = s3.request("POST", path).query("uploads", "").header("Content-Type", "text/x").header("x-amz-meta-a", "1");
+    let start =
+        s3.request("POST", path).query("uploads", "").header("Content-Type", "text/x").header("x-amz-meta-a", "1");
     let start = start.send().expect(200);
     assert_eq!((start.element("Bucket").as_str(), start.element("Key").as_str()), ("bucket", "a b/é"));
     let upload = start.element("UploadId");
@@ -63,11 +64,15 @@ fn parts_become_one_object() {
     assert_eq!((done.element("ETag"), done.element("Key").as_str()), (etag.clone(), "a b/é"));
     for method in ["GET", "HEAD"] {
         let answer = s3.ask(method, path).expect(200);
-        assert_eq!((answer.etag(), answer.header("Content-Type"), answer.header("x-amz-meta-a")), (etag.clone(), Some("text/x"), Some("1")));
+        assert_eq!(
+            (answer.etag(), answer.header("Content-Type"), answer.header("x-amz-meta-a")),
+            (etag.clone(), Some("text/x"), Some("1"))
+        );
         assert_eq!(answer.header("Content-Length"), Some((10 * MIB + 5).to_string().as_str()));
     }
     assert_same_bytes(&s3.get(path).body, &parts.concat(), "the object");
-    let range = s3.request("GET", path).header("Range", format!("bytes={}-{}", 5 * MIB - 2, 5 * MIB + 1)).send().expect(206);
+    let range =
+        s3.request("GET", path).header("Range", format!("bytes={}-{}", 5 * MIB - 2, 5 * MIB + 1)).send().expect(206);
     assert_same_bytes(&range.body, &[&large[0][5 * MIB - 2..], &large[1][..2]].concat(), "a range over two parts");
     assert_eq!(s3.query("GET", "/bucket", "list-type=2", "").expect(200).element("ETag"), etag);
     c.assert_value(path, parts.concat());
@@ -95,7 +100,10 @@ fn parts_have_their_rules() {
     part().header("Content-MD5", reference::md5_base64(b"another")).send().expect_code(400, "BadDigest");
     part().header("x-amz-checksum-crc32", checksum("crc32", b"another")).send().expect_code(400, "BadDigest");
     let trailer = Some(("x-amz-checksum-crc64nvme".to_string(), checksum("crc64nvme", b"part")));
-    part().aws_chunked(AwsChunked { trailer, sizes: vec![3], transfer: true, ..AwsChunked::default() }).send().expect(200);
+    part()
+        .aws_chunked(AwsChunked { trailer, sizes: vec![3], transfer: true, ..AwsChunked::default() })
+        .send()
+        .expect(200);
     assert_eq!(list_parts(&s3, path, &upload).elements("Size"), ["4", "5"]);
     // An upload without parts, one that is aborted, one of a bucket that is not there.
     let none = s3.create_upload("/bucket/none");
@@ -209,7 +217,9 @@ fn old_uploads_are_purged() {
     let (mut c, s3) = store(Setup::new().flags(&["-s3uploads", "2s"]));
     let upload = s3.create_upload("/bucket/old");
     s3.put_part("/bucket/old", &upload, 1, "part");
-    wait_at_most(Duration::from_secs(12), "the upload is purged", || list_parts(&s3, "/bucket/old", &upload).status == 404);
+    wait_at_most(Duration::from_secs(12), "the upload is purged", || {
+        list_parts(&s3, "/bucket/old", &upload).status == 404
+    });
     s3.put_part("/bucket/k", &s3.create_upload("/bucket/k"), 1, "part");
     c.wait_until_cleaned();
     assert_eq!(c.blobs().len(), 3, "the bucket's own: {:?}", c.blobs());
@@ -219,7 +229,9 @@ fn old_uploads_are_purged() {
     c.stop_master();
     std::thread::sleep(Duration::from_millis(2500));
     c.start_master();
-    wait_at_most(Duration::from_secs(12), "the upload is purged", || list_parts(&s3, "/bucket/old", &upload).status == 404);
+    wait_at_most(Duration::from_secs(12), "the upload is purged", || {
+        list_parts(&s3, "/bucket/old", &upload).status == 404
+    });
 }
 
 #[test]

@@ -13,8 +13,31 @@ pub const DEFAULT_TYPE: &str = "binary/octet-stream";
 /// Keys inside a bucket that need careful encoding.
 pub fn unusual_keys() -> Vec<String> {
     let mut keys: Vec<String> = [
-        "a", "a b", " ", "é", "日本語/キー", "a+b", "a%2Fb", "%", "//", "a//b", "dir/", "../x", ".", "..", "?", "#frag", "~",
-        "&=;:@$,!*'()", "\"<>&'", "back\\slash", "tab\tkey", "[]{}|^`", "list-type=2", "\u{1F600}", "a/?uploads",
+        "a",
+        "a b",
+        " ",
+        "é",
+        "日本語/キー",
+        "a+b",
+        "a%2Fb",
+        "%",
+        "//",
+        "a//b",
+        "dir/",
+        "../x",
+        ".",
+        "..",
+        "?",
+        "#frag",
+        "~",
+        "&=;:@$,!*'()",
+        "\"<>&'",
+        "back\\slash",
+        "tab\tkey",
+        "[]{}|^`",
+        "list-type=2",
+        "\u{1F600}",
+        "a/?uploads",
     ]
     .map(String::from)
     .into();
@@ -161,7 +184,8 @@ fn metadata_is_kept_with_the_object() {
             for (name, value) in expected {
                 assert_eq!(answer.header(name), Some(*value), "{method}: {name}");
             }
-            let meta = |headers: &[(String, String)]| headers.iter().filter(|(n, _)| n.starts_with("x-amz-meta-")).count();
+            let meta =
+                |headers: &[(String, String)]| headers.iter().filter(|(n, _)| n.starts_with("x-amz-meta-")).count();
             assert_eq!(meta(&answer.headers), expected.iter().filter(|(n, _)| n.starts_with("x-amz-meta-")).count());
         }
     };
@@ -170,11 +194,13 @@ fn metadata_is_kept_with_the_object() {
     let over = "response-content-type=text%2Fplain&response-cache-control=no-store&response-expires=never\
                 &response-content-disposition=inline&response-content-encoding=br&response-content-language=fr";
     let answer = s3.query("GET", "/bucket/k", over, "").expect(200);
-    let names = ["Content-Type", "Cache-Control", "Expires", "Content-Disposition", "Content-Encoding", "Content-Language"];
+    let names =
+        ["Content-Type", "Cache-Control", "Expires", "Content-Disposition", "Content-Encoding", "Content-Language"];
     let values = ["text/plain", "no-store", "never", "inline", "br", "fr"];
     names.iter().zip(values).for_each(|(name, value)| assert_eq!(answer.header(name), Some(value)));
     // A later write leaves nothing of the earlier one; what only describes the way is not kept.
-    let ignored = [("Content-Encoding", "aws-chunked"), ("x-amz-acl", "public-read"), ("x-amz-storage-class", "GLACIER")];
+    let ignored =
+        [("Content-Encoding", "aws-chunked"), ("x-amz-acl", "public-read"), ("x-amz-storage-class", "GLACIER")];
     put("value 2", &ignored).expect(200);
     assert_kept(&[("Content-Type", DEFAULT_TYPE)]);
     assert_eq!(s3.get("/bucket/k").header("Content-Encoding"), None);
@@ -203,7 +229,12 @@ fn copies_carry_value_and_metadata() {
     s3.put("/other-bucket", "").expect(200);
     let value = random_bytes(&mut seeded_rng(), 700_000);
     let source = "/bucket/a b+é?/key";
-    s3.request("PUT", source).header("Content-Type", "text/x").header("x-amz-meta-a", "1").body(&value).send().expect(200);
+    s3.request("PUT", source)
+        .header("Content-Type", "text/x")
+        .header("x-amz-meta-a", "1")
+        .body(&value)
+        .send()
+        .expect(200);
     s3.put("/bucket/empty", "").expect(200);
     for from in [target(source), target(source)[1..].to_string(), format!("{}?versionId=null", target(source))] {
         let answer = copy(&s3, "/other-bucket/to", &from, &[]).expect(200);
@@ -269,11 +300,13 @@ fn delete_objects_deletes_what_is_named() {
     delete("<Delete></Delete>".into()).expect_code(400, "MalformedXML");
     delete("<Delete><Object><Key>keep</Key></Object>".into()).expect_code(400, "MalformedXML");
     delete(format!("<Delete>{}</Delete>", object("keep").repeat(1001))).expect_code(400, "MalformedXML");
-    let request = s3.request("POST", "/bucket").query("delete", "").body(format!("<Delete>{}</Delete>", object("keep")));
+    let request =
+        s3.request("POST", "/bucket").query("delete", "").body(format!("<Delete>{}</Delete>", object("keep")));
     let wrong = request.clone().header("Content-MD5", reference::md5_base64(b"another"));
     wrong.send().expect_code(400, "BadDigest");
     s3.get("/bucket/keep").expect(200);
-    let answer = delete(format!("<Delete>{}</Delete>", (0..1000).map(|n| object(&format!("n{n}"))).collect::<String>()));
+    let answer =
+        delete(format!("<Delete>{}</Delete>", (0..1000).map(|n| object(&format!("n{n}"))).collect::<String>()));
     assert_eq!(answer.expect(200).elements("Key").len(), 1000);
     request.header("Content-MD5", reference::md5_base64(&request_body(&object("keep")))).send().expect(200);
     s3.get("/bucket/keep").expect_code(404, "NoSuchKey");
@@ -329,9 +362,8 @@ fn sub_resources_never_act_on_the_object() {
 #[test]
 fn presigned_urls_read_write_and_delete() {
     let (c, s3) = store(Setup::new().volumes(1));
-    let ask = |method: &str, target: &str, body: Option<&[u8]>| {
-        http_client::ask(&s3.address, method, target, &[], body)
-    };
+    let ask =
+        |method: &str, target: &str, body: Option<&[u8]>| http_client::ask(&s3.address, method, target, &[], body);
     let key = "/bucket/a b+é";
     let put = s3.request("PUT", key).presigned(60);
     ask("PUT", &put, Some(b"value")).expect(200);
@@ -362,7 +394,8 @@ fn a_connection_is_used_again() {
     let mut conn = http_client::Conn::open(&s3.address);
     for n in 0..50 {
         let path = format!("/bucket/{n}");
-        for (method, body, status) in [("PUT", "value", 200), ("HEAD", "", 200), ("GET", "", 200), ("DELETE", "", 204)] {
+        for (method, body, status) in [("PUT", "value", 200), ("HEAD", "", 200), ("GET", "", 200), ("DELETE", "", 204)]
+        {
             let request = s3.request(method, &path).body(body);
             let (head, body) = request.bytes();
             conn.send([head, body].concat());

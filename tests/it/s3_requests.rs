@@ -10,7 +10,8 @@ use crate::support::s3::{Client, complete_xml, store};
 /// Documents that no parser should spend much on.
 fn hostile_documents() -> Vec<String> {
     let object = "<Object><Key>k</Key></Object>";
-    let laughs: String = (1..10).map(|n| format!("<!ENTITY l{n} \"{}\">", format!("&l{};", n - 1).repeat(10))).collect();
+    let laughs: String =
+        (1..10).map(|n| format!("<!ENTITY l{n} \"{}\">", format!("&l{};", n - 1).repeat(10))).collect();
     vec![
         String::new(),
         "no XML".into(),
@@ -26,7 +27,8 @@ fn hostile_documents() -> Vec<String> {
         "<Delete><Object><Key>k</Key><Key>l</Key></Object></Delete>".into(),
         "<Delete><Object></Object></Delete>".into(),
         format!("<!DOCTYPE Delete [<!ENTITY l0 \"lol\">{laughs}]><Delete><Object><Key>&l9;</Key></Object></Delete>"),
-        "<!DOCTYPE d [<!ENTITY x SYSTEM \"file:///etc/passwd\">]><Delete><Object><Key>&x;</Key></Object></Delete>".into(),
+        "<!DOCTYPE d [<!ENTITY x SYSTEM \"file:///etc/passwd\">]><Delete><Object><Key>&x;</Key></Object></Delete>"
+            .into(),
         format!("<!DOCTYPE Delete><Delete>{object}</Delete>"),
         "<a>".repeat(100_000),
         format!("<Delete>{}{object}{}</Delete>", "<a>".repeat(50_000), "</a>".repeat(50_000)),
@@ -124,7 +126,8 @@ fn random_damage_to_a_request_is_answered() {
         let mut bytes = [head, body].concat();
         if n % 8 < 2 {
             let method = ["GET", "PUT"][n % 2];
-            bytes = format!("{method} {} HTTP/1.1\r\nHost: mkv.test\r\nContent-Length: 0\r\n\r\n", unsigned[n % 2]).into_bytes();
+            bytes = format!("{method} {} HTTP/1.1\r\nHost: mkv.test\r\nContent-Length: 0\r\n\r\n", unsigned[n % 2])
+                .into_bytes();
         }
         for _ in 0..random.usize(1..4) {
             let at = random.usize(..bytes.len());

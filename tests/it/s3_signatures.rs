@@ -9,7 +9,9 @@ use rustix::process::Signal;
 use crate::support::cluster::{Cluster, Setup, signal};
 use crate::support::commands::now;
 use crate::support::http_client::{self, find, target, wait_until};
-use crate::support::s3::{AwsChunked, Client, Key, OWNER, Payload, READER, Request, TENANT, TENANTS_BUCKET, UNSIGNED, store};
+use crate::support::s3::{
+    AwsChunked, Client, Key, OWNER, Payload, READER, Request, TENANT, TENANTS_BUCKET, UNSIGNED, store,
+};
 
 #[test]
 fn signatures_are_verified() {
@@ -126,7 +128,13 @@ fn keys_have_their_limits() {
     let own = format!("/{TENANTS_BUCKET}/k");
     tenant.put(&own, "mine").expect(200);
     assert_eq!(tenant.get(&own).expect(200).text(), "mine");
-    for (method, path) in [("GET", "/bucket/k"), ("PUT", "/bucket/k"), ("HEAD", "/bucket"), ("PUT", "/new-bucket"), ("DELETE", "/bucket/k")] {
+    for (method, path) in [
+        ("GET", "/bucket/k"),
+        ("PUT", "/bucket/k"),
+        ("HEAD", "/bucket"),
+        ("PUT", "/new-bucket"),
+        ("DELETE", "/bucket/k"),
+    ] {
         assert_eq!(tenant.ask(method, path).status, 403, "{method} {path}");
     }
     // Neither may a source of a copy be read that the key cannot read.

@@ -38,7 +38,7 @@ client_awscli() {
   [ -z "$(aws sync files "$bucket/files")" ]
   head -c 20000000 /dev/urandom >large
   aws cp --no-progress large "$bucket/large"
-  cat large | aws cp - "$bucket/stream"
+  aws cp - "$bucket/stream" <large
   aws cp --no-progress "$bucket/large" "$bucket/copy"
   for n in large stream copy; do aws cp "$bucket/$n" - | cmp - large; done
   aws mv --no-progress "$bucket/copy" "$bucket/moved é+"
@@ -59,7 +59,8 @@ client_rclone() {
   rclone mkdir "$remote"
   rclone sync files "$remote/dir" --s3-upload-cutoff 8M
   rclone check files "$remote/dir" --download
-  [ -z "$(rclone sync files "$remote/dir" -v 2>&1 | grep -i copied)" ]
+  rclone sync files "$remote/dir" -v >again 2>&1
+  ! grep -i copied again || return 1
   touch -d 2020-01-01 files/a
   rclone sync files "$remote/dir"
   [ "$(rclone lsf --format t "$remote/dir/a" | cut -c1-10)" = 2020-01-01 ]

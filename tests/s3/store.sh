@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # Sourced by tests/s3/all.sh. A store of three volumes, its S3 endpoint, and the front with TLS before it.
 #
 #   start_store    sets http and https, the URLs of both, and exports what S3 clients read from the environment
@@ -25,8 +25,8 @@ start_store() {
     "$release/mkv" s3key >"$work/keys"
     chmod 600 "$work/keys"
     read -r KEY SECRET <"$work/keys"
-    http=http://$host:3900
-    start "$release/mkv" -db "$work/db" -volumes "$names" -host "$host" -port 3000 -s3 3900 -s3keys "$work/keys" -accel server
+    http=http://$host:9000
+    start "$release/mkv" -db "$work/db" -volumes "$names" -host "$host" -port 3000 -s3 9000 -s3keys "$work/keys" -accel server
     await "http://$host:3000/?ready"
     start_front "$host"
   fi
@@ -36,17 +36,17 @@ start_store() {
   if [ -z "$https" ]; then unset AWS_CA_BUNDLE; fi
 }
 
-# start_front HOST: deploy/front.conf with its lines marked HERE filled in.
+# start_front HOST: deploy/front.conf with its lines marked HERE and those of S3 filled in.
 start_front() {
   local dir=$work/front
   mkdir "$dir"
   openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=mkv -addext "subjectAltName=IP:$1" \
     -keyout "$dir/key" -out "$dir/pem" 2>/dev/null
-  sed -e "s|/etc/ssl/mkv\.|$dir/|" -e "s|listen 443|listen $1:4443|" -e "s|server 127.0.0.1:3000;|server $1:3900;|" \
+  sed -e "s|/etc/ssl/mkv\.|$dir/|" -e "s|listen 443|listen $1:4443|" -e "s|# listen 9443|listen $1:9443|" -e "s|server 127.0.0.1:|server $1:|" \
     -e 's|^http {|&\n  client_body_temp_path tmp; proxy_temp_path tmp; fastcgi_temp_path tmp; uwsgi_temp_path tmp; scgi_temp_path tmp;|' \
     "$here/deploy/front.conf" >"$dir/nginx.conf"
   start nginx -e stderr -p "$dir" -c "$dir/nginx.conf" -g "daemon off; pid $dir/pid;"
-  https=https://$1:4443
+  https=https://$1:9443
   await "$https/" --cacert "$dir/pem"
 }
 

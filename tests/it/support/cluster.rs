@@ -435,10 +435,7 @@ impl Cluster {
         if let Some(file) = self.s3_keys() {
             command.args(["-s3", &s3::PORT.to_string()]).arg("-s3keys").arg(file);
         }
-        command
-            .args(&self.setup.flags)
-            .arg("server")
-            .stdin(Stdio::null());
+        command.args(&self.setup.flags).arg("server").stdin(Stdio::null());
         command
     }
 

@@ -172,11 +172,12 @@ impl Client {
 }
 
 pub fn complete_xml(parts: &[(usize, String)]) -> String {
-    let part = |(number, etag): &(usize, String)| {
-        format!("<Part><ETag>{etag}</ETag><PartNumber>{number}</PartNumber></Part>")
-    };
+    let part =
+        |(number, etag): &(usize, String)| format!("<Part><ETag>{etag}</ETag><PartNumber>{number}</PartNumber></Part>");
     let parts: String = parts.iter().map(part).collect();
-    format!("<CompleteMultipartUpload xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">{parts}</CompleteMultipartUpload>")
+    format!(
+        "<CompleteMultipartUpload xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">{parts}</CompleteMultipartUpload>"
+    )
 }
 
 #[derive(Clone)]
