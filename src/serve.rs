@@ -48,7 +48,7 @@ pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, s3: Opt
             if s3.keys.is_none() {
                 log::warn!("S3 without -s3keys: everybody who reaches its port may read and write everything");
             }
-            let s3 = Arc::new(S3::new(store.clone(), s3, observer)?);
+            let s3 = Arc::new(S3::new(store.clone(), s3, Box::new(observer))?);
             let (server, address) = listen(http, counters, s3.clone(), "-s3")?;
             let purger = store.clone();
             spawn("mkv-uploads", move || purger.purge_uploads(PURGE))?;

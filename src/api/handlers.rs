@@ -95,12 +95,12 @@ impl Api {
     }
 
     /// Counts the requests of another door: method, status, the error if there was one, and the time it took.
-    pub fn observer(&self) -> Box<dyn Fn(&str, u16, Option<&Error>, Duration) + Send + Sync> {
+    pub fn observer(&self) -> impl Fn(&str, u16, Option<&Error>, Duration) + Send + Sync + use<> {
         let metrics = self.metrics.clone();
-        Box::new(move |method, status, error, time| {
+        move |method: &str, status: u16, error: Option<&Error>, time: Duration| {
             let kind = error.map(status::kind).or((status >= 400).then_some("client"));
             metrics.count(method, status, kind, time);
-        })
+        }
     }
 
     /// Takes a sample for the page's charts every few seconds, for ever.

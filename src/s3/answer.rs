@@ -126,7 +126,7 @@ pub fn kept_alive<'a>(
     }
     let (path, id) = (call.head.path().to_string(), call.id.to_string());
     let write = move |out: &mut dyn Write| {
-        let text = wait(out, work)?.unwrap_or_else(|fault| {
+        let text = wait(out, KEEP_ALIVE, work)?.unwrap_or_else(|fault| {
             log::error!("{path}: {} (request {id})", fault.failure());
             fault.failure().body(&path, &id)
         });
@@ -136,8 +136,8 @@ pub fn kept_alive<'a>(
     Ok(Response { status: 200, headers, extra: Vec::new(), content: Content::Chunked(Box::new(write)) })
 }
 
-/// Runs `work` on a thread of its own and writes a space now and then. A client that goes away does not end the work.
-fn wait<T: Send>(out: &mut dyn Write, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+/// Runs `work` on a thread of its own and writes a space every so often. A client that goes away does not end the work.
+fn wait<T: Send>(out: &mut dyn Write, every: Duration, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     let (done, outcome) = bounded(1);
     std::thread::scope(|scope| {
         let run = move || {
@@ -147,7 +147,7 @@ fn wait<T: Send>(out: &mut dyn Write, work: impl FnOnce() -> T + Send) -> io::Re
         out.write_all(DECLARATION.as_bytes())?;
         loop {
             out.flush()?;
-            match outcome.recv_timeout(KEEP_ALIVE) {
+            match outcome.recv_timeout(every) {
                 Ok(result) => return Ok(result),
                 Err(RecvTimeoutError::Timeout) => out.write_all(b" ")?,
                 Err(RecvTimeoutError::Disconnected) => return Err(io::Error::other("the work has panicked")),
@@ -196,9 +196,15 @@ mod tests {
     }
 
     #[test]
-    fn a_long_operation_ends_in_its_result() {
-        let mut out = Vec::new();
-        assert_eq!(wait(&mut out, || 7).unwrap(), 7);
-        assert_eq!(out, DECLARATION.as_bytes());
+    fn a_client_that_waits_for_a_long_operation_gets_spaces() {
+        let (mut out, millisecond) = (Vec::new(), Duration::from_millis(1));
+        let work = || {
+            std::thread::sleep(50 * millisecond);
+            7
+        };
+        assert_eq!(wait(&mut out, millisecond, work).unwrap(), 7);
+        let text = String::from_utf8(out).unwrap();
+        let spaces = text.strip_prefix(DECLARATION).unwrap();
+        assert!(spaces.len() > 3 && spaces.trim_start().is_empty(), "{text:?}");
     }
 }

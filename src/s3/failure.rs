@@ -27,7 +27,6 @@ macro_rules! codes {
 }
 
 codes! {
-    NotModified 304,
     AuthorizationHeaderMalformed 400,
     AuthorizationQueryParametersError 400,
     BadDigest 400,
@@ -61,10 +60,7 @@ codes! {
     NoSuchVersion 404,
     ServerSideEncryptionConfigurationNotFoundError 404,
     MethodNotAllowed 405,
-    BucketAlreadyOwnedByYou 409,
     BucketNotEmpty 409,
-    ConditionalRequestConflict 409,
-    OperationAborted 409,
     MissingContentLength 411,
     PreconditionFailed 412,
     InvalidRange 416,
