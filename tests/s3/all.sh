@@ -19,6 +19,8 @@ tests=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 source "$tests/../../tools.sh"
 # shellcheck source=tests/s3/store.sh
 source "$tests/store.sh"
+# test.sh has installed these.
+quick_clients='boto3 awscli rclone'
 quick=$HOME/.cache/mkv/s3/bin long=$HOME/.cache/mkv/s3-long/bin node=$HOME/.cache/mkv/s3-node
 trap 'fusermount -u "$work/mount" 2>/dev/null || true; stop_store; rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM HUP
@@ -234,11 +236,17 @@ run() { # CLIENT URL
 
 failed=()
 for client in $clients; do [[ " $ALL_CLIENTS " == *" $client "* ]] || { echo "all.sh: unknown client $client" >&2; exit 2; }; done
+for client in $clients; do
+  if [[ " $quick_clients " != *" $client "* ]]; then
+    install_tools s3
+    break
+  fi
+done
 start_store
 for client in $clients; do
   run "$client" "$http"
   # The others take no certificate of our own.
-  if [ -n "$https" ] && [[ ' boto3 awscli rclone ' == *" $client "* ]]; then run "$client" "$https"; fi
+  if [ -n "$https" ] && [[ " $quick_clients " == *" $client "* ]]; then run "$client" "$https"; fi
 done
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'all.sh: FAILED: %s\n' "${failed[*]}"
