@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::support::cluster::{Cluster, Setup, assert_same_bytes};
 use crate::support::faulty_proxy::Fault;
-use crate::support::http_client::{Answer, target, wait_at_most, wait_until};
+use crate::support::http_client::{Answer, Conn, target, wait_at_most, wait_until};
 use crate::support::random::{random_bytes, seeded_rng};
 use crate::support::reference;
 use crate::support::s3::{AwsChunked, Client, checksum, store};
@@ -249,7 +249,7 @@ fn a_completion_that_was_killed_is_completed_again() {
                 parts.iter().enumerate().map(|(n, part)| (n + 1, s3.put_part(path, &upload, n + 1, part))).collect();
             c.each_proxy(|proxy| proxy.set("PUT", fault));
             let (head, body) = s3.complete_request(path, &upload, &chosen).bytes();
-            let mut conn = crate::support::http_client::Conn::open(&s3.address);
+            let mut conn = Conn::open(&s3.address);
             conn.send([head, body].concat());
             wait_until("a copy is on its way", || c.proxies.iter().any(|proxy| proxy.held("PUT") > 0));
             c.kill_master();
@@ -293,28 +293,33 @@ fn conditions_of_a_completion_are_judged_at_its_end() {
 
 #[test]
 fn a_long_completion_keeps_its_client_alive() {
-    let (c, s3) = store(Setup::new().proxied());
-    let large = vec![b'x'; 5 * MIB];
+    let (c, s3) = store(Setup::new().volumes(1).proxied());
     let path = "/bucket/k";
-    let upload = s3.create_upload(path);
-    let parts = [(1, s3.put_part(path, &upload, 1, &large)), (2, s3.put_part(path, &upload, 2, "tail"))];
-    c.each_proxy(|proxy| proxy.set("PUT", Fault::HoldAnswer));
+    let part = vec![b'x'; 5 * MIB];
+    let start = || {
+        let upload = s3.create_upload(path);
+        let parts: Vec<_> = (1..=7).map(|n| (n, s3.put_part(path, &upload, n, &part))).collect();
+        (upload, parts)
+    };
+    let (upload, parts) = start();
+    let volume = &c.proxies[0];
+    volume.set("PUT", Fault::HoldAnswer);
     let (head, body) = s3.complete_request(path, &upload, &parts).bytes();
-    let mut conn = crate::support::http_client::Conn::open(&s3.address);
+    let mut conn = Conn::open(&s3.address);
     conn.send([head, body].concat());
-    c.proxies[0].wait_held("PUT", 1);
+    volume.wait_held("PUT", 1);
     // The head of the answer comes long before its end.
     assert!(conn.readable(Duration::from_secs(25)), "nothing came");
-    c.each_proxy(|proxy| proxy.release("PUT"));
+    assert_eq!(volume.held("PUT"), 1);
+    volume.release("PUT");
     let answer = conn.answer().expect(200);
     assert!(answer.text().starts_with("<?xml"), "{}", answer.text());
-    assert_eq!(answer.element("ETag"), parts_etag(&[&large, b"tail"]));
-    // An error that comes so late is in the text.
-    let upload = s3.create_upload(path);
-    let parts = [(1, s3.put_part(path, &upload, 1, &large)), (2, s3.put_part(path, &upload, 2, "tail"))];
-    c.each_proxy(|proxy| proxy.set("PUT", Fault::Answer(500)));
+    assert_eq!(answer.element("ETag"), parts_etag(&[&part[..]; 7]));
+    // An error that comes so late is in the text, and the parts are still there.
+    let (upload, parts) = start();
+    volume.set("PUT", Fault::Answer(500));
     let answer = s3.complete(path, &upload, &parts);
     assert!(answer.status >= 500 || answer.status == 200 && answer.text().contains("<Error>"), "{answer:?}");
-    c.each_proxy(|proxy| proxy.release("PUT"));
+    volume.release("PUT");
     s3.complete(path, &upload, &parts).expect(200);
 }
