@@ -170,6 +170,9 @@ impl S3 {
         if !route.bucket.is_empty() && !call.may(route.operation.writes(), &route.bucket) {
             return Err(denied().into());
         }
+        if route.operation.writes() {
+            self.store.check_master()?;
+        }
         self.run(&call, body)
     }
 
