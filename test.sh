@@ -24,7 +24,7 @@ report_failure() {
 check_sources() {
   run cargo fmt --all --check
   run cargo clippy --release --workspace --all-targets -- -D warnings
-  run shellcheck -x ./*.sh mkv .ci/run tests/*.sh bench/*.sh deploy/*.sh
+  run shellcheck -x ./*.sh mkv .ci/run tests/*.sh tests/s3/*.sh bench/*.sh deploy/*.sh
 }
 
 # Everything uses the release profile, so that RocksDB is compiled only once.

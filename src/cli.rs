@@ -18,6 +18,8 @@ use crate::format::record::{TAGS, is_volume};
 use crate::http;
 use crate::index::{ENGINE, LOG, Location, Url};
 use crate::ops::{backup, rebuild, verify};
+use crate::s3;
+use crate::serve::S3Config;
 use crate::store;
 use crate::store::follow::Peer;
 use crate::volumes::basic_auth;
@@ -71,6 +73,7 @@ pub struct Server {
     pub store: store::Config,
     pub http: http::Config,
     pub api: api::Config,
+    pub s3: Option<S3Config>,
     pub peer: Option<Peer>,
     /// Whether it is to follow its peer.
     pub follows: bool,
@@ -104,7 +107,7 @@ pub type Group = (&'static str, &'static str, &'static [Flag]);
 const EVERY: &str = "every command";
 
 /// The flags of every command, then each command.
-pub const GROUPS: [Group; 13] = [
+pub const GROUPS: [Group; 14] = [
     (
         EVERY,
         "",
@@ -137,6 +140,13 @@ pub const GROUPS: [Group; 13] = [
             ("md5sum", "BOOL", "keep the md5 of each value (true)"),
             ("backup", "TIME", "store a copy of the index on the volumes this often, as 24h (never)"),
             ("sync", "", "flush the index to the disk before a write is answered"),
+            ("s3", "PORT", "serve S3 on this port, too (off)"),
+            (
+                "s3keys",
+                "FILE",
+                "the keys of S3, a line each: ACCESS SECRET [ro] [bucket…]; read again on SIGHUP (none: open to all)",
+            ),
+            ("s3redirect", "", "redirect S3's GET to the volumes where a client is known to follow"),
             ("peer", "URL", "the other machine's mkv; if it was promoted in place of this one, follow it"),
             ("keeplog", "MIB", "how much of the index's log to keep for followers (1024)"),
             ("s3uploads", "TIME", "how long a multipart upload may take before its parts are deleted (168h)"),
@@ -190,6 +200,7 @@ pub const GROUPS: [Group; 13] = [
             ("index", "DB", "another -db of mkv, as a folder or a database; it is only read"),
         ],
     ),
+    ("s3key", "print a new key for -s3keys", &[]),
     ("secret", "write a new secret to a new file: mkv secret FILE; or print one", &[]),
     ("dump", "print the index: a percent-encoded key, a tab and its record on each line", &[]),
     (
@@ -274,6 +285,10 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
             usage("-secret: to make a secret, name the file after the command: mkv secret FILE")
         }
         [word] if word == "secret" => cli(Command::Print(secret::generate()?)),
+        [word] if word == "s3key" => {
+            let (access, secret) = s3::keys::generate().map_err(|e| Error::Failed(format!("/dev/urandom: {e}")))?;
+            cli(Command::Print(format!("{access} {secret}")))
+        }
         [word, file] if word == "secret" => cli(Command::Secret(file.into())),
         [word] if !is_command(&word) => usage(format!("{word}: no such command, see mkv -help")),
         [word, shell] if word == "completions" => cli(Command::Print(completions::script(shell)?)),
@@ -337,7 +352,8 @@ impl Flags {
                 if follows && peer.is_none() {
                     return usage("-from: give the master to follow, as http://host:port");
                 }
-                Command::Server(Box::new(Server { db, sync, log, store, http, api, peer, follows }))
+                let s3 = self.s3(&http, &api)?;
+                Command::Server(Box::new(Server { db, sync, log, store, http, api, s3, peer, follows }))
             }
             "promote" => Command::Promote { db },
             "rebuild" => {
@@ -454,6 +470,26 @@ impl Flags {
             return usage("-backup: a second is the least; 24h is usual");
         }
         Ok(api::Config { fallback, basicauth, accel, linktime, flags: self.shown(), backup })
+    }
+
+    /// Where S3 listens: `-s3`, beside the API.
+    fn s3(&self, http: &http::Config, api: &api::Config) -> Result<Option<S3Config>> {
+        let (keys, redirect) = (self.last("s3keys").map(PathBuf::from), self.switch("s3redirect", false)?);
+        if self.last("s3").is_none() {
+            return match keys.is_some() || redirect {
+                true => usage("-s3keys, -s3redirect: only together with -s3 PORT"),
+                false => Ok(None),
+            };
+        }
+        let port = self.number("s3", 0, 0, 65535)?;
+        if port != 0 && port == http.port {
+            return usage("-s3: S3 has a port of its own, another one than -port");
+        }
+        if api.basicauth && self.login()?.is_none() && self.last("secret").is_none() {
+            return usage("-s3: with -basicauth give -userpass, because S3 clients have no login for the volumes");
+        }
+        let s3 = s3::Config { keys, redirect, accel: api.accel, linktime: api.linktime };
+        Ok(Some(S3Config { http: http::Config { port, ..http.clone() }, s3 }))
     }
 
     /// The flags that were given, for the page. A password is left out.
@@ -604,6 +640,9 @@ mod tests {
             ("restore -db /x", "FILE"),
             ("restore /y", "-db"),
             ("completions", "SHELL"),
+            ("server -db /x -volumes a:1 -replicas 1 -s3keys /y", "-s3"),
+            ("server -db /x -volumes a:1 -replicas 1 -s3 3000", "-s3"),
+            ("server -db /x -volumes a:1 -replicas 1 -s3 3001 -basicauth", "-userpass"),
             ("follow -db /x -volumes a:1 -replicas 1", "-from"),
             ("follow -db /x -volumes a:1 -replicas 1 -from https://host/", "-from"),
             ("server -db /x -volumes a:1 -replicas 1 -keeplog all", "-keeplog"),

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! client ─▶ http/    connections, heads, bodies, responses
-//!             └▶ api/      method and target to command, outcome to response
+//!             ├▶ api/      method and target to command, outcome to response
+//!             └▶ s3/       the same for S3, on a port of its own
 //!                  └▶ store/    read, write, replicas, cleaner
 //!                       ├▶ format/   key to path and volumes; the record codec
 //!                       ├▶ index/    records, debris, locks of keys
@@ -23,6 +24,7 @@ pub mod index;
 pub mod logging;
 pub mod man;
 pub mod ops;
+pub mod s3;
 pub mod serve;
 pub mod store;
 pub mod threads;

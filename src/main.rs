@@ -52,10 +52,13 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
 }
 
 /// Runs the server until it is stopped.
-fn run_server(Server { db, sync, log, store, http, api, peer, follows }: Server, volumes: Arc<Volumes>) -> Result<()> {
+fn run_server(
+    Server { db, sync, log, store, http, api, s3, peer, follows }: Server,
+    volumes: Arc<Volumes>,
+) -> Result<()> {
     let follows = peer.as_ref().map_or(Ok(false), |peer| follow::prepare(peer, follows))?;
     let index = if follows { db.open_to_follow(sync, log) } else { db.open(true, sync, log) }?;
-    match serve(Store::new(store, index, volumes), api, http, peer)? {
+    match serve(Store::new(store, index, volumes), api, http, s3, peer)? {
         Outcome::Stopped => Ok(()),
         Outcome::Again => {
             // Threads still use the index that was replaced: only a new process can open the other one.

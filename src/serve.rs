@@ -1,5 +1,6 @@
 //! `mkv server` and `mkv follow`: opens the doors, starts the threads beside them, and ends them in order.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,12 +13,22 @@ use crate::api;
 use crate::api::auth::Authenticator;
 use crate::api::handlers::Api;
 use crate::error::{Error, Result};
-use crate::http::{self, Counters, Server};
+use crate::http::{self, Counters, Handler, Server};
+use crate::s3::{self, S3};
 use crate::store::Store;
 use crate::store::follow::{Ended, Peer};
 
 /// How long requests may go on after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(30);
+
+/// How often multipart uploads that have expired are looked for.
+const PURGE: Duration = Duration::from_secs(600);
+
+/// Where S3 listens, and how it serves.
+pub struct S3Config {
+    pub http: http::Config,
+    pub s3: s3::Config,
+}
 
 /// How a server ended without an error.
 #[derive(Debug, PartialEq)]
@@ -29,7 +40,13 @@ pub enum Outcome {
 
 /// Serves the store until SIGTERM or SIGINT, or until it cannot go on beside its peer. Then it accepts nothing more,
 /// waits up to 30 s for the requests under way, and flushes the index.
-pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, peer: Option<Peer>) -> Result<Outcome> {
+pub fn serve(
+    store: Arc<Store>,
+    config: api::Config,
+    http: http::Config,
+    s3: Option<S3Config>,
+    peer: Option<Peer>,
+) -> Result<Outcome> {
     raise_descriptor_limit();
     store.check_volumes()?;
     let authenticator = match config.basicauth {
@@ -40,17 +57,23 @@ pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, peer: O
     if !follows {
         store.suspect_after_crash()?;
     }
-    let place = if http.host.is_empty() { "every address".into() } else { http.host.clone() };
-    let (port, counters) = (http.port, Arc::new(Counters::default()));
-    let writers = Writers { store: store.clone(), backup: config.backup, basicauth: config.basicauth };
+    let counters = Arc::new(Counters::default());
+    let (backup, basicauth, uploads) = (config.backup, config.basicauth, s3.is_some());
+    let writers = Writers { store: store.clone(), backup, basicauth, uploads };
     let api = Api::new(store.clone(), config, authenticator, counters.clone());
-    let sampler = api.sampler();
-    let server = Server::bind(http, counters, api).map_err(|e| {
-        Error::Failed(format!("cannot listen on {place}, port {port}: {e}: choose another -port or -host"))
-    })?;
-    let address = server.address().map_err(|e| Error::Failed(e.to_string()))?;
-    let front = server.clone();
-    spawn("mkv-accept", move || front.run())?;
+    let (sampler, observer) = (api.sampler(), api.observer());
+    let (server, address) = listen(http, counters.clone(), api, "-port")?;
+    let s3 = match s3 {
+        Some(S3Config { http, s3 }) => {
+            if s3.keys.is_none() {
+                log::warn!("S3 without -s3keys: everybody who reaches its port may read and write everything");
+            }
+            let s3 = Arc::new(S3::new(store.clone(), s3, Box::new(observer))?);
+            let (server, address) = listen(http, counters, s3.clone(), "-s3")?;
+            Some((s3, server, address))
+        }
+        None => None,
+    };
     spawn("mkv-sampler", sampler)?;
     let checker = store.clone();
     let check = move || {
@@ -71,9 +94,21 @@ pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, peer: O
         None => writers.start()?,
     }
     println!("mkv listens on {address}");
-    // SIGHUP has nothing to reopen: the log goes to stderr, and all settings are flags.
-    while !signals.is_closed() && signals.wait().all(|signal| signal == SIGHUP) {}
-    server.stop(DRAIN);
+    if let Some((.., address)) = &s3 {
+        println!("mkv listens for S3 on {address}");
+    }
+    // The log goes to stderr, and all other settings are flags.
+    while !signals.is_closed() && signals.wait().all(|signal| signal == SIGHUP) {
+        if let Some((s3, ..)) = &s3 {
+            s3.reload_keys();
+        }
+    }
+    std::thread::scope(|scope| {
+        if let Some((_, server, _)) = &s3 {
+            scope.spawn(|| server.stop(DRAIN));
+        }
+        server.stop(DRAIN);
+    });
     store.index.sync()?;
     store.index.close();
     match ended.try_recv() {
@@ -88,6 +123,8 @@ struct Writers {
     store: Arc<Store>,
     backup: Option<Duration>,
     basicauth: bool,
+    /// Whether there is S3.
+    uploads: bool,
 }
 
 impl Writers {
@@ -98,6 +135,10 @@ impl Writers {
             spawn("mkv-cleaner", move || cleaner.clean())?;
         } else {
             log::warn!("without -userpass the cleaner cannot delete: debris waits");
+        }
+        if self.uploads {
+            let purger = store.clone();
+            spawn("mkv-uploads", move || purger.purge_uploads(PURGE))?;
         }
         if let Some(interval) = self.backup {
             spawn("mkv-backup", move || store.keep_backup(interval))?;
@@ -127,6 +168,24 @@ fn watch(
     }
     let store = store.clone();
     spawn("mkv-follow", move || end(store.follow(&peer)))
+}
+
+/// Binds a server and lets it accept connections. `flag`: what chooses its port.
+fn listen<H: Handler>(
+    config: http::Config,
+    counters: Arc<Counters>,
+    handler: H,
+    flag: &str,
+) -> Result<(Arc<Server<H>>, SocketAddr)> {
+    let place = if config.host.is_empty() { "every address".into() } else { config.host.clone() };
+    let port = config.port;
+    let server = Server::bind(config, counters, handler).map_err(|e| {
+        Error::Failed(format!("cannot listen on {place}, port {port}: {e}: choose another {flag} or -host"))
+    })?;
+    let address = server.address().map_err(|e| Error::Failed(e.to_string()))?;
+    let front = server.clone();
+    spawn("mkv-accept", move || front.run())?;
+    Ok((server, address))
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {

@@ -22,7 +22,8 @@ umask 022 # nginx's worker may be another user
 unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY AUTH SECRET WORKERS PORT
 dir=$(mktemp -d "${TMPDIR:-/tmp}/mkv-docs.XXXXXX")
 chmod 755 "$dir"
-export CURL_HOME=$dir PATH=$PATH:/usr/sbin:/sbin
+export CURL_HOME=$dir PATH=$HOME/.cache/mkv/s3/bin:$PATH:/usr/sbin:/sbin
+export AWS_EC2_METADATA_DISABLED=true AWS_CONFIG_FILE=$dir/aws AWS_SHARED_CREDENTIALS_FILE=$dir/aws RCLONE_CONFIG=$dir/rclone.conf
 net=127.$((RANDOM % 200 + 20)).$((RANDOM % 256)) # no other program uses this network: all its ports are free
 machine=master at='the start' finished=
 declare -A services=() # MACHINE/NAME of those that run, and their process ids

@@ -4,6 +4,9 @@
 //!   way by half a millisecond
 //! - `mkv-bench index DIR KEYS`: an index of so many keys as the master writes them; every second
 //!   one, by its last digit, is unlinked, so that a GET of it needs the index alone
+//! - `mkv-bench s3 …`: a client of S3, see s3.rs
+
+mod s3;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -25,8 +28,9 @@ fn main() {
     match &arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["delay", from, to] => delay(number(from), number(to)),
         ["index", folder, keys] => generate(Path::new(folder), number(keys)),
+        ["s3", url, bucket, work @ ..] => s3::run(url, bucket, work),
         _ => {
-            eprintln!("usage: mkv-bench delay FROM TO | mkv-bench index DIR KEYS");
+            eprintln!("usage: mkv-bench delay FROM TO | mkv-bench index DIR KEYS | mkv-bench s3 URL BUCKET WORK …");
             std::process::exit(2);
         }
     }

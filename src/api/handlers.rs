@@ -103,6 +103,15 @@ impl Api {
         Api { store, config, authenticator, metrics, samples, checked, statistics, begun, requests: start.into() }
     }
 
+    /// Counts the requests of another door: method, status, the error if there was one, and the time it took.
+    pub fn observer(&self) -> impl Fn(&str, u16, Option<&Error>, Duration) + Send + Sync + use<> {
+        let metrics = self.metrics.clone();
+        move |method: &str, status: u16, error: Option<&Error>, time: Duration| {
+            let kind = error.map(status::kind).or((status >= 400).then_some("client"));
+            metrics.count(method, status, kind, time);
+        }
+    }
+
     /// Takes a sample for the page's charts every few seconds, for ever.
     pub fn sampler(&self) -> impl FnOnce() + Send + 'static + use<> {
         let (metrics, samples, volumes) = (self.metrics.clone(), self.samples.clone(), self.store.volumes.clone());
@@ -152,7 +161,7 @@ impl Api {
         let auth = client.map(|client| client.header.as_str()).or(store.own_auth());
         let done = |()| status::empty(204);
         if command.writes() {
-            self.check_master()?;
+            self.store.check_master()?;
         }
         match command {
             Command::Get { key, path } => {
@@ -185,11 +194,6 @@ impl Api {
             Command::Backup => self.backup(),
             Command::Log(position) => self.log(position),
         }
-    }
-
-    /// Fails if this process follows a master.
-    fn check_master(&self) -> Result<()> {
-        self.store.index.following().map_or(Ok(()), |following| Err(following.refusal()))
     }
 
     /// Finds a replica of a live key. A follower may not know yet that a value was replaced or deleted.
@@ -244,7 +248,7 @@ impl Api {
         let length = page.length;
         let write = Box::new(move |out: &mut dyn io::Write| page.write(out));
         let headers = vec![("Content-Type", "application/json".to_string())];
-        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+        Ok(Response { headers, content: Content::Stream { length, write }, ..status::empty(200) })
     }
 
     /// The index as one file.
@@ -264,7 +268,7 @@ impl Api {
                 }
             }
         });
-        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+        Ok(Response { headers, content: Content::Stream { length, write }, ..status::empty(200) })
     }
 
     /// The log of changes after this position.
@@ -273,13 +277,13 @@ impl Api {
         let log = match position {
             None => index.head()?,
             Some(Position { since, run }) => {
-                self.check_master()?;
+                self.store.check_master()?;
                 index.log(since, &run)?
             }
         };
         let headers = vec![("Content-Type", "application/octet-stream".to_string())];
         let (length, write) = (log.len() as u64, Box::new(move |out: &mut dyn io::Write| out.write_all(&log)));
-        Ok(Response { status: 200, headers, content: Content::Stream { length, write } })
+        Ok(Response { headers, content: Content::Stream { length, write }, ..status::empty(200) })
     }
 
     fn metrics_text(&self, auth: Auth) -> Response<'_> {

@@ -52,12 +52,12 @@ pub fn kind(error: &Error) -> &'static str {
 
 /// A response without a body.
 pub fn empty<'a>(status: u16) -> Response<'a> {
-    Response { status, headers: Vec::new(), content: Content::Empty }
+    Response { status, headers: Vec::new(), extra: Vec::new(), content: Content::Empty }
 }
 
 pub fn text<'a>(status: u16, content_type: &str, text: String) -> Response<'a> {
     let headers = vec![("Content-Type", content_type.to_string())];
-    Response { status, headers, content: Content::Text(text) }
+    Response { status, headers, extra: Vec::new(), content: Content::Text(text) }
 }
 
 /// A page of HTML, which is never kept and runs nothing but what `policy` (Content-Security-Policy) allows.

@@ -17,6 +17,7 @@ mod request;
 mod response;
 mod server;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ pub use request::Request;
 pub use response::{Content, Response};
 pub use server::Server;
 
+#[derive(Debug, Clone)]
 pub struct Config {
     /// The address to listen on. Empty: all addresses of the machine.
     pub host: String,
@@ -45,6 +47,16 @@ pub trait Handler: Send + Sync + 'static {
 
     /// The response to a request that the server refuses by itself.
     fn refuse(&self, refusal: Refusal) -> Response<'_>;
+}
+
+impl<H: Handler> Handler for Arc<H> {
+    fn handle<'a>(&'a self, request: &Request<'_>, body: &mut Body<'_>) -> Response<'a> {
+        (**self).handle(request, body)
+    }
+
+    fn refuse(&self, refusal: Refusal) -> Response<'_> {
+        (**self).refuse(refusal)
+    }
 }
 
 /// Why the server refuses a request by itself. The connection ends with the response.

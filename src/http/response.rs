@@ -10,6 +10,8 @@ pub struct Response<'a> {
     pub status: u16,
     /// Without Content-Length, Date and Connection, which the server adds.
     pub headers: Vec<(&'static str, String)>,
+    /// More headers, whose names are not known in advance.
+    pub extra: Vec<(String, String)>,
     pub content: Content<'a>,
 }
 
@@ -81,7 +83,8 @@ impl Response<'_> {
 
     fn write_head(&self, out: &mut Vec<u8>, length: Option<u64>, next: Next, date: &str) -> io::Result<()> {
         write!(out, "HTTP/1.1 {} {}\r\nDate: {date}\r\n", self.status, reason(self.status))?;
-        for (name, value) in &self.headers {
+        let extra = self.extra.iter().map(|(name, value)| (name.as_str(), value));
+        for (name, value) in self.headers.iter().map(|(name, value)| (*name, value)).chain(extra) {
             for part in [name, ": ", value, "\r\n"] {
                 out.extend_from_slice(part.as_bytes());
             }

@@ -183,11 +183,11 @@ mod tests {
     impl Handler for Panics {
         fn handle<'a>(&'a self, request: &Request<'_>, _: &mut Body<'_>) -> Response<'a> {
             assert_eq!(request.target, "/", "on purpose");
-            Response { status: 204, headers: Vec::new(), content: Content::Empty }
+            Response { status: 204, headers: Vec::new(), extra: Vec::new(), content: Content::Empty }
         }
 
         fn refuse(&self, _: Refusal) -> Response<'_> {
-            Response { status: 400, headers: Vec::new(), content: Content::Empty }
+            Response { status: 400, headers: Vec::new(), extra: Vec::new(), content: Content::Empty }
         }
     }
 

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::record::{Debris, Hash, Record};
 use crate::index::Index;
-use crate::store::Store;
+use crate::store::{Store, now};
 
 /// Give up after this many looks at a key that keeps changing.
 const ROUNDS: u64 = 50;
@@ -188,7 +188,8 @@ impl Examiner {
         for (version, replica) in silent {
             add(Kind::Silent, *version, replica);
         }
-        for (version, entry) in debris {
+        // What rests until later is wanted: parts of uploads, and replicas that a rebalance has replaced.
+        for (version, entry) in debris.iter().filter(|(_, entry)| entry.keep_until <= now()) {
             for replica in entry.replicas.iter().filter(|replica| !is_record(*version, replica)) {
                 add(Kind::Debris, *version, replica);
             }

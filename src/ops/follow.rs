@@ -74,14 +74,17 @@ pub fn promote(db: &Location) -> Result<()> {
     let (folder, begun) = (db.folder()?, Instant::now());
     let role = Role::read(folder)?;
     if role.follows.is_none() {
-        let text = if db.exists()? { "this is a master's index already" } else { "there is no index here" };
-        let text = format!("-db {}: {text}", folder.display());
-        return if db.exists()? { Ok(println!("{text}")) } else { Err(Error::Failed(text)) };
+        if !db.exists()? {
+            return Err(Error::Failed(format!("-db {}: there is no index here", folder.display())));
+        }
+        println!("-db {}: this is a master's index already", folder.display());
+        return Ok(());
     }
     while is_locked(folder) {
         let role = Role::read(folder)?;
         if role.follows.is_none() && !role.inherits && !folder.join(REQUEST).exists() {
-            return Ok(println!("the follower is the master now, of generation {}", role.generation));
+            println!("the follower is the master now, of generation {}", role.generation);
+            return Ok(());
         }
         if begun.elapsed() > PROMOTION {
             remove_request(folder)?;
@@ -103,7 +106,8 @@ pub fn promote(db: &Location) -> Result<()> {
     let role = Role::read(folder)?;
     let role = if role.follows.is_some() { role.promoted() } else { role };
     role.write(folder)?;
-    Ok(println!("this is a master's index now, of generation {}: start it", role.generation))
+    println!("this is a master's index now, of generation {}: start it", role.generation);
+    Ok(())
 }
 
 fn remove_request(folder: &Path) -> Result<()> {

@@ -89,7 +89,7 @@ fn named_replicas(index: &Index) -> Result<BTreeSet<String>> {
 }
 
 // The kinds of findings.
-const FOREIGN: &str = "names that are no blob, or have too high a version, not indexed";
+const FOREIGN: &str = "names that are no blob, not indexed";
 const EMPTY: &str = "empty blobs, not indexed: S3 objects or buckets if it is in use, or what a power cut left";
 const STALE: &str = "other versions of keys, not indexed";
 const CONFLICTS: &str = "replicas of different lengths under one name, the majority taken";
@@ -126,7 +126,9 @@ impl Rebuild<'_> {
         let names: Vec<String> = names.cloned().collect();
         volumes.check_distinct(names.iter())?;
         if let Some(old) = &self.old {
-            index.take_uploads(old)?;
+            if !self.is_copy {
+                index.take_uploads(old)?;
+            }
             for entry in old.view().entries() {
                 let mut entry = entry?;
                 entry.debris.replicas.retain(|replica| !self.store.is_lost(replica));
@@ -187,9 +189,9 @@ impl Rebuild<'_> {
         };
         let (high, blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(is_high);
         let (empty, mut blobs): (Vec<_>, Vec<_>) = blobs.into_iter().partition(is_empty);
-        for (kind, wrong) in [(FOREIGN, high), (EMPTY, empty)] {
+        for (kind, wrong, why) in [(FOREIGN, high, "has too high a version"), (EMPTY, empty, "is empty")] {
             for Blob { replica, version, .. } in wrong {
-                self.report.add(kind, format!("{replica}{}", path(key, version)));
+                self.report.add(kind, format!("{replica}{} {why}", path(key, version)));
             }
         }
         self.drop_debris(key, old.as_ref(), &mut blobs)?;

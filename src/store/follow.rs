@@ -98,6 +98,17 @@ impl Peer {
 }
 
 impl Store {
+    /// Fails if this process follows a master: it writes nothing then.
+    pub fn check_master(&self) -> Result<()> {
+        match self.index.following() {
+            None => Ok(()),
+            Some(following) => {
+                let master = &following.master;
+                Err(Error::Unavailable(format!("this is a follower, which writes nothing: ask http://{master}")))
+            }
+        }
+    }
+
     /// The thread of a process with a peer: returns when the process has to end.
     pub fn follow(&self, peer: &Peer) -> Ended {
         let mut told = None;

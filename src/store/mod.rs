@@ -38,6 +38,8 @@ pub use objects::Step;
 pub use read::Located;
 pub use replicas::Plan;
 
+pub use crate::index::{MultipartUpload, Part};
+
 use crate::error::Result;
 use crate::format::placement::Placement;
 use crate::format::record::volume_of;

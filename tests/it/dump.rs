@@ -70,7 +70,7 @@ fn dump_prints_records_that_do_not_decode_and_other_commands_fail() {
     c.stop_master();
     let open = || {
         let index = c.db().join("index");
-        DB::open_cf(&Options::default(), index, ["default", "debris"]).expect("the index opens")
+        DB::open_cf(&Options::default(), index, ["default", "debris", "uploads"]).expect("the index opens")
     };
     open().put("/broken", "HASHxyz").unwrap();
     assert_eq!(record(&c.dump(), "/broken"), Some("HASHxyz"));
@@ -91,7 +91,7 @@ fn dump_prints_a_million_keys_within_8_seconds() {
     let text = format!("HASH{}SIZE{:016x}TIME{:016x}{}", reference::md5(b"v"), 1, 1, c.names[0]);
     {
         let index = c.db().join("index");
-        let index = DB::open_cf(&Options::default(), index, ["default", "debris"]).unwrap();
+        let index = DB::open_cf(&Options::default(), index, ["default", "debris", "uploads"]).unwrap();
         let mut batch = WriteBatch::default();
         (0..1_000_000).for_each(|n| batch.put(format!("/{n:06}"), &text));
         index.write(batch).unwrap();

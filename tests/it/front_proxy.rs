@@ -12,14 +12,16 @@ use crate::support::faulty_proxy::{Fault, FaultyProxy};
 use crate::support::http_client::{Conn, wait_until};
 
 /// The nginx of front.conf, with TLS, in front of a master.
-struct FrontProxy {
+pub struct FrontProxy {
     nginx: Child,
     address: String,
+    /// The address of its S3.
+    pub s3: String,
     certificate: String,
 }
 
 impl FrontProxy {
-    fn start(c: &Cluster) -> FrontProxy {
+    pub fn start(c: &Cluster) -> FrontProxy {
         let folder = c.folder.join("front");
         fs::create_dir(&folder).expect("the proxy's folder can be created");
         let (certificate, key) = (file_path(&folder, "front.pem"), file_path(&folder, "front.key"));
@@ -30,9 +32,9 @@ impl FrontProxy {
             .output()
             .expect("openssl runs");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let address = format!("{}:3443", c.host);
+        let (address, s3) = (format!("{}:3443", c.host), format!("{}:9443", c.host));
         let conf = file_path(&folder, "front.conf");
-        fs::write(&conf, front_configuration(c, &address, &certificate, &key)).expect("the file can be written");
+        fs::write(&conf, front_configuration(c, [&address, &s3], &certificate, &key)).expect("the file can be written");
         let log = fs::File::create(folder.join("log")).expect("the log can be written");
         let pid = file_path(&folder, "pid");
         let nginx = child_command("TERM")
@@ -43,13 +45,19 @@ impl FrontProxy {
             .spawn()
             .expect("nginx starts");
         wait_until("the front proxy listens", || Conn::try_open(&address).is_ok());
-        FrontProxy { nginx, address, certificate }
+        FrontProxy { nginx, address, s3, certificate }
     }
 
     /// Runs curl through the proxy. Returns status and redirect data, and the body.
     #[track_caller]
     fn curl(&self, args: &[&str], path: &str) -> (String, Vec<u8>) {
-        let url = format!("https://{}{path}", self.address);
+        self.curl_at(&self.address, args, path)
+    }
+
+    /// The same at one of the proxy's addresses.
+    #[track_caller]
+    pub fn curl_at(&self, address: &str, args: &[&str], path: &str) -> (String, Vec<u8>) {
+        let url = format!("https://{address}{path}");
         let output = Command::new("curl")
             .args(["-sS", "--max-time", "30", "--noproxy", "*", "--cacert", &self.certificate])
             .args(["-w", "%{stderr}%{http_code} %{redirect_url} %{num_redirects}"])
@@ -93,18 +101,19 @@ impl Drop for FrontProxy {
     }
 }
 
-fn file_path(folder: &Path, name: &str) -> String {
+pub fn file_path(folder: &Path, name: &str) -> String {
     folder.join(name).to_str().expect("the temporary folder's name is UTF-8").to_string()
 }
 
-/// front.conf with its lines marked HERE filled in, and with its own temporary folders.
-fn front_configuration(c: &Cluster, address: &str, certificate: &str, key: &str) -> String {
+/// front.conf with its lines marked HERE and those of S3 filled in, and with its own temporary folders.
+fn front_configuration(c: &Cluster, [address, s3]: [&str; 2], certificate: &str, key: &str) -> String {
     let text = fs::read_to_string("deploy/front.conf").expect("deploy/front.conf exists");
     let mut set = 0;
     let mut lines: Vec<String> = Vec::new();
     for line in text.lines() {
         let Some((directive, _)) = line.split_once("# HERE") else {
-            lines.push(line.into());
+            let line = line.replace("127.0.0.1:9000", &c.s3_address());
+            lines.push(line.replace("# listen 9443 ssl;", &format!("listen {s3} ssl;")));
             if line.starts_with("http {") {
                 for kind in ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"] {
                     lines.push(format!("{kind}_temp_path temp-{kind};"));

@@ -12,7 +12,8 @@ use crate::support::reference::{self, md5};
 
 /// Opens the index of a stopped master.
 fn index(c: &Cluster) -> DB {
-    DB::open_cf(&Options::default(), c.folder.join("db/index"), ["default", "debris"]).expect("the index opens")
+    DB::open_cf(&Options::default(), c.folder.join("db/index"), ["default", "debris", "uploads"])
+        .expect("the index opens")
 }
 
 fn records(c: &Cluster) -> Vec<(String, String)> {

@@ -33,6 +33,18 @@ mod masters;
 mod upload_timeouts;
 mod volume_failures;
 
+// The S3 endpoint.
+mod s3_concurrency;
+mod s3_failures;
+mod s3_framings;
+mod s3_front;
+mod s3_lists;
+mod s3_model;
+mod s3_multipart;
+mod s3_objects;
+mod s3_requests;
+mod s3_signatures;
+
 // The index and the commands beside the server.
 mod backup;
 mod dump;

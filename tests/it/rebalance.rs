@@ -462,7 +462,7 @@ fn without_hash_and_size_a_value_is_copied_only_if_its_replicas_agree_in_length(
     let on_two = c.names[..2].join(",");
     {
         let index = c.db().join("index");
-        let index = DB::open_cf(&Options::default(), index, ["default", "debris"]).unwrap();
+        let index = DB::open_cf(&Options::default(), index, ["default", "debris", "uploads"]).unwrap();
         index.put("/agree", &on_two).unwrap();
         index.put("/differ", &on_two).unwrap();
     }
@@ -619,7 +619,7 @@ fn without_a_size_rebalance_skips_sources_with_the_wrong_hash() {
     let mut c = Setup::new().subvolumes(1).start();
     c.stop_master();
     {
-        let index = DB::open_cf(&Options::default(), c.db().join("index"), ["default", "debris"]);
+        let index = DB::open_cf(&Options::default(), c.db().join("index"), ["default", "debris", "uploads"]);
         let text = format!("HASH{}{}", reference::md5(b"value"), c.names[..2].join(","));
         index.unwrap().put("/cut", text).unwrap();
     }

@@ -47,7 +47,8 @@ use crate::format::record::{Debris, Record};
 /// The format of the tables.
 const FORMAT: i64 = 1;
 
-/// Rows that are read at a time.
+/// Rows that are read at a time, at first and at most: a list that steps over prefixes reads few of each.
+const FIRST_PAGE: i64 = 8;
 const PAGE: i64 = 1000;
 
 /// A session of this process on the database; it ends when this value is dropped.
@@ -248,9 +249,10 @@ impl Engine {
         prefix: &[u8],
         start: &[u8],
     ) -> impl Iterator<Item = Result<super::Row>> + Send + use<'a> {
-        let (mut next, end) = (start.max(prefix).to_vec(), end_of(prefix));
+        let (mut next, end, mut size) = (start.max(prefix).to_vec(), end_of(prefix), FIRST_PAGE);
         pages(move || {
-            let args = [Bytes(&next), Int(PAGE), Bytes(end.as_deref().unwrap_or_default())];
+            let args = [Bytes(&next), Int(size), Bytes(end.as_deref().unwrap_or_default())];
+            size = (size * 5).min(PAGE);
             let rows = match end {
                 Some(_) => self.pool.read(sql::PAGE_BEFORE, &args)?,
                 None => self.pool.read(sql::PAGE, &args[..2])?,

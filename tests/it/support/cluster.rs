@@ -16,6 +16,7 @@ use crate::support::faulty_proxy::FaultyProxy;
 use crate::support::http_client::{self, Answer, Conn, TIMEOUT, follow, target, wait_until};
 use crate::support::postgres::Postgres;
 use crate::support::reference;
+use crate::support::s3;
 
 /// Reserves a loopback address for one test, so that all its ports are free and stay free while a
 /// server is down. Dropping the listener releases the address.
@@ -37,6 +38,7 @@ pub struct Setup {
     subvolumes: u32,
     proxied: bool,
     secret: bool,
+    s3: bool,
     postgres: bool,
     lease: &'static str,
     pub flags: Vec<String>,
@@ -48,8 +50,8 @@ impl Setup {
         let (flags, launcher) = Default::default();
         // The same tests run on the other engine.
         let postgres = std::env::var("MKV_ENGINE").is_ok_and(|engine| engine == "postgres");
-        let (proxied, secret, lease) = (false, false, "lease=2&late=2");
-        Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied, secret, postgres, lease, flags, launcher }
+        let (proxied, secret, s3, lease) = (false, false, false, "lease=2&late=2");
+        Setup { volumes: 3, replicas: 3, subvolumes: 10, proxied, secret, s3, postgres, lease, flags, launcher }
     }
 
     pub fn volumes(self, volumes: usize) -> Setup {
@@ -80,6 +82,11 @@ impl Setup {
     /// Volumes and master share a secret.
     pub fn secret(self) -> Setup {
         Setup { secret: true, ..self }
+    }
+
+    /// The master has an S3 endpoint, with the keys of support::s3.
+    pub fn s3(self) -> Setup {
+        Setup { s3: true, ..self }
     }
 
     /// Keeps the index in a PostgreSQL, with these options in its URL.
@@ -335,6 +342,10 @@ impl Cluster {
             let made = Command::new(env!("CARGO_BIN_EXE_mkv")).arg("secret").arg(&file).status();
             assert!(made.expect("mkv starts").success());
         }
+        if let Some(file) = cluster.s3_keys() {
+            fs::write(&file, s3::keys_file()).expect("the keys can be written");
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("the file's mode can be set");
+        }
         if cluster.setup.postgres {
             cluster.postgres = Some(Postgres::start(&cluster.folder, &cluster.host, &[]));
         }
@@ -384,6 +395,11 @@ impl Cluster {
         self.setup.secret.then(|| self.folder.join("secret"))
     }
 
+    /// The file of -s3keys.
+    pub fn s3_keys(&self) -> Option<PathBuf> {
+        self.setup.s3.then(|| self.folder.join("s3keys"))
+    }
+
     pub fn each_proxy(&self, act: impl Fn(&FaultyProxy)) {
         self.proxies.iter().for_each(act);
     }
@@ -415,10 +431,11 @@ impl Cluster {
             .args(["-replicas", &self.setup.replicas.to_string()])
             .args(["-subvolumes", &self.setup.subvolumes.to_string()])
             .args(["-host", &self.host, "-port", &self.port.to_string(), "-v"])
-            .args(secret.iter().flat_map(|file| [Path::new("-secret"), file]))
-            .args(&self.setup.flags)
-            .arg("server")
-            .stdin(Stdio::null());
+            .args(secret.iter().flat_map(|file| [Path::new("-secret"), file]));
+        if let Some(file) = self.s3_keys() {
+            command.args(["-s3", &s3::PORT.to_string()]).arg("-s3keys").arg(file);
+        }
+        command.args(&self.setup.flags).arg("server").stdin(Stdio::null());
         command
     }
 

@@ -9,6 +9,7 @@
 //! - `postgres`: a private PostgreSQL for one test
 //! - `random`: random input from a seed that is printed
 //! - `reference`: a second implementation of blob paths and placement
+//! - `s3`: a client of the S3 endpoint that shares no code with the server
 
 pub mod browser;
 pub mod cluster;
@@ -19,3 +20,4 @@ pub mod http_client;
 pub mod postgres;
 pub mod random;
 pub mod reference;
+pub mod s3;

@@ -1,0 +1,133 @@
+//! S3's error codes, their HTTP statuses, and the XML that tells a client of one.
+//!
+//! Clients decide by the code whether they try again, so a code is AWS's where AWS has one for the case.
+
+use std::fmt::{self, Display};
+use std::io;
+
+use super::xml::Document;
+
+macro_rules! codes {
+    ($($code:ident $status:literal,)*) => {
+        /// S3's name for what went wrong.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Code { $($code,)* }
+
+        impl Code {
+            pub fn name(self) -> &'static str {
+                match self { $(Code::$code => stringify!($code),)* }
+            }
+
+            /// The HTTP status.
+            pub fn status(self) -> u16 {
+                match self { $(Code::$code => $status,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    AuthorizationHeaderMalformed 400,
+    AuthorizationQueryParametersError 400,
+    BadDigest 400,
+    EntityTooLarge 400,
+    EntityTooSmall 400,
+    IncompleteBody 400,
+    InvalidArgument 400,
+    InvalidBucketName 400,
+    InvalidDigest 400,
+    InvalidPart 400,
+    InvalidPartOrder 400,
+    InvalidRequest 400,
+    InvalidURI 400,
+    KeyTooLongError 400,
+    MalformedTrailerError 400,
+    MalformedXML 400,
+    MetadataTooLarge 400,
+    RequestTimeout 400,
+    XAmzContentSHA256Mismatch 400,
+    AccessDenied 403,
+    InvalidAccessKeyId 403,
+    RequestTimeTooSkewed 403,
+    SignatureDoesNotMatch 403,
+    NoSuchBucket 404,
+    NoSuchBucketPolicy 404,
+    NoSuchCORSConfiguration 404,
+    NoSuchKey 404,
+    NoSuchLifecycleConfiguration 404,
+    NoSuchTagSet 404,
+    NoSuchUpload 404,
+    NoSuchVersion 404,
+    ServerSideEncryptionConfigurationNotFoundError 404,
+    MethodNotAllowed 405,
+    BucketNotEmpty 409,
+    MissingContentLength 411,
+    PreconditionFailed 412,
+    InvalidRange 416,
+    InternalError 500,
+    NotImplemented 501,
+    ServiceUnavailable 503,
+    SlowDown 503,
+}
+
+/// Why a request failed, as its client is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    pub code: Code,
+    /// A sentence in plain English.
+    pub message: String,
+}
+
+impl Failure {
+    pub fn new(code: Code, message: impl Into<String>) -> Failure {
+        Failure { code, message: message.into() }
+    }
+
+    /// The failure in an error of `Payload::read`, if it is one.
+    pub(super) fn of(error: &io::Error) -> Option<&Failure> {
+        error.get_ref()?.downcast_ref()
+    }
+
+    pub fn status(&self) -> u16 {
+        self.code.status()
+    }
+
+    /// The XML to send, but not with HEAD and 304. `resource` is the path of the request, as the client sent it.
+    pub fn body(&self, resource: &str, request_id: &str) -> String {
+        let mut document = Document::without_namespace("Error");
+        document.element("Code", self.code.name()).element("Message", &self.message);
+        document.element("Resource", resource).element("RequestId", request_id);
+        document.finish()
+    }
+}
+
+impl Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}: {}", self.code.name(), self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<Failure> for io::Error {
+    fn from(failure: Failure) -> io::Error {
+        io::Error::other(failure)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_told_in_xml() {
+        let failure = Failure::new(Code::NoSuchKey, "there is no <key> & no \"value\"");
+        assert_eq!((failure.status(), failure.code.name()), (404, "NoSuchKey"));
+        assert_eq!(
+            failure.body("/b/a%20b&c", "17"),
+            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>NoSuchKey</Code>\
+             <Message>there is no &lt;key&gt; &amp; no &quot;value&quot;</Message>\
+             <Resource>/b/a%20b&amp;c</Resource><RequestId>17</RequestId></Error>"
+        );
+    }
+}

@@ -1,0 +1,270 @@
+//! Lists of objects, V1 and V2. A page costs what is on it: keys that one common prefix stands for are stepped over by one
+//! seek, and everything comes from the index.
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
+use super::answer::{Answer, Outcome, document, iso};
+use super::buckets::owner;
+use super::failure::{Code, Failure};
+use super::meta::{Meta, etag};
+use super::xml::Document;
+use super::{Call, S3};
+use crate::error::Result;
+use crate::format::percent_encoded;
+use crate::format::record::Record;
+use crate::store::Step;
+
+/// The longest page, in keys and common prefixes.
+const PAGE_MAX: u64 = 1000;
+
+/// Which page of a bucket's objects.
+struct Wanted {
+    prefix: Vec<u8>,
+    delimiter: Vec<u8>,
+    most: usize,
+    /// The page begins behind this key or common prefix.
+    after: Vec<u8>,
+}
+
+enum Item {
+    Object(Vec<u8>, Record),
+    Prefix(Vec<u8>),
+}
+
+impl Item {
+    fn name(&self) -> &[u8] {
+        match self {
+            Item::Object(name, _) | Item::Prefix(name) => name,
+        }
+    }
+}
+
+/// What a scan does with a key.
+#[derive(Debug, PartialEq)]
+enum Listed {
+    Object,
+    /// The key and all others below this prefix are one entry.
+    Prefix(Vec<u8>),
+}
+
+impl Wanted {
+    /// The first name that can be on the page.
+    fn start(&self) -> Vec<u8> {
+        match self.listed(&self.after) {
+            // The last page ended with this prefix: all keys below it are known.
+            Listed::Prefix(prefix) if prefix == self.after => successor(&prefix).unwrap_or(prefix),
+            _ if self.after.is_empty() => self.prefix.clone(),
+            _ => [&self.after, b"\0".as_slice()].concat(),
+        }
+    }
+
+    fn listed(&self, name: &[u8]) -> Listed {
+        let length = self.delimiter.len();
+        let Some(rest) = name.strip_prefix(&*self.prefix).filter(|_| length > 0) else { return Listed::Object };
+        match rest.windows(length).position(|part| part == self.delimiter) {
+            Some(at) => Listed::Prefix(name[..self.prefix.len() + at + length].to_vec()),
+            None => Listed::Object,
+        }
+    }
+}
+
+/// The first text above all that begin with this one; `None`: there is none.
+fn successor(prefix: &[u8]) -> Option<Vec<u8>> {
+    let last = prefix.iter().rposition(|byte| *byte < 0xff)?;
+    let mut next = prefix[..=last].to_vec();
+    next[last] += 1;
+    Some(next)
+}
+
+impl S3 {
+    /// The page's items, and whether more follow.
+    fn page(&self, bucket: &[u8], wanted: &Wanted) -> Result<(Vec<Item>, bool)> {
+        let (mut items, mut more) = (Vec::new(), false);
+        if wanted.most == 0 {
+            return Ok((items, more));
+        }
+        let (prefix, start) = ([bucket, &wanted.prefix].concat(), [bucket, &wanted.start()].concat());
+        self.store.scan(&prefix, &start, |key, record| {
+            let name = &key[bucket.len()..];
+            // The bucket's marker.
+            if name.is_empty() {
+                return Ok(Step::Next);
+            }
+            if items.len() == wanted.most {
+                more = true;
+                return Ok(Step::Stop);
+            }
+            match wanted.listed(name) {
+                Listed::Object => {
+                    items.push(Item::Object(name.to_vec(), record));
+                    Ok(Step::Next)
+                }
+                Listed::Prefix(prefix) => {
+                    let next = successor(&prefix).map(|next| [bucket, &next].concat());
+                    items.push(Item::Prefix(prefix));
+                    Ok(next.map_or(Step::Stop, Step::SkipTo))
+                }
+            }
+        })?;
+        Ok((items, more))
+    }
+
+    pub(super) fn list_objects<'a>(&'a self, call: &Call, is_v2: bool) -> Answer<'a> {
+        let text = |name| call.query.get(name);
+        let bytes = |name| text(name).unwrap_or_default().as_bytes().to_vec();
+        let encoding = Encoding::of(call)?;
+        let most = most(call, "max-keys")?;
+        let token = text("continuation-token").filter(|token| is_v2 && !token.is_empty());
+        let after = match token {
+            Some(token) => read_token(token)?,
+            None => bytes(if is_v2 { "start-after" } else { "marker" }),
+        };
+        let wanted = Wanted { prefix: bytes("prefix"), delimiter: bytes("delimiter"), most, after };
+        let (items, more) = self.page(&call.route.key(), &wanted)?;
+        if items.is_empty() {
+            self.check_bucket(call)?;
+        }
+        let mut list = Document::new("ListBucketResult");
+        list.element("Name", &call.route.bucket).element("Prefix", encoding.shown(&wanted.prefix));
+        if is_v2 {
+            self.write_v2(call, &mut list, &encoding, &items, more);
+        } else {
+            list.element("Marker", encoding.shown(&wanted.after));
+            if let Some(last) = items.last().filter(|_| more && !wanted.delimiter.is_empty()) {
+                list.element("NextMarker", encoding.shown(last.name()));
+            }
+        }
+        list.element("MaxKeys", most).element("IsTruncated", more);
+        if !wanted.delimiter.is_empty() {
+            list.element("Delimiter", encoding.shown(&wanted.delimiter));
+        }
+        encoding.write(&mut list);
+        let with_owner = !is_v2 || text("fetch-owner") == Some("true");
+        for item in &items {
+            write_item(&mut list, item, &encoding, with_owner)?;
+        }
+        document(list)
+    }
+
+    fn write_v2(&self, call: &Call, list: &mut Document, encoding: &Encoding, items: &[Item], more: bool) {
+        list.element("KeyCount", items.len());
+        if let Some(after) = call.query.get("start-after") {
+            list.element("StartAfter", encoding.shown(after.as_bytes()));
+        }
+        if let Some(token) = call.query.get("continuation-token") {
+            list.element("ContinuationToken", token);
+        }
+        if let Some(last) = items.last().filter(|_| more) {
+            list.element("NextContinuationToken", URL_SAFE_NO_PAD.encode(last.name()));
+        }
+    }
+}
+
+fn write_item(list: &mut Document, item: &Item, encoding: &Encoding, with_owner: bool) -> Result<()> {
+    let (name, record) = match item {
+        Item::Prefix(prefix) => {
+            list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
+            return Ok(());
+        }
+        Item::Object(name, record) => (name, record),
+    };
+    let etag = etag(record, &Meta::decode(&record.meta)?);
+    list.open("Contents").element("Key", encoding.shown(name));
+    list.element("LastModified", iso(record.time.unwrap_or_default()));
+    list.element("ETag", format!("\"{etag}\"")).element("Size", record.size.unwrap_or_default());
+    if with_owner {
+        owner(list, "Owner");
+    }
+    list.element("StorageClass", "STANDARD").close();
+    Ok(())
+}
+
+/// How keys stand in the XML: as text, or percent-encoded with `encoding-type=url`, which every byte survives.
+pub struct Encoding {
+    is_url: bool,
+}
+
+impl Encoding {
+    pub fn of(call: &Call) -> Outcome<Encoding, Failure> {
+        match call.query.get("encoding-type") {
+            None | Some("") => Ok(Encoding { is_url: false }),
+            Some(text) if text.eq_ignore_ascii_case("url") => Ok(Encoding { is_url: true }),
+            Some(_) => Err(Failure::new(Code::InvalidArgument, "encoding-type is url or absent")),
+        }
+    }
+
+    pub fn shown(&self, name: &[u8]) -> String {
+        match self.is_url {
+            true => percent_encoded(name).to_string(),
+            false => String::from_utf8_lossy(name).into_owned(),
+        }
+    }
+
+    pub fn write(&self, list: &mut Document) {
+        if self.is_url {
+            list.element("EncodingType", "url");
+        }
+    }
+}
+
+/// How many entries a page may have.
+pub fn most(call: &Call, name: &str) -> Outcome<usize, Failure> {
+    let most = call.query.number(name, 0..=i32::MAX as u64)?;
+    Ok(most.unwrap_or(PAGE_MAX).min(PAGE_MAX) as usize)
+}
+
+fn read_token(token: &str) -> Outcome<Vec<u8>, Failure> {
+    let wrong = |_| Failure::new(Code::InvalidArgument, "the continuation token is not one of this server's");
+    URL_SAFE_NO_PAD.decode(token).map_err(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(prefix: &str, delimiter: &str, after: &str) -> Wanted {
+        Wanted { prefix: prefix.into(), delimiter: delimiter.into(), most: 1000, after: after.into() }
+    }
+
+    #[test]
+    fn keys_below_a_delimiter_are_one_prefix() {
+        let prefix = |text: &str| Listed::Prefix(text.into());
+        for (of, delimiter, name, listed) in [
+            ("", "", "a/b", Listed::Object),
+            ("", "/", "a", Listed::Object),
+            ("", "/", "a/b/c", prefix("a/")),
+            ("", "/", "/a", prefix("/")),
+            ("a/", "/", "a/b/c", prefix("a/b/")),
+            ("a/", "/", "a/b", Listed::Object),
+            ("a", "/", "a/b", prefix("a/")),
+            ("", "--", "a-b--c", prefix("a-b--")),
+        ] {
+            assert_eq!(wanted(of, delimiter, "").listed(name.as_bytes()), listed, "{of} {delimiter} {name}");
+        }
+    }
+
+    #[test]
+    fn a_page_begins_behind_the_last_one() {
+        for (prefix, delimiter, after, start) in [
+            ("", "", "", ""),
+            ("p", "/", "", "p"),
+            ("", "/", "a", "a\0"),
+            ("", "/", "a/", "a0"),
+            ("", "", "a/", "a/\0"),
+            ("", "/", "a/b", "a/b\0"),
+            ("a/", "/", "a/b/", "a/b0"),
+        ] {
+            assert_eq!(wanted(prefix, delimiter, after).start(), start.as_bytes(), "{prefix} {delimiter} {after}");
+        }
+        assert_eq!(successor(b"a\xff\xff"), Some(b"b".to_vec()));
+        assert_eq!(successor(b"\xff"), None);
+    }
+
+    #[test]
+    fn names_are_shown_as_text_or_percent_encoded() {
+        let (plain, url) = (Encoding { is_url: false }, Encoding { is_url: true });
+        assert_eq!(plain.shown(b"a b+c/\xff"), "a b+c/\u{fffd}");
+        assert_eq!(url.shown(b"a b+c/\xff"), "a%20b%2Bc/%FF");
+    }
+}

@@ -1,0 +1,246 @@
+//! PUT, DELETE and DeleteObjects, and the bodies of requests.
+
+use std::cell::RefCell;
+use std::io::{self, Read};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use md5::{Digest, Md5};
+
+use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, xml};
+use super::buckets::acl;
+use super::checksum::Algorithm;
+use super::conditions::Conditions;
+use super::failure::{Code, Failure};
+use super::meta::{Meta, etag};
+use super::payload::Payload;
+use super::route::{OBJECT_MAX, Operation, key};
+use super::xml::{self, Document};
+use super::{Call, S3};
+use crate::error::{Error, Result};
+use crate::format::record::{Hash, Record};
+use crate::http::{Body, Response};
+use crate::volumes::upload::Upload;
+
+/// The longest XML of a request, in bytes.
+const XML_MAX: u64 = 8 << 20;
+
+/// The checksum that a client has sent with a value, once the value was read to its end.
+pub type Checksum = Option<(Algorithm, String)>;
+
+impl S3 {
+    pub(super) fn put<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
+        let (key, meta, conditions) =
+            (call.route.key(), Meta::of_request(call.head, call.query)?, Conditions::of(call.head));
+        self.check_bucket(call)?;
+        if conditions.is_any() {
+            // Spares a client the upload of a value that is refused; the judge of the flip decides.
+            conditions.judge(self.store.object(&key)?.as_ref())?;
+        }
+        let record = receive(call, body, |upload, checksum| {
+            let meta = |_: &_| with_checksum(meta, &checksum()).encode();
+            self.store.put_object(&key, upload, meta, &|old| self.judge(&call.route.bucket, &conditions, old))
+        })?;
+        stored(&record)
+    }
+
+    /// Judges a write at the flip.
+    pub(super) fn judge(&self, bucket: &str, conditions: &Conditions, old: Option<&Record>) -> Result<()> {
+        conditions.judge(old)?;
+        // An object that is replaced proves that its bucket is there.
+        match old.is_some_and(Record::live) || self.bucket_exists(bucket)? {
+            true => Ok(()),
+            false => Err(NO_BUCKET),
+        }
+    }
+
+    pub(super) fn delete<'a>(&'a self, call: &Call) -> Answer<'a> {
+        self.check_bucket(call)?;
+        let conditions = Conditions::of(call.head);
+        self.store.delete_object(&call.route.key(), &|old| conditions.judge(old))?;
+        Ok(empty(204))
+    }
+
+    pub(super) fn delete_objects<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
+        self.check_bucket(call)?;
+        let wanted = xml::parse_delete(&read_text(call, body, true)?)?;
+        let mut result = Document::new("DeleteResult");
+        for object in &wanted.objects {
+            match self.delete_listed(&call.route.bucket, object) {
+                Ok(()) if wanted.quiet => {}
+                Ok(()) => {
+                    result.open("Deleted").element("Key", &object.key).close();
+                }
+                Err(fault) => {
+                    let failure = fault.failure();
+                    result.open("Error").element("Key", &object.key).element("Code", failure.code.name());
+                    result.element("Message", &failure.message).close();
+                }
+            }
+        }
+        document(result)
+    }
+
+    fn delete_listed(&self, bucket: &str, object: &xml::Object) -> Outcome<()> {
+        if object.version.is_some() {
+            return Err(Fault::new(Code::NoSuchVersion, "objects have no versions, but for the version null"));
+        }
+        let wrong = match object.key.len() {
+            // The bucket's marker.
+            0 => Some(Code::InvalidArgument),
+            length => (length > OBJECT_MAX).then_some(Code::KeyTooLongError),
+        };
+        if let Some(code) = wrong {
+            return Err(Fault::new(code, format!("a key has 1 to {OBJECT_MAX} bytes")));
+        }
+        let conditions = object.etag.as_deref().map_or(Conditions::default(), Conditions::matching);
+        Ok(self.store.delete_object(&key(bucket, object.key.as_bytes()), &|old| conditions.judge(old))?)
+    }
+
+    /// What S3 asks of an object beside its value.
+    pub(super) fn object_setting<'a>(&'a self, call: &Call) -> Answer<'a> {
+        if self.store.object(&call.route.key())?.is_none() {
+            return Err(self.missing(&call.route.bucket)?.into());
+        }
+        if call.route.operation == Operation::ObjectAcl {
+            return Ok(xml(200, acl()));
+        }
+        let mut tags = Document::new("Tagging");
+        tags.open("TagSet");
+        document(tags)
+    }
+
+    /// Why an object of this bucket is not there.
+    pub(super) fn missing(&self, bucket: &str) -> Result<Error> {
+        Ok(if self.bucket_exists(bucket)? { Error::NOT_FOUND } else { NO_BUCKET })
+    }
+}
+
+/// The response to an upload.
+pub fn stored<'a>(record: &Record) -> Answer<'a> {
+    let meta = Meta::decode(&record.meta)?;
+    let mut response = Response { headers: vec![("ETag", format!("\"{}\"", etag(record, &meta)))], ..empty(200) };
+    response.headers.extend(meta.checksum().map(|(algorithm, value)| (algorithm.header(), value.to_string())));
+    Ok(response)
+}
+
+pub fn with_checksum(mut meta: Meta, checksum: &Checksum) -> Meta {
+    if let Some((algorithm, value)) = checksum {
+        meta.set(algorithm.name(), value);
+    }
+    meta
+}
+
+/// A body whose request was judged: the client gets 100 Continue before the first read, also for an empty body.
+struct Accepted<'a, 'b>(&'a mut Body<'b>);
+
+impl Read for Accepted<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.accept()?;
+        self.0.read(buffer)
+    }
+}
+
+/// The value of an upload. It gives the last byte away once the payload has proved to be right to its end, because the
+/// store ends with the announced length and reads no further.
+struct Value<'a, 'b> {
+    payload: &'a RefCell<Payload<'b>>,
+    /// The last byte read so far.
+    held: Option<u8>,
+    failed: bool,
+}
+
+impl<'a, 'b> Value<'a, 'b> {
+    fn new(payload: &'a RefCell<Payload<'b>>) -> io::Result<Value<'a, 'b>> {
+        let mut first = [0];
+        let count = payload.borrow_mut().read(&mut first)?;
+        Ok(Value { payload, held: (count > 0).then_some(first[0]), failed: false })
+    }
+}
+
+impl Read for Value<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(held) = self.held.filter(|_| !buffer.is_empty()) else { return Ok(0) };
+        let mut next = [0];
+        let rest = if buffer.len() > 1 { &mut buffer[1..] } else { &mut next[..] };
+        let read = self.payload.borrow_mut().read(rest);
+        self.failed |= read.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted);
+        let count = read?;
+        self.held = count.checked_sub(1).map(|last| rest[last]);
+        buffer[0] = held;
+        // The byte that is held back now is not counted.
+        Ok(count.max(1))
+    }
+}
+
+/// Receives a value and lets `store` keep it; `store` can ask for the checksum once it has read the value.
+pub fn receive<T>(
+    call: &Call,
+    body: &mut Body,
+    store: impl FnOnce(Upload, &dyn Fn() -> Checksum) -> Result<T>,
+) -> Outcome<T> {
+    let length = body.length();
+    if length == Some(0) && call.head.header("content-length").is_none() {
+        return Err(Fault::new(Code::MissingContentLength, "send Content-Length"));
+    }
+    let content_md5 = content_md5(call)?;
+    let mut accepted = Accepted(body);
+    let payload = Payload::new(call.head, call.signed, length, &mut accepted)?;
+    let length = payload.length();
+    let payload = RefCell::new(payload);
+    let Ok(mut value) = Value::new(&payload) else { return Err(broken(&payload).into()) };
+    if length.is_some_and(|length| (length == 0) != value.held.is_none()) {
+        return Err(broken(&payload).into());
+    }
+    let upload = Upload { reader: &mut value, length, content_md5 };
+    let checksum = || payload.borrow().checksum().map(|(algorithm, value)| (algorithm, value.to_string()));
+    store(upload, &checksum).map_err(|error| match error {
+        Error::BadRequest(_) if value.failed => broken(&payload).into(),
+        Error::BadRequest(_) if content_md5.is_some() && value.held.is_none() => bad_digest().into(),
+        Error::BadRequest(text) => Fault::new(Code::IncompleteBody, text),
+        error => error.into(),
+    })
+}
+
+/// Why a payload could not be read to its end.
+fn broken(payload: &RefCell<Payload>) -> Failure {
+    let cut = || Failure::new(Code::IncompleteBody, "the body ended before its announced length, or came too slowly");
+    payload.borrow_mut().failure().unwrap_or_else(cut)
+}
+
+fn bad_digest() -> Failure {
+    Failure::new(Code::BadDigest, "the body does not have the Content-MD5 that came with it")
+}
+
+fn content_md5(call: &Call) -> Outcome<Option<Hash>, Failure> {
+    let Some(text) = call.head.header("content-md5") else { return Ok(None) };
+    let hash = STANDARD.decode(text).ok().and_then(|hash| hash.try_into().ok());
+    hash.map(Some).ok_or_else(|| Failure::new(Code::InvalidDigest, "Content-MD5 is no base64 of 16 bytes"))
+}
+
+/// Reads a body of XML. `is_checked`: the request's checksum is that of the body.
+pub fn read_text(call: &Call, body: &mut Body, is_checked: bool) -> Outcome<String> {
+    let (length, md5) = (body.length(), content_md5(call)?);
+    let mut accepted = Accepted(body);
+    let open = if is_checked { Payload::new } else { Payload::without_checksum };
+    let mut payload = open(call.head, call.signed, length, &mut accepted)?;
+    if payload.length().is_some_and(|length| length > XML_MAX) {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::new();
+    let read = (&mut payload).take(XML_MAX + 1).read_to_end(&mut bytes);
+    if read.is_err() {
+        return Err(broken(&RefCell::new(payload)).into());
+    }
+    if bytes.len() as u64 > XML_MAX {
+        return Err(too_large());
+    }
+    if md5.is_some_and(|md5| Hash::from(Md5::digest(&bytes)) != md5) {
+        return Err(bad_digest().into());
+    }
+    String::from_utf8(bytes).map_err(|_| Fault::new(Code::MalformedXML, "the body is not UTF-8"))
+}
+
+fn too_large() -> Fault {
+    Fault::new(Code::EntityTooLarge, format!("the XML has over {XML_MAX} bytes"))
+}
