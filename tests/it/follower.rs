@@ -72,7 +72,8 @@ fn a_follower_serves_reads_and_refuses_writes() {
 
 #[test]
 fn a_follower_that_is_killed_again_and_again_catches_up() {
-    let c = Setup::new().volumes(1).start();
+    // With -sync the log is read from the disk.
+    let c = Setup::new().volumes(1).flags(&["-sync"]).start();
     c.put("/first", "value").expect(201);
     let mut follower = c.start_follower(&[]);
     let done = AtomicBool::new(false);
