@@ -276,7 +276,7 @@ fn write(writer: usize, addresses: &[String; 2], done: &AtomicBool, written: &Mu
                 return;
             }
             // Fewer blobs than fast clients would leave on the disks.
-            thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(15));
             match try_put(&addresses[by], &key) {
                 // 403: the old master has stored it, and its answer was lost.
                 Some(201 | 403) => break,
