@@ -16,24 +16,21 @@ use crate::error::{Error, Result};
 use crate::format::placement::Placement;
 use crate::format::record::{TAGS, is_volume};
 use crate::http;
-use crate::index::{ENGINE, Location, Url};
+use crate::index::{ENGINE, LOG, Location, Url};
 use crate::ops::{backup, rebuild, verify};
 use crate::s3;
 use crate::serve::S3Config;
 use crate::store;
+use crate::store::follow::Peer;
 use crate::volumes::basic_auth;
 use crate::volumes::secret::{self, Secret};
 use crate::{completions, man};
 
 /// A command with everything that it needs to run.
 pub enum Command {
-    Server {
+    Server(Box<Server>),
+    Promote {
         db: Location,
-        sync: bool,
-        store: store::Config,
-        http: http::Config,
-        api: api::Config,
-        s3: Option<S3Config>,
     },
     Rebuild {
         store: store::Config,
@@ -67,6 +64,21 @@ pub enum Command {
     Print(String),
 }
 
+/// `server` and `follow`.
+pub struct Server {
+    pub db: Location,
+    pub sync: bool,
+    /// How many MiB of the log are kept for followers.
+    pub log: u64,
+    pub store: store::Config,
+    pub http: http::Config,
+    pub api: api::Config,
+    pub s3: Option<S3Config>,
+    pub peer: Option<Peer>,
+    /// Whether it is to follow its peer.
+    pub follows: bool,
+}
+
 /// What `import` reads.
 pub enum Source {
     LevelDb(PathBuf),
@@ -95,7 +107,7 @@ pub type Group = (&'static str, &'static str, &'static [Flag]);
 const EVERY: &str = "every command";
 
 /// The flags of every command, then each command.
-pub const GROUPS: [Group; 12] = [
+pub const GROUPS: [Group; 14] = [
     (
         EVERY,
         "",
@@ -135,6 +147,8 @@ pub const GROUPS: [Group; 12] = [
                 "the keys of S3, a line each: ACCESS SECRET [ro] [bucket…]; read again on SIGHUP (none: open to all)",
             ),
             ("s3redirect", "", "redirect S3's GET to the volumes where a client is known to follow"),
+            ("peer", "URL", "the other machine's mkv; if it was promoted in place of this one, follow it"),
+            ("keeplog", "MIB", "how much of the index's log to keep for followers (1024)"),
             ("s3uploads", "TIME", "how long a multipart upload may take before its parts are deleted (168h)"),
             ("maxconns", "N", "the most connections of clients (4096)"),
             ("headtimeout", "TIME", "how long the head of a request may take (30s)"),
@@ -142,6 +156,12 @@ pub const GROUPS: [Group; 12] = [
             ("stalltimeout", "TIME", "how long a client may take for 1 KiB of a body (60s)"),
         ],
     ),
+    (
+        "follow",
+        "serve reads from a copy that trails a master's index; takes the server's flags too",
+        &[("from", "URL", "the master, http://host:port")],
+    ),
+    ("promote", "make the index of a follower, which may run, a master's; stop the old master first", &[]),
     (
         "rebuild",
         "make a new index from the files on the volumes",
@@ -258,7 +278,8 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Cli> {
     match &words[..] {
         [word] if word == "man" => cli(Command::Print(man::page())), // for packages; -help does not name it
         [] => usage(
-            "say what to do: server, rebuild, rebalance, verify, import, secret, dump, backup or restore; see mkv -help",
+            "say what to do: server, follow, promote, rebuild, rebalance, verify, import, secret, dump, backup or restore; \
+             see mkv -help",
         ),
         [word, ..] if word == "secret" && flags.last("secret").is_some() => {
             usage("-secret: to make a secret, name the file after the command: mkv secret FILE")
@@ -321,11 +342,20 @@ impl Flags {
         };
         // A wrong value of a server's flag is an error of every command, as with the Go master.
         let (store, sync, http, api) = (self.store()?, self.switch("sync", false)?, self.http()?, self.api()?);
-        if !["import", "dump", "restore"].contains(&name) {
+        if !["import", "dump", "restore", "promote"].contains(&name) {
             check_volumes(&store.placement)?;
         }
         Ok(match name {
-            "server" => Command::Server { db, sync, store, s3: self.s3(&http, &api)?, http, api },
+            "server" | "follow" => {
+                let (follows, log) = (name == "follow", self.number("keeplog", LOG, 0, 1 << 40)?);
+                let peer = self.peer(&db, if follows { "from" } else { "peer" })?;
+                if follows && peer.is_none() {
+                    return usage("-from: give the master to follow, as http://host:port");
+                }
+                let s3 = self.s3(&http, &api)?;
+                Command::Server(Box::new(Server { db, sync, log, store, http, api, s3, peer, follows }))
+            }
+            "promote" => Command::Promote { db },
             "rebuild" => {
                 let from = self.last("from").map(|from| self.location(from, name)).transpose()?;
                 let (nobackup, rehash) = (self.switch("nobackup", false)?, self.switch("rehash", false)?);
@@ -358,12 +388,18 @@ impl Flags {
         Ok(Location::Database { url, name, flags })
     }
 
+    /// The other process that this flag names.
+    fn peer(&self, db: &Location, flag: &str) -> Result<Option<Peer>> {
+        let Some(url) = self.last(flag) else { return Ok(None) };
+        let Ok(folder) = db.folder() else {
+            return usage(format!("-{flag}: masters with an index in PostgreSQL need none"));
+        };
+        let auth = self.login()?.map(|login| basic_auth(login.as_bytes()));
+        Ok(Some(Peer::new(folder.into(), &host_of(flag, url)?, auth.as_deref(), self.timeout("voltimeout", 1)?)))
+    }
+
     fn backup(&self, dir: &str) -> Result<Command> {
-        let url = self.last("master").unwrap_or("http://127.0.0.1:3000");
-        let master = url.strip_prefix("http://").unwrap_or(url).trim_end_matches('/').to_string();
-        if master.is_empty() || master.contains(['/', '@', '?', '#']) {
-            return usage(format!("-master: expected the master itself, as http://host:port, not {url}"));
-        }
+        let master = host_of("master", self.last("master").unwrap_or("http://127.0.0.1:3000"))?;
         let auth = self.login()?.map(|login| basic_auth(login.as_bytes()));
         let (keep, timeout) = (self.number("keep", 7, 1, 1_000_000)?, self.timeout("voltimeout", 1)?);
         Ok(Command::Backup(backup::Config { dir: dir.into(), master, auth, keep, timeout }))
@@ -394,7 +430,8 @@ impl Flags {
 
     fn store(&self) -> Result<store::Config> {
         let login = self.login()?;
-        if login.is_some() && self.last("secret").is_some() {
+        let is_signed = self.last("secret").is_some();
+        if login.is_some() && is_signed && self.last("from").or(self.last("peer")).is_none() {
             return usage("-userpass: leave it out, volumes with -secret take signatures and no password");
         }
         Ok(store::Config {
@@ -405,7 +442,8 @@ impl Flags {
             },
             protect: self.switch("protect", false)?,
             md5sum: self.switch("md5sum", true)?,
-            auth: login.map(|login| basic_auth(login.as_bytes())),
+            // With signatures it is for the other master only.
+            auth: login.filter(|_| !is_signed).map(|login| basic_auth(login.as_bytes())),
             settle: self.time("settle", 60)?,
             uploads: self.timeout("s3uploads", 7 * 24 * 3600)?,
             lost: self.all("lost").iter().flat_map(|list| list.split(',')).map(String::from).collect(),
@@ -474,6 +512,15 @@ impl Flags {
     }
 }
 
+/// `host:port` of a master's URL.
+fn host_of(flag: &str, url: &str) -> Result<String> {
+    let host = url.strip_prefix("http://").unwrap_or(url).trim_end_matches('/').to_string();
+    if host.is_empty() || host.contains(['/', '@', '?', '#']) {
+        return usage(format!("-{flag}: expected the master itself, as http://host:port, not {url}"));
+    }
+    Ok(host)
+}
+
 fn check_volumes(Placement { volumes, replicas, .. }: &Placement) -> Result<()> {
     if volumes.is_empty() {
         return usage("-volumes: give at least one volume, as host:port,host:port");
@@ -528,7 +575,8 @@ mod tests {
             let cli = parse(line.split(' ').map(OsString::from)).unwrap();
             assert_eq!(cli.voltimeout, Duration::from_millis(61500), "{line}");
             assert!(!cli.verbose);
-            let Command::Server { db, store, http, .. } = cli.command else { panic!("{line}") };
+            let Command::Server(server) = cli.command else { panic!("{line}") };
+            let Server { db, store, http, .. } = *server;
             assert!(matches!(db, Location::Folder(folder) if folder.to_str() == Some("/x")));
             let Placement { volumes, replicas, subvolumes } = store.placement;
             assert_eq!(volumes, ["a:1", "b:2"]);
@@ -595,6 +643,9 @@ mod tests {
             ("server -db /x -volumes a:1 -replicas 1 -s3keys /y", "-s3"),
             ("server -db /x -volumes a:1 -replicas 1 -s3 3000", "-s3"),
             ("server -db /x -volumes a:1 -replicas 1 -s3 3001 -basicauth", "-userpass"),
+            ("follow -db /x -volumes a:1 -replicas 1", "-from"),
+            ("follow -db /x -volumes a:1 -replicas 1 -from https://host/", "-from"),
+            ("server -db /x -volumes a:1 -replicas 1 -keeplog all", "-keeplog"),
             ("dump -db postgres://me@host", "-db"),
             ("import -db /x -leveldb /y -index /z", "-index"),
             ("serve -db /x", "serve"),

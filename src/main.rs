@@ -1,12 +1,16 @@
 //! The program: parses the command line, runs the command, prints the error once.
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process;
+use std::sync::Arc;
 
-use mkv::cli::{self, Cli, Command, Source};
-use mkv::error::Result;
+use mkv::cli::{self, Cli, Command, Server, Source};
+use mkv::error::{Error, Result};
+use mkv::index::LOG;
 use mkv::logging;
-use mkv::ops::{backup, dump, import, rebalance, rebuild, verify};
-use mkv::serve::serve;
+use mkv::ops::{backup, dump, follow, import, rebalance, rebuild, verify};
+use mkv::serve::{Outcome, serve};
 use mkv::store::Store;
 use mkv::volumes::{Volumes, secret};
 
@@ -30,13 +34,11 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
     match command {
         Command::Print(text) => println!("{text}"),
         Command::Secret(file) => secret::create(&file)?,
-        Command::Server { db, sync, store, http, api, s3 } => {
-            let index = db.open(true, sync)?;
-            serve(Store::new(store, index, volumes()), api, http, s3)?;
-        }
+        Command::Server(server) => run_server(*server, volumes())?,
+        Command::Promote { db } => follow::promote(&db)?,
         Command::Rebuild { store, rebuild } => rebuild::run(&rebuild, store, volumes())?,
         Command::Rebalance { db, sync, store, dry_run } => {
-            let index = db.open(false, sync)?;
+            let index = db.open(false, sync, LOG)?;
             rebalance::run(&Store::new(store, index, volumes()), dry_run, verbose)?;
         }
         Command::Verify { store, verify } => verify::run(verify, store, volumes())?,
@@ -47,6 +49,23 @@ fn run(Cli { command, verbose, voltimeout, secret: own, json }: Cli) -> Result<(
         Command::Restore { db, file } => backup::restore(&db, &file)?,
     }
     Ok(())
+}
+
+/// Runs the server until it is stopped.
+fn run_server(
+    Server { db, sync, log, store, http, api, s3, peer, follows }: Server,
+    volumes: Arc<Volumes>,
+) -> Result<()> {
+    let follows = peer.as_ref().map_or(Ok(false), |peer| follow::prepare(peer, follows))?;
+    let index = if follows { db.open_to_follow(sync, log) } else { db.open(true, sync, log) }?;
+    match serve(Store::new(store, index, volumes), api, http, s3, peer)? {
+        Outcome::Stopped => Ok(()),
+        Outcome::Again => {
+            // Threads still use the index that was replaced: only a new process can open the other one.
+            let error = process::Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).exec();
+            Err(Error::Failed(format!("this process cannot start again: {error}")))
+        }
+    }
 }
 
 /// Logs each panic as one line.

@@ -1,9 +1,10 @@
-//! `mkv server`: opens the doors, starts the threads beside them, and ends them in order.
+//! `mkv server` and `mkv follow`: opens the doors, starts the threads beside them, and ends them in order.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_channel::bounded;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -15,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::http::{self, Counters, Handler, Server};
 use crate::s3::{self, S3};
 use crate::store::Store;
+use crate::store::follow::{Ended, Peer};
 
 /// How long requests may go on after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -28,18 +30,36 @@ pub struct S3Config {
     pub s3: s3::Config,
 }
 
-/// Serves the store until SIGTERM or SIGINT. Then it accepts nothing more, waits up to 30 s for the requests under way,
-/// and flushes the index.
-pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, s3: Option<S3Config>) -> Result<()> {
+/// How a server ended without an error.
+#[derive(Debug, PartialEq)]
+pub enum Outcome {
+    Stopped,
+    /// The process has to start again, with another index.
+    Again,
+}
+
+/// Serves the store until SIGTERM or SIGINT, or until it cannot go on beside its peer. Then it accepts nothing more,
+/// waits up to 30 s for the requests under way, and flushes the index.
+pub fn serve(
+    store: Arc<Store>,
+    config: api::Config,
+    http: http::Config,
+    s3: Option<S3Config>,
+    peer: Option<Peer>,
+) -> Result<Outcome> {
     raise_descriptor_limit();
     store.check_volumes()?;
     let authenticator = match config.basicauth {
         true => Some(Authenticator::new(store.volumes.clone(), &store.config.placement.volumes)?),
         false => None,
     };
-    store.suspect_after_crash()?;
-    let cleans = authenticator.is_none() || store.own_auth().is_some() || store.volumes.are_signed();
-    let (counters, backup) = (Arc::new(Counters::default()), config.backup);
+    let follows = store.index.following().is_some();
+    if !follows {
+        store.suspect_after_crash()?;
+    }
+    let counters = Arc::new(Counters::default());
+    let (backup, basicauth, uploads) = (config.backup, config.basicauth, s3.is_some());
+    let writers = Writers { store: store.clone(), backup, basicauth, uploads };
     let api = Api::new(store.clone(), config, authenticator, counters.clone());
     let (sampler, observer) = (api.sampler(), api.observer());
     let (server, address) = listen(http, counters.clone(), api, "-port")?;
@@ -50,23 +70,11 @@ pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, s3: Opt
             }
             let s3 = Arc::new(S3::new(store.clone(), s3, Box::new(observer))?);
             let (server, address) = listen(http, counters, s3.clone(), "-s3")?;
-            let purger = store.clone();
-            spawn("mkv-uploads", move || purger.purge_uploads(PURGE))?;
             Some((s3, server, address))
         }
         None => None,
     };
     spawn("mkv-sampler", sampler)?;
-    if cleans {
-        let cleaner = store.clone();
-        spawn("mkv-cleaner", move || cleaner.clean())?;
-    } else {
-        log::warn!("without -userpass the cleaner cannot delete: debris waits");
-    }
-    if let Some(interval) = backup {
-        let keeper = store.clone();
-        spawn("mkv-backup", move || keeper.keep_backup(interval))?;
-    }
     let checker = store.clone();
     let check = move || {
         checker.volumes.warn_if_open(&checker.config.placement.volumes);
@@ -75,12 +83,22 @@ pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, s3: Opt
     spawn("mkv-check", check)?;
     let wrong = |e: std::io::Error| Error::Failed(format!("signals: {e}"));
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(wrong)?;
+    let (end, ended) = bounded(1);
+    let handle = signals.handle();
+    let end = move |why| {
+        let _ = end.try_send(why);
+        handle.close();
+    };
+    match peer {
+        Some(peer) => watch(Arc::new(peer), &store, writers, follows, end)?,
+        None => writers.start()?,
+    }
     println!("mkv listens on {address}");
     if let Some((.., address)) = &s3 {
         println!("mkv listens for S3 on {address}");
     }
     // The log goes to stderr, and all other settings are flags.
-    while signals.wait().all(|signal| signal == SIGHUP) {
+    while !signals.is_closed() && signals.wait().all(|signal| signal == SIGHUP) {
         if let Some((s3, ..)) = &s3 {
             s3.reload_keys();
         }
@@ -93,7 +111,63 @@ pub fn serve(store: Arc<Store>, config: api::Config, http: http::Config, s3: Opt
     });
     store.index.sync()?;
     store.index.close();
-    Ok(())
+    match ended.try_recv() {
+        Err(_) => Ok(Outcome::Stopped),
+        Ok(Ended::Replaced) => Ok(Outcome::Again),
+        Ok(Ended::Failed(error)) => Err(error),
+    }
+}
+
+/// What only a master does, in the background.
+struct Writers {
+    store: Arc<Store>,
+    backup: Option<Duration>,
+    basicauth: bool,
+    /// Whether there is S3.
+    uploads: bool,
+}
+
+impl Writers {
+    fn start(self) -> Result<()> {
+        let store = self.store;
+        if !self.basicauth || store.own_auth().is_some() || store.volumes.are_signed() {
+            let cleaner = store.clone();
+            spawn("mkv-cleaner", move || cleaner.clean())?;
+        } else {
+            log::warn!("without -userpass the cleaner cannot delete: debris waits");
+        }
+        if self.uploads {
+            let purger = store.clone();
+            spawn("mkv-uploads", move || purger.purge_uploads(PURGE))?;
+        }
+        if let Some(interval) = self.backup {
+            spawn("mkv-backup", move || store.keep_backup(interval))?;
+        }
+        Ok(())
+    }
+}
+
+/// Starts what a process with a peer does: it follows, until it is promoted; a master looks whether its peer was.
+fn watch(
+    peer: Arc<Peer>,
+    store: &Arc<Store>,
+    writers: Writers,
+    follows: bool,
+    end: impl Fn(Ended) + Clone + Send + 'static,
+) -> Result<()> {
+    if follows {
+        let (peer, store, end) = (peer.clone(), store.clone(), end.clone());
+        let promotion = move || store.await_promotion(&peer, || writers.start());
+        spawn("mkv-promotion", move || {
+            if let Err(error) = promotion() {
+                end(Ended::Failed(error));
+            }
+        })?;
+    } else {
+        writers.start()?;
+    }
+    let store = store.clone();
+    spawn("mkv-follow", move || end(store.follow(&peer)))
 }
 
 /// Binds a server and lets it accept connections. `flag`: what chooses its port.

@@ -13,7 +13,7 @@ use super::auth::{Authenticator, Credentials};
 use super::health::{Health, LastCheck};
 use super::metrics::Metrics;
 use super::page::{self, Figures};
-use super::route::{Browse, Command, View, route};
+use super::route::{Browse, Command, Position, View, route};
 use super::samples::{EVERY, Samples};
 use super::status::RequestId;
 use super::{Config, status};
@@ -38,6 +38,9 @@ const STATS_WAIT: Duration = Duration::from_secs(5);
 /// index stay on the disk.
 const BACKUP_TIME: Duration = Duration::from_secs(60);
 const BACKUP_RATE: u64 = 256 << 10;
+
+/// How long a follower waits for news of a value that no volume has.
+const CATCH_UP: Duration = Duration::from_millis(500);
 
 pub struct Api {
     store: Arc<Store>,
@@ -65,7 +68,13 @@ impl Handler for Api {
             Err(error) => (status::failure(&error, id), Some(status::kind(&error))),
         };
         let path = request.target.split('?').next().unwrap_or_default();
-        self.count((request.method, path, id), &response, error, begun.elapsed());
+        // The log is read all the time, and its answers wait for changes.
+        if !request.target.starts_with("/?log") || error.is_some() {
+            self.count((request.method, path, id), &response, error, begun.elapsed());
+        }
+        if let Some(following) = self.store.index.following() {
+            response.headers.push(("Key-Age", following.age().as_secs_f64().ceil().to_string()));
+        }
         if let RequestId::Given(id) = id {
             response.headers.push(("X-Request-Id", id.to_string()));
         }
@@ -151,10 +160,13 @@ impl Api {
         let store = &self.store;
         let auth = client.map(|client| client.header.as_str()).or(store.own_auth());
         let done = |()| status::empty(204);
+        if command.writes() {
+            self.store.check_master()?;
+        }
         match command {
             Command::Get { key, path } => {
                 let failed = front.map_or(Vec::new(), accel::failed);
-                match (store.get(&key, auth, &failed)?, front) {
+                match (self.find(&key, auth, &failed)?, front) {
                     (Some(located), Some(front)) => {
                         accel::response(store, &located, front, client, self.config.linktime)
                     }
@@ -180,6 +192,25 @@ impl Api {
             Command::Stats => self.stats(),
             Command::Status(view, browse) => self.status(view, &browse, auth),
             Command::Backup => self.backup(),
+            Command::Log(position) => self.log(position),
+        }
+    }
+
+    /// Finds a replica of a live key. A follower may not know yet that a value was replaced or deleted.
+    fn find(&self, key: &[u8], auth: Auth, failed: &[&str]) -> Result<Option<Located>> {
+        let mut found = self.store.get(key, auth, failed);
+        let Some(following) = self.store.index.following() else { return found };
+        let begun = Instant::now();
+        while matches!(found, Err(Error::Gone)) && begun.elapsed() < CATCH_UP {
+            std::thread::sleep(CATCH_UP / 10);
+            found = self.store.get(key, auth, failed);
+        }
+        match found {
+            Err(Error::Gone) => Err(Error::Unavailable(format!(
+                "no volume has the value that this follower knows: ask http://{}",
+                following.master
+            ))),
+            found => found,
         }
     }
 
@@ -237,6 +268,21 @@ impl Api {
                 }
             }
         });
+        Ok(Response { headers, content: Content::Stream { length, write }, ..status::empty(200) })
+    }
+
+    /// The log of changes after this position.
+    fn log(&self, position: Option<Position>) -> Result<Response<'_>> {
+        let index = &self.store.index;
+        let log = match position {
+            None => index.head()?,
+            Some(Position { since, run }) => {
+                self.store.check_master()?;
+                index.log(since, &run)?
+            }
+        };
+        let headers = vec![("Content-Type", "application/octet-stream".to_string())];
+        let (length, write) = (log.len() as u64, Box::new(move |out: &mut dyn io::Write| out.write_all(&log)));
         Ok(Response { headers, content: Content::Stream { length, write }, ..status::empty(200) })
     }
 

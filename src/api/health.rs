@@ -15,6 +15,9 @@ use crate::volumes::space::Disk;
 /// A disk with a smaller free part than this gets a warning.
 pub const NEARLY_FULL: f64 = 0.02;
 
+/// A follower that is further behind gets a warning.
+const LATE: Duration = Duration::from_secs(10);
+
 /// How long a check may be used again.
 const RECENT: Duration = Duration::from_secs(2);
 
@@ -24,6 +27,16 @@ pub struct Health {
     pub volumes: Vec<VolumeHealth>,
     /// The processes that write the index, and what is wrong with it or them; `None`: there is only this one.
     peers: Option<(Vec<Peer>, Vec<String>)>,
+    /// The master that this process follows.
+    follows: Option<Follows>,
+}
+
+struct Follows {
+    master: String,
+    /// Time since the index was last known to be current.
+    age: Duration,
+    /// How many changes the master was ahead when it last answered.
+    behind: u64,
 }
 
 pub struct VolumeHealth {
@@ -49,7 +62,11 @@ impl Health {
         let problems = volumes.pool.each(names.clone(), ask);
         let states = problems.into_iter().zip(volumes.disks(names, auth));
         let volumes = states.map(|((name, problem), disks)| VolumeHealth { name, problem, disks }).collect();
-        Health { index, volumes, peers: store.index.peers() }
+        let follows = store.index.following().map(|following| {
+            let (age, behind) = (following.age(), following.behind());
+            Follows { master: following.master.clone(), age, behind }
+        });
+        Health { index, volumes, peers: store.index.peers(), follows }
     }
 
     /// Whether everything answers. A full disk does not count: reads and most writes work, and no restart helps.
@@ -57,7 +74,8 @@ impl Health {
         self.index.is_none() && self.volumes.iter().all(|volume| volume.problem.is_none())
     }
 
-    /// A line for each disk that is nearly full, and for what is wrong with the database or other masters.
+    /// A line for each disk that is nearly full, and for what is wrong with the database, other masters, or the
+    /// master that this process follows.
     pub fn warnings(&self) -> Vec<String> {
         let disks = self.volumes.iter().flat_map(|v| v.disks.iter().map(|disk| (v.name.as_str(), disk)));
         let full = disks.filter(|(_, disk)| disk.free_part() < NEARLY_FULL);
@@ -65,6 +83,11 @@ impl Health {
             let (part, free) = (disk.free_part() * 100.0, text::bytes(disk.free as f64));
             format!("volume {volume}: disk {} has {part:.1} % free ({free}): add volumes or disks", disk.name)
         });
+        let late = self.follows.iter().filter(|follows| follows.age > LATE).map(|Follows { master, age, .. }| {
+            let age = text::duration(age.as_secs());
+            format!("this follower is {age} behind: see its log, and whether http://{master} answers")
+        });
+        let lines = lines.chain(late);
         lines.chain(self.peers.iter().flat_map(|(_, warnings)| warnings.clone())).collect()
     }
 
@@ -73,6 +96,9 @@ impl Health {
         let volumes: Map<_, _> = self.volumes.iter().map(|v| (v.name.clone(), state(&v.problem))).collect();
         let (healthy, index) = (self.is_healthy(), state(&self.index));
         let mut text = json!({ "healthy": healthy, "index": index, "volumes": volumes, "warnings": self.warnings() });
+        if let Some(Follows { master, age, behind }) = &self.follows {
+            text["follows"] = json!({ "master": master, "age": age.as_secs_f64(), "behind": behind });
+        }
         if let Some((peers, _)) = &self.peers {
             let peer = |peer: &Peer| json!({ "name": peer.name, "flags": peer.flags });
             text["masters"] = peers.iter().map(peer).collect();
@@ -109,7 +135,7 @@ mod tests {
         let disk = |name: &str, free: u64| Disk { name: name.into(), mount: 0, size: 1000 << 20, free: free << 20 };
         let disks = Arc::new(vec![disk("sv00", 19), disk("sv01", 20)]);
         let volumes = vec![VolumeHealth { name: "a:1".into(), problem: None, disks }];
-        let health = Health { index: None, volumes, peers: None };
+        let health = Health { index: None, volumes, peers: None, follows: None };
         let warnings = ["volume a:1: disk sv00 has 1.9 % free (19.0 MiB): add volumes or disks"];
         let expected = json!({"healthy": true, "index": "ok", "volumes": {"a:1": "ok"}, "warnings": warnings});
         assert_eq!(health.json(), expected);

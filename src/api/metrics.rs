@@ -44,6 +44,10 @@ pub struct Gauges {
     pub backup: u64,
     /// The last verify.
     pub scrub: Option<Scrub>,
+    /// How many promotions led to the index.
+    pub generation: u64,
+    /// Of a follower: seconds since its index was last known to be current, and how many changes the master was ahead.
+    pub follows: Option<(f64, u64)>,
 }
 
 impl Metrics {
@@ -63,6 +67,8 @@ impl Metrics {
             connections: self.counters.connections.load(Ordering::Relaxed) as u64,
             backup: store.last_backup().unwrap_or(0),
             scrub: index.last_verify(),
+            generation: index.generation(),
+            follows: index.following().map(|following| (following.age().as_secs_f64(), following.behind())),
         }
     }
 
@@ -100,7 +106,7 @@ impl Metrics {
     pub fn text(&self, gauges: &Gauges) -> String {
         let mut text = String::new();
         self.write_requests(&mut text);
-        let Gauges { connections, locked, keys, debris, backup, .. } = *gauges;
+        let Gauges { connections, locked, keys, debris, backup, generation, .. } = *gauges;
         for (name, kind, help, value) in [
             ("received_bytes_total", "counter", "Bytes of values received.", get(&self.counters.received)),
             ("sent_bytes_total", "counter", "Bytes of responses sent.", get(&self.counters.sent)),
@@ -109,11 +115,13 @@ impl Metrics {
             ("locks", "gauge", "Keys that are being written.", locked),
             ("keys", "gauge", "Keys in the index, an estimate.", keys),
             ("debris", "gauge", "Entries of debris, counted up to 100,000.", debris),
+            ("generation", "gauge", "How many promotions led to the index.", generation),
             ("backup_timestamp_seconds", "gauge", "When the newest backup on the volumes was made; 0: none.", backup),
         ] {
             write_head(&mut text, &format!("mkv_{name}"), kind, help);
             let _ = writeln!(text, "mkv_{name} {value}");
         }
+        write_following(&mut text, gauges.follows);
         write_volumes(&mut text, &gauges.volumes);
         write_disks(&mut text, &gauges.disks);
         write_scrub(&mut text, gauges.scrub.as_ref().unwrap_or(&Scrub::default()));
@@ -138,6 +146,15 @@ impl Metrics {
 
 fn get(value: &AtomicU64) -> u64 {
     value.load(Ordering::Relaxed)
+}
+
+/// How far a follower is behind. A master has none of these.
+fn write_following(text: &mut String, follows: Option<(f64, u64)>) {
+    let Some((age, behind)) = follows else { return };
+    write_head(text, "mkv_follower_age_seconds", "gauge", "Since the index was last known to be current.");
+    let _ = writeln!(text, "mkv_follower_age_seconds {age}");
+    write_head(text, "mkv_follower_behind", "gauge", "Changes that the master was ahead when it last answered.");
+    let _ = writeln!(text, "mkv_follower_behind {behind}");
 }
 
 /// The state of each volume that was asked for something.

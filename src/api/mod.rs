@@ -12,7 +12,7 @@
 //! - `text.rs`: numbers, sizes and times in words
 //!
 //! All statuses and headers are made here and nowhere else. The room decides nothing about a key; it reaches past the
-//! store to index and volumes only for metrics, health, backups and authorization.
+//! store to index and volumes only for metrics, health, backups, the log and authorization.
 
 mod accel;
 pub mod auth;

@@ -29,7 +29,24 @@ pub enum Command {
     Ready,
     Stats,
     Backup,
+    /// The log of changes, or only what it says first.
+    Log(Option<Position>),
     Status(View, Browse),
+}
+
+impl Command {
+    /// Whether it changes a key.
+    pub fn writes(&self) -> bool {
+        use Command::{Delete, Put, Rebalance, Relink, Unlink};
+        matches!(self, Put { .. } | Delete(_) | Unlink(_) | Relink(_) | Rebalance(_))
+    }
+}
+
+/// Where a reader of the log is: its last change, and the last run that it has followed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Position {
+    pub since: u64,
+    pub run: String,
 }
 
 /// What a request for the page wants.
@@ -87,8 +104,8 @@ pub fn route(method: &str, target: &str) -> Result<Command> {
 }
 
 const FORBIDDEN_QUERY: Error = Error::Forbidden(
-    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics, ?health, ?ready, ?stats, ?status and ?backup; a ? in \
-     a key is sent as %3F",
+    "unknown query: GET takes ?list, ?unlinked, ?writing, ?metrics, ?health, ?ready, ?stats, ?status, ?backup and \
+     ?log; a ? in a key is sent as %3F",
 );
 
 const OWN_KEY: Error = Error::Forbidden("keys below /.mkv/ are the master's own: choose another key");
@@ -108,6 +125,7 @@ fn query_of(prefix: Vec<u8>, query: &str) -> Result<Command> {
         Some("status=json") if prefix == b"/" => return status_of(View::Figures, options),
         Some("status=keys") if prefix == b"/" => return status_of(View::Keys, options),
         Some("backup") if prefix == b"/" => return Ok(Command::Backup),
+        Some("log") if prefix == b"/" => return position_of(options).map(Command::Log),
         _ => return Err(FORBIDDEN_QUERY),
     };
     let mut list = List { of, prefix, start: Vec::new(), limit: 0, url: false };
@@ -143,6 +161,18 @@ fn status_of<'a>(view: View, options: impl Iterator<Item = &'a str>) -> Result<C
         }
     }
     Ok(Command::Status(view, browse))
+}
+
+fn position_of<'a>(options: impl Iterator<Item = &'a str>) -> Result<Option<Position>> {
+    let (mut since, mut run) = (None, String::new());
+    for option in options.filter(|option| !option.is_empty()) {
+        match option.split_once('=').unwrap_or((option, "")) {
+            ("since", n) => since = Some(n.parse().map_err(|_| Error::BadRequest(format!("since={n} is no change")))?),
+            ("run", id) => run = id.to_string(),
+            (name, _) => return Err(Error::BadRequest(format!("{name}: the log takes since=CHANGE and run=ID"))),
+        }
+    }
+    Ok(since.map(|since| Position { since, run }))
 }
 
 fn decode(text: &str) -> Result<Vec<u8>> {
@@ -210,6 +240,13 @@ mod tests {
     }
 
     #[test]
+    fn the_log_takes_a_position() {
+        let position = Position { since: 7, run: "0f".into() };
+        assert_eq!(get("/?log&since=7&run=0f"), Ok(Command::Log(Some(position))));
+        assert_eq!(get("/?log"), Ok(Command::Log(None)));
+    }
+
+    #[test]
     fn wrong_requests_get_the_documented_status() {
         for (method, target, status) in [
             ("GET", "/a?list&limit=x", 400),
@@ -227,6 +264,9 @@ mod tests {
             ("GET", "/a?health", 403),
             ("GET", "/a?backup", 403),
             ("HEAD", "/?backup", 403),
+            ("GET", "/a?log", 403),
+            ("GET", "/?log&since=-1", 400),
+            ("GET", "/?log&from=1", 400),
             ("PUT", "/.mkv/x", 403),
             ("DELETE", "/.mkv/backup/1", 403),
             ("GET", "/a?limit=1&list", 403),

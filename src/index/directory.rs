@@ -12,8 +12,12 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 
 use super::backup::{Unpacked, unpack};
+use super::history::History;
 use super::rocks::Rocks;
 use crate::error::{Error, Result};
+
+/// When a follower's index was last known to be current.
+const CURRENT: &str = "current";
 
 /// The folder for what a backup needs for a while.
 pub(super) const TEMPORARY: &str = "backup.tmp";
@@ -80,6 +84,35 @@ pub fn unpack_new(backup: &mut dyn Read, dir: &Path) -> Result<Unpacked> {
     unpack(backup, &dir.join("index.new"))
 }
 
+/// Unpacks a master's checkpoint as a database which is to become that of `dir`. Its history is written last: one that
+/// has a history is whole. `asked`: when it was asked for, in milliseconds since 1970.
+pub fn unpack_checkpoint(checkpoint: &mut dyn Read, history: &History, asked: i64, dir: &Path) -> Result<()> {
+    // Closes it before it is complete.
+    drop(unpack_new(checkpoint, dir)?);
+    note_time(dir, asked)?;
+    history.write(&dir.join("index.new"))
+}
+
+/// Writes down when a follower's index was last known to be current, in milliseconds since 1970.
+pub fn note_time(dir: &Path, time: i64) -> Result<()> {
+    fs::write(dir.join(CURRENT), time.to_string()).map_err(|e| failed(dir, format!("{CURRENT}: {e}")))
+}
+
+/// What was written down; 0: nothing.
+pub fn noted_time(dir: &Path) -> i64 {
+    let text = fs::read_to_string(dir.join(CURRENT)).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// Makes a whole checkpoint, if there is one, the database of `dir`. `keep`: the one before it is kept as `index.old`.
+pub fn publish_checkpoint(dir: &Path, keep: bool) -> Result<bool> {
+    let is_whole = History::exists(&dir.join("index.new"));
+    if is_whole && !keep {
+        remove(&database(dir)?)?;
+    }
+    is_whole.then(|| publish_new(dir)).transpose().map(|published| published.is_some())
+}
+
 /// Makes the new database, which must be closed, that of `dir`. The one before it is kept as `index.old`, unless `dir`
 /// has none.
 pub fn publish_new(dir: &Path) -> Result<()> {
@@ -95,6 +128,23 @@ pub fn publish_new(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(wrong)
 }
 
+/// Replaces a file in one step, with a text that is on the disk when this returns.
+pub fn replace_file(file: &Path, text: &str) -> std::io::Result<()> {
+    let mut name = file.file_name().unwrap_or_default().to_os_string();
+    name.push(".new");
+    let new = file.with_file_name(name);
+    // Another user's remains; and a link there must not be followed.
+    match fs::remove_file(&new) {
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let mut writer = File::create_new(&new)?;
+    writeln!(writer, "{text}")?;
+    writer.sync_all()?;
+    fs::rename(&new, file)?;
+    File::open(file.parent().unwrap_or(file))?.sync_all()
+}
+
 /// Removes a folder, if there is one.
 pub fn remove(folder: &Path) -> Result<()> {
     match fs::remove_dir_all(folder) {
@@ -103,6 +153,6 @@ pub fn remove(folder: &Path) -> Result<()> {
     }
 }
 
-fn failed(dir: &Path, why: impl Display) -> Error {
+pub(super) fn failed(dir: &Path, why: impl Display) -> Error {
     Error::Failed(format!("-db {}: {why}", dir.display()))
 }

@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Index;
 use super::backup::Unpacked;
 use super::directory::{create_new, database, is_locked, lock_dir, publish_new, remove, unpack_new, unpacked_in};
 use super::rocks::Rocks;
+use super::role::Role;
 use super::sql::{Sql, Url};
 use crate::error::{Error, Result};
 
@@ -26,27 +27,47 @@ pub enum Location {
     },
 }
 
+/// How many MiB of the log of changes are kept for followers.
+pub const LOG: u64 = 1024;
+
 impl Location {
     /// Opens the index for a command that writes it. A folder is locked against all others; a database gets a session,
     /// beside those of others. `create`: makes the index if there is none. `sync`: a write to a folder is on disk when
-    /// it returns.
-    pub fn open(&self, create: bool, sync: bool) -> Result<Index> {
+    /// it returns. `log`: about so many MiB of the log are kept for followers.
+    pub fn open(&self, create: bool, sync: bool, log: u64) -> Result<Index> {
         match self {
             Location::Folder(folder) => {
-                let lock = lock_dir(folder, create)?;
-                let mut rocks = Rocks::open(&database(folder)?, create, sync)?;
-                rocks.folder_lock = Some(lock);
+                let (mut rocks, role) = open_locked(folder, create, sync, log)?;
+                role.check_master(folder)?;
+                rocks.begin_run(role)?;
                 Ok(rocks.into())
             }
             Location::Database { url, name, flags } => Sql::open(url, name, flags, create).map(Index::Sql),
         }
     }
 
-    /// Opens the index for reading, also beside a running master. A folder shows the state at the last `catch_up`.
-    pub fn follow(&self) -> Result<Index> {
+    /// Opens the copy of a follower.
+    pub fn open_to_follow(&self, sync: bool, log: u64) -> Result<Index> {
+        let (mut rocks, role) = open_locked(self.folder()?, false, sync, log)?;
+        rocks.begin_following(&role)?;
+        Ok(rocks.into())
+    }
+
+    /// The folder of the index. A database has none, and followers of its own.
+    pub fn folder(&self) -> Result<&Path> {
         match self {
-            Location::Folder(folder) => Rocks::follow(&database(folder)?).map(Index::from),
-            Location::Database { url, .. } => Sql::follow(url).map(Index::Sql),
+            Location::Folder(folder) => Ok(folder),
+            Location::Database { .. } => {
+                Err(Error::Failed("-db: the index is in PostgreSQL: start another mkv server on it".into()))
+            }
+        }
+    }
+
+    /// Opens the index for reading, also beside a running master. A folder shows the state at the last `catch_up`.
+    pub fn open_to_read(&self) -> Result<Index> {
+        match self {
+            Location::Folder(folder) => Rocks::open_to_read(&database(folder)?).map(Index::from),
+            Location::Database { url, .. } => Sql::open_to_read(url).map(Index::Sql),
         }
     }
 
@@ -59,7 +80,7 @@ impl Location {
     pub fn is_in_use(&self) -> Result<bool> {
         match self {
             Location::Folder(folder) => Ok(is_locked(folder)),
-            Location::Database { url, .. } => Sql::follow(url)?.is_in_use(),
+            Location::Database { url, .. } => Sql::open_to_read(url)?.is_in_use(),
         }
     }
 
@@ -100,6 +121,7 @@ impl Location {
         match self {
             Location::Folder(folder) => {
                 let lock = lock_dir(folder, true)?;
+                Role::read(folder)?.check_master(folder)?;
                 database(folder)?;
                 Ok(Replacement::Folder { folder: folder.clone(), _lock: lock })
             }
@@ -109,6 +131,13 @@ impl Location {
             }
         }
     }
+}
+
+fn open_locked(folder: &Path, create: bool, sync: bool, log: u64) -> Result<(Rocks, Role)> {
+    let (lock, role) = (lock_dir(folder, create)?, Role::read(folder)?);
+    let mut rocks = Rocks::open_keeping(&database(folder)?, create, sync, log)?;
+    rocks.folder_lock = Some(lock);
+    Ok((rocks, role))
 }
 
 /// A new index that is to take the place of one.

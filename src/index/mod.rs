@@ -6,7 +6,8 @@
 //! `drafts.rs` has those of S3, where writers of a key pass each other, and of multipart uploads. Two engines have them:
 //!
 //! - `rocks.rs`: RocksDB, embedded, for one master; `directory.rs` is its folder, `-db`, and `backup.rs` makes one file
-//!   of it
+//!   of it. `log.rs` is how its changes travel to a follower, `history.rs` says which copy can take them, and `role.rs`
+//!   whether a folder is a master's or a follower's
 //! - `sql/`: PostgreSQL, for several masters
 //!
 //! `location.rs` opens the engine that `-db` names.
@@ -26,9 +27,12 @@ macro_rules! engine {
 mod backup;
 mod directory;
 mod drafts;
+mod history;
 mod location;
 mod locks;
+pub mod log;
 mod rocks;
+mod role;
 pub mod scrub;
 mod sql;
 mod view;
@@ -37,18 +41,20 @@ use std::path::Path;
 use std::time::Duration;
 
 pub use backup::{Backup, Unpacked, unpack};
-pub use directory::{lock_file, remove};
+pub use directory::{is_locked, lock_dir, lock_file, publish_checkpoint, remove, unpack_checkpoint};
 pub use drafts::{Draft, Judge, MultipartUpload, Part};
-pub use location::{Location, Replacement};
+pub use location::{LOG, Location, Replacement};
 pub use locks::Clearing;
-pub use rocks::ENGINE;
-pub use sql::{Peer, Url};
+pub use rocks::{ENGINE, Following};
+pub use role::Role;
+pub use sql::{Peer, Url, boot_time};
 pub use view::{Batch, View};
 
 use crate::error::{Error, Result};
 use crate::format::quoted;
 use crate::format::record::{Debris, Record};
 use locks::KeyLock;
+use log::{Head, Update};
 use rocks::Rocks;
 use scrub::Scrub;
 use sql::Sql;
@@ -91,7 +97,7 @@ impl Entry {
     /// Whether DELETEs may be sent for it now.
     pub fn may_delete(&self) -> bool {
         match self.stage {
-            Stage::Marked { at } => sql::boot_time().saturating_sub(at) < MARKED,
+            Stage::Marked { at } => boot_time().saturating_sub(at) < MARKED,
             _ => true,
         }
     }
@@ -368,7 +374,7 @@ impl Index {
         }
     }
 
-    /// Shows a follower what the master has written since. Does nothing for the index's owner.
+    /// Shows a secondary what the master has written since. Does nothing for the index's owner.
     pub fn catch_up(&self) -> Result<()> {
         engine!(self, catch_up())
     }
@@ -419,6 +425,74 @@ impl Index {
             Index::Rocks(_) => None,
             Index::Sql(sql) => Some((sql.peers(), sql.warnings())),
         }
+    }
+
+    /// The master that this index follows; `None`: this process may write it.
+    pub fn following(&self) -> Option<&Following> {
+        match self {
+            Index::Rocks(rocks) => rocks.following(),
+            Index::Sql(_) => None,
+        }
+    }
+
+    /// How many promotions led to this index.
+    pub fn generation(&self) -> u64 {
+        match self {
+            Index::Rocks(rocks) => rocks.generation(),
+            Index::Sql(_) => 0,
+        }
+    }
+
+    fn rocks(&self) -> Result<&Rocks> {
+        match self {
+            Index::Rocks(rocks) => Ok(rocks),
+            Index::Sql(_) => Err(Error::Failed("the index is in PostgreSQL: start another mkv server on it".into())),
+        }
+    }
+
+    /// What a follower has to know of this index, as `log::Head`, without updates.
+    pub fn head(&self) -> Result<Vec<u8>> {
+        Ok(self.rocks()?.head(None).encode())
+    }
+
+    /// The log of changes after this one, for a reader that has followed this run last, as `log` says. Waits for a
+    /// change, up to a second.
+    pub fn log(&self, since: u64, run: &str) -> Result<Vec<u8>> {
+        Ok(self.rocks()?.log(since, run))
+    }
+
+    /// A follower's last change, and the last run of its history.
+    pub fn position(&self) -> Result<(u64, String)> {
+        Ok(self.rocks()?.position())
+    }
+
+    /// Whether a follower can take over the updates behind this head. If not, it needs a new checkpoint. Fails if it may
+    /// not follow that process.
+    pub fn accept(&self, head: &Head) -> Result<bool> {
+        self.rocks()?.accept(head)
+    }
+
+    /// Takes over an update.
+    pub fn apply(&self, update: &Update) -> Result<()> {
+        self.rocks()?.apply(update)
+    }
+
+    /// Notes that a follower has taken over all updates behind this head, which was asked for at this time since the
+    /// machine started.
+    pub fn note_current(&self, head: &Head, asked: Duration) -> Result<()> {
+        self.rocks()?.note_current(head, asked);
+        Ok(())
+    }
+
+    /// Makes a follower's index a master's, also after a crash. No update is taken over any more. `lead` follows.
+    pub fn promote(&self) -> Result<()> {
+        self.rocks()?.promote()
+    }
+
+    /// From now on this process writes the index.
+    pub fn lead(&self) -> Result<()> {
+        self.rocks()?.lead();
+        Ok(())
     }
 
     /// Ends the engine's threads, so that the process can exit.

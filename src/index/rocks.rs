@@ -1,9 +1,11 @@
 //! RocksDB: records under their key, debris in a column family under the key and 8 bytes of version (big-endian).
 //!
 //! The only files that name rocksdb are this one and those below it. It opens, reads, scans and writes batches;
-//! `write.rs` has the verbs of the store's protocols on them, `drafts.rs` those of S3. A batch survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
+//! `write.rs` has the verbs of the store's protocols on them, `drafts.rs` those of S3, `log.rs` those of followers. A batch
+//! survives a killed process as soon as `commit` returns and, with `sync`, a power cut.
 
 mod drafts;
+mod log;
 mod write;
 
 use std::fmt::Display;
@@ -43,21 +45,29 @@ const BULK_WRITE_BUFFER: usize = 16 << 20;
 /// Bytes of the block cache.
 const CACHE: usize = 64 << 20;
 
+pub use log::Following;
+
 pub struct Rocks {
     db: DB,
     sync: bool,
     /// It belongs to another process, which may write it meanwhile.
-    follower: bool,
+    secondary: bool,
     pub(super) locks: Locks,
     /// The lock of the folder `-db`, where the index was opened through it.
     pub(super) folder_lock: Option<File>,
     /// Backups that are being read.
     pub(super) backups: AtomicUsize,
+    lineage: log::Lineage,
 }
 
 impl Rocks {
     /// Opens the database in this folder, or makes it if `create` is set. `sync`: a write is on disk when it returns.
     pub fn open(folder: &Path, create: bool, sync: bool) -> Result<Rocks> {
+        Rocks::open_keeping(folder, create, sync, 0)
+    }
+
+    /// The same, and keeps about so many MiB of the log of what is in tables already, for followers.
+    pub fn open_keeping(folder: &Path, create: bool, sync: bool, log: u64) -> Result<Rocks> {
         let wrong = |e: &dyn Display| {
             Error::Index(format!(
                 "the index {} does not open ({e}): if this stays so, move it away and run mkv rebuild",
@@ -70,9 +80,10 @@ impl Rocks {
         }
         let mut options = options();
         options.create_if_missing(create);
+        options.set_wal_size_limit_mb(log);
         let db = DB::open_cf_descriptors(&options, folder, families(&FAMILIES)).map_err(|e| wrong(&e))?;
-        let (locks, folder_lock, backups) = Default::default();
-        Ok(Rocks { db, sync, follower: false, locks, folder_lock, backups })
+        let (locks, folder_lock, backups, lineage) = Default::default();
+        Ok(Rocks { db, sync, secondary: false, locks, folder_lock, backups, lineage })
     }
 
     /// Makes a database for a bulk load.
@@ -85,15 +96,15 @@ impl Rocks {
 
     /// Opens the database in this folder for reading, also beside a running master. It shows the state at the last
     /// `catch_up`.
-    pub fn follow(folder: &Path) -> Result<Rocks> {
+    pub fn open_to_read(folder: &Path) -> Result<Rocks> {
         let wrong = |e: &dyn Display| Error::Index(format!("the index {} cannot be read: {e}", folder.display()));
         if !folder.join("CURRENT").exists() {
             return Err(wrong(&"there is none: check -db"));
         }
-        let scratch = std::env::temp_dir().join(format!("mkv-follow-{:x}", fastrand::u64(..)));
+        let scratch = std::env::temp_dir().join(format!("mkv-secondary-{:x}", fastrand::u64(..)));
         let no_scratch = |e| Error::Failed(format!("{}: {e}: set TMPDIR", scratch.display()));
         std::fs::create_dir(&scratch).map_err(no_scratch)?;
-        // The primary may delete tables that the follower still needs.
+        // The primary may delete tables that the secondary still needs.
         let mut options = options();
         options.set_max_open_files(-1);
         // Before its first start with this mkv a database has no uploads.
@@ -104,15 +115,15 @@ impl Rocks {
         // The folder holds only RocksDB's own log, which nobody reads.
         let _ = std::fs::remove_dir_all(&scratch);
         let db = db.map_err(|e| wrong(&e))?;
-        let (locks, folder_lock, backups) = Default::default();
-        let index = Rocks { db, sync: false, follower: true, locks, folder_lock, backups };
+        let (locks, folder_lock, backups, lineage) = Default::default();
+        let index = Rocks { db, sync: false, secondary: true, locks, folder_lock, backups, lineage };
         index.catch_up()?;
         Ok(index)
     }
 
-    /// Shows a follower what the master has written since. Does nothing for the index's owner.
+    /// Shows a secondary what the master has written since. Does nothing for the index's owner.
     pub fn catch_up(&self) -> Result<()> {
-        if !self.follower {
+        if !self.secondary {
             return Ok(());
         }
         self.db.try_catch_up_with_primary().map_err(index_error)
@@ -153,8 +164,8 @@ impl Rocks {
 
     /// The index as it is now, for as long as the view lives.
     pub fn view(&self) -> View<'_> {
-        // A follower has no snapshots, but it changes only when it catches up.
-        View { index: self, snapshot: (!self.follower).then(|| self.db.snapshot()) }
+        // A secondary has no snapshots, but it changes only when it catches up.
+        View { index: self, snapshot: (!self.secondary).then(|| self.db.snapshot()) }
     }
 
     /// Whether the index holds neither a record nor debris.
@@ -174,8 +185,12 @@ impl Rocks {
         self.db.flush_wal(true).map_err(index_error)
     }
 
-    /// Writes a batch that changes nothing, to see whether the index takes writes.
+    /// Writes a batch that changes nothing, to see whether the index takes writes. A follower writes only what its master
+    /// has written.
     pub fn probe(&self) -> Result<()> {
+        if self.following().is_some() {
+            return self.get(b"").map(drop);
+        }
         self.batch().set_debris(b"", 0, &Debris::default()).commit()
     }
 
@@ -252,6 +267,7 @@ impl Batch<'_> {
     }
 
     pub fn commit(self) -> Result<()> {
+        self.index.check_owner()?;
         let mut options = WriteOptions::default();
         options.set_sync(self.index.sync);
         self.index.db.write_opt(self.batch, &options).map_err(index_error)

@@ -4,12 +4,12 @@
 //! The file is replaced in one step. A master that cannot read it, or finds another format, has no result to show.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::directory::replace_file;
 use crate::error::{Error, Result};
 
 const NAME: &str = "verify.json";
@@ -57,17 +57,8 @@ impl Scrub {
 
     /// Replaces the result in this `-db`.
     pub(super) fn write(&self, db: &Path) -> Result<()> {
-        let (file, new) = (db.join(NAME), db.join(format!("{NAME}.new")));
-        let write = || {
-            // Another user's remains; and a link there must not be followed.
-            match fs::remove_file(&new) {
-                Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-            File::create_new(&new)?.write_all(format!("{}\n", self.encode()).as_bytes())?;
-            fs::rename(&new, &file)
-        };
-        write().map_err(|e| {
+        let file = db.join(NAME);
+        replace_file(&file, &self.encode()).map_err(|e| {
             Error::Failed(format!("{}: {e}: check the disk, and that this user may write there", file.display()))
         })
     }

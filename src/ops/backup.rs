@@ -16,7 +16,10 @@ use crate::format::record::Debris;
 use crate::format::time::{readable, stamp};
 use crate::index::{Location, Unpacked, lock_file, remove, unpack};
 use crate::store::now;
-use crate::volumes::fetch;
+use crate::volumes::remote::Remote;
+
+/// How long the master may make no progress.
+const STALL: Duration = Duration::from_secs(60);
 
 pub struct Config {
     /// Where backups are kept.
@@ -53,7 +56,8 @@ fn failed(path: &Path, e: std::io::Error) -> Error {
 
 /// Writes the master's backup to this file, and returns its bytes.
 fn download(config: &Config, part: &Path) -> Result<u64> {
-    let mut backup = fetch(&config.master, "/?backup", config.auth.as_deref(), config.timeout)?;
+    let master = Remote::new(&config.master, config.auth.as_deref(), config.timeout, STALL);
+    let mut backup = master.get("/?backup")?;
     // What a crash has left goes; a link that lies there must not be followed.
     let mut file = match fs::remove_file(part) {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(e),

@@ -32,12 +32,12 @@ pub fn old_index(config: &Config, store: &store::Config, volumes: &Volumes) -> R
     if let Some(from) = &config.from {
         let index = match from {
             Location::Folder(file) if file.is_file() => unpack_file(file, &config.db.scratch())?.index,
-            from => from.follow()?,
+            from => from.open_to_read()?,
         };
         return Ok(Old { index: Some(index), is_copy: true, is_lost: false });
     }
     let exists = config.db.exists()?;
-    let damage = match exists.then(|| config.db.follow()) {
+    let damage = match exists.then(|| config.db.open_to_read()) {
         None => None,
         Some(Err(Error::Index(text))) => Some(text),
         Some(opened) => return Ok(Old { index: Some(opened?), ..Old::default() }),

@@ -9,7 +9,7 @@ use crate::format::percent_encoded;
 use crate::index::Location;
 
 pub fn run(db: &Location) -> Result<()> {
-    let index = db.follow()?;
+    let index = db.open_to_read()?;
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     let broken = |e: std::io::Error| Error::Failed(format!("the dump could not be written: {e}"));
     for row in index.view().texts() {

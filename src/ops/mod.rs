@@ -1,4 +1,5 @@
-//! The commands beside the server: rebuild, rebalance, verify, import, dump, backup, restore.
+//! The commands beside the server: rebuild, rebalance, verify, import, dump, backup, restore, promote; and what
+//! `mkv follow` does before it serves.
 //!
 //! Each command prints its progress to stderr and its result to stdout, and fails if anything could not be done or was
 //! found wrong. Work on many keys runs in parallel with rayon; memory does not grow with the number of keys. No error
@@ -10,6 +11,7 @@ pub mod backup;
 mod carry_over;
 pub mod dump;
 mod examine;
+pub mod follow;
 pub mod import;
 pub mod rebalance;
 pub mod rebuild;

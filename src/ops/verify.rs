@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::format::placement::path;
 use crate::format::quoted;
 use crate::index::scrub::Scrub;
-use crate::index::{Index, Location};
+use crate::index::{Index, LOG, Location};
 use crate::store::{self, Store, now};
 use crate::threads::lock;
 use crate::volumes::Volumes;
@@ -50,7 +50,7 @@ pub struct Config {
 pub fn run(config: Config, store: store::Config, volumes: Arc<Volumes>) -> Result<()> {
     let running = config.db.is_shared() || (!config.repair && config.db.is_in_use()?);
     // No master starts during a repair.
-    let index = if config.repair { config.db.open(false, false)? } else { config.db.follow()? };
+    let index = if config.repair { config.db.open(false, false, LOG)? } else { config.db.open_to_read()? };
     let (records, newest) = count_and_age(&index)?;
     if config.repair && records == 0 {
         return Err(Error::Failed(
@@ -241,7 +241,7 @@ impl Verify {
             found = self.examiner.look_again(suspects)?;
         } else if self.examiner.running && !found.is_empty() {
             // RocksDB's follower may miss what was deleted just before a master's restart; a new follower does not.
-            let index = self.config.db.follow()?;
+            let index = self.config.db.open_to_read()?;
             found = self.examiner.with_index(index).look_again(suspects)?;
         }
         Ok(found.iter().filter(|(suspect, findings)| self.note(&suspect.0, findings)).count())

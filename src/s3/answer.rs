@@ -86,6 +86,14 @@ fn code(error: &Error) -> Code {
     }
 }
 
+/// The error of a copy: a body that ends early is a volume's, and none of the client's.
+pub fn unread(error: Error) -> Error {
+    match error {
+        Error::BadRequest(text) => Error::Unavailable(format!("the source could not be read: {text}")),
+        error => error,
+    }
+}
+
 /// The failure of a request that the server refuses by itself.
 pub fn refusal(refusal: Refusal) -> Failure {
     match refusal {

@@ -1,6 +1,6 @@
 //! CopyObject and UploadPartCopy: the master streams the source from a volume into the new value.
 
-use super::answer::{Answer, Fault, LONG, Outcome, iso, kept_alive, xml};
+use super::answer::{Answer, Fault, LONG, Outcome, iso, kept_alive, unread, xml};
 use super::conditions::{Conditions, Verdict};
 use super::failure::{Code, Failure};
 use super::get::Object;
@@ -129,11 +129,7 @@ fn transfer<T>(
     store: impl FnOnce(Upload) -> crate::error::Result<T>,
 ) -> Outcome<T> {
     let Opened { length, mut body, .. } = opened;
-    store(Upload { reader: &mut body, length: Some(length), content_md5 }).map_err(|error| match error {
-        // It is the volume's body, and none of the client's.
-        Error::BadRequest(text) => Error::Unavailable(format!("the source could not be read: {text}")).into(),
-        error => error.into(),
-    })
+    store(Upload { reader: &mut body, length: Some(length), content_md5 }).map_err(|error| unread(error).into())
 }
 
 fn copied(root: &'static str, record: &Record) -> Outcome<String> {

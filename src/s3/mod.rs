@@ -19,17 +19,17 @@ mod declared;
 mod failure;
 mod front;
 mod get;
-mod head;
+pub mod head;
 pub mod keys;
 mod lists;
 mod meta;
 mod multipart;
 mod objects;
-mod payload;
+pub mod payload;
 mod route;
 mod sigv2;
-mod sigv4;
-mod xml;
+pub mod sigv4;
+pub mod xml;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -98,7 +98,9 @@ impl Call<'_> {
 }
 
 fn amz<'a>(head: &'a Head, query: &'a Query, name: &str) -> Option<&'a str> {
-    head.header(name).or_else(|| query.get(name)).filter(|value| !value.is_empty())
+    let queried =
+        || query.0.iter().find(|(given, _)| given.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str());
+    head.header(name).or_else(queried)
 }
 
 impl Handler for S3 {
@@ -167,6 +169,9 @@ impl S3 {
         let call = Call { head: &head, query: &query, route: &route, signed: signed.as_ref(), id, can_chunk };
         if !route.bucket.is_empty() && !call.may(route.operation.writes(), &route.bucket) {
             return Err(denied().into());
+        }
+        if route.operation.writes() {
+            self.store.check_master()?;
         }
         self.run(&call, body)
     }
@@ -259,7 +264,7 @@ const NOT_IMPLEMENTED: [&str; 11] = [
 ];
 
 fn check_headers(head: &Head, query: &Query) -> Outcome<(), Failure> {
-    match NOT_IMPLEMENTED.iter().find(|name| amz(head, query, name).is_some()) {
+    match NOT_IMPLEMENTED.iter().find(|name| amz(head, query, name).is_some_and(|value| !value.is_empty())) {
         Some(name) => Err(Failure::new(Code::NotImplemented, format!("mkv has no {name}"))),
         None if amz(head, query, "x-amz-bucket-object-lock-enabled")
             .is_some_and(|on| !on.eq_ignore_ascii_case("false")) =>

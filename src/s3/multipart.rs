@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use md5::{Digest, Md5};
 
-use super::answer::{Answer, Fault, LONG, Outcome, document, empty, iso, kept_alive, xml};
+use super::answer::{Answer, Fault, LONG, Outcome, document, empty, iso, kept_alive, unread, xml};
 use super::buckets::owner;
 use super::checksum::{Algorithm, Hasher};
 use super::conditions::Conditions;
@@ -115,9 +115,8 @@ impl S3 {
             let judge = |old: Option<&Record>| self.judge(&place.bucket, &conditions, old);
             match self.store.complete_upload(&upload, &parts, meta.encode(), &judge) {
                 Ok(record) => place.result(&record),
-                // The same Complete was faster on another connection.
-                Err(Error::NoSuchUpload) => self.completed(&place, id),
-                Err(error) => Err(error.into()),
+                // The same Complete may have been faster on another connection, and taken the parts away.
+                Err(error) => self.completed(&place, id).map_err(|_| unread(error).into()),
             }
         };
         kept_alive(call, total >= LONG, work)

@@ -9,6 +9,7 @@
 //! - `list.rs`: pages of keys
 //! - `stats.rs`: keys and bytes by volume, prefix and size
 //! - `backup.rs`: copies of the index on the store's own volumes
+//! - `follow.rs`: trails another master's log, and becomes a master in its place
 //!
 //! It promises that a value acknowledged is a value kept: debris names every place where a blob may lie before its
 //! first byte is sent, one index batch makes a value visible, and only what the index no longer names is deleted.
@@ -18,6 +19,7 @@
 
 mod backup;
 mod cleaner;
+pub mod follow;
 mod list;
 mod multipart;
 mod objects;

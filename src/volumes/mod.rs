@@ -2,7 +2,7 @@
 //!
 //! `Volumes` has a verb for each thing that mkv asks of them: HEAD, PUT, DELETE, listings, reading a
 //! blob, and how full the disks are. The verbs that go to several replicas reach them at the same time from the
-//! caller's thread, through `client`; a single blob is read with ureq, which only this file names.
+//! caller's thread, through `client`; a single blob is read with ureq, which only this file and `remote.rs` name.
 //! Addresses and idle connections are kept for each volume, and so is whether it answered when last
 //! asked.
 //!
@@ -17,6 +17,7 @@
 pub mod autoindex;
 mod client;
 mod links;
+pub mod remote;
 pub mod secret;
 pub mod space;
 pub mod upload;
@@ -94,7 +95,7 @@ impl Volumes {
             return volume.clone();
         }
         let connections = Arc::new(Connections::new(name, self.timeout));
-        let agent = agent(connections.clone(), self.timeout);
+        let agent = agent(connections.clone(), self.timeout, STALL);
         let (secret, (down, latency, space)) = (self.secret.clone(), Default::default());
         let volume = Arc::new(Volume { connections, agent, secret, down, latency, space });
         let mut known = self.known.write().unwrap_or_else(|e| e.into_inner());
@@ -390,26 +391,6 @@ impl Opened {
     }
 }
 
-/// Opens what a server that is no volume, such as a master, sends for a GET. Fails unless it answers 200.
-pub fn fetch(host: &str, target: &str, auth: Auth, timeout: Duration) -> Result<Opened> {
-    let request = agent(Arc::new(Connections::new(host, timeout)), timeout).get(format!("http://{host}{target}"));
-    let request = match auth {
-        Some(auth) => request.header("authorization", auth),
-        None => request,
-    };
-    let failed = |why: &str| Error::Failed(format!("http://{host}{target}: {why}"));
-    let mut answer = request.call().map_err(|e| failed(&format!("no answer ({e}): does a master run there?")))?;
-    if answer.status() != 200 {
-        let text = answer.body_mut().with_config().limit(1000).read_to_string().unwrap_or_default();
-        return Err(failed(&format!(
-            "it answers {}: {}",
-            answer.status().as_u16(),
-            text.lines().next().unwrap_or_default()
-        )));
-    }
-    Opened::new(answer).ok_or_else(|| failed("its answer has no Content-Length"))
-}
-
 impl Volume {
     /// The target of a request for a path of a replica, signed for this method.
     fn target(&self, method: &str, replica: &str, path: &str) -> String {
@@ -457,7 +438,7 @@ fn unreachable(replica: &str, why: &str) -> Error {
 
 /// ureq's agent for one volume. By default ureq follows redirects, takes a status of 400 and above for
 /// an error, and keeps 3 idle connections.
-fn agent(connections: Arc<Connections>, timeout: Duration) -> Agent {
+fn agent(connections: Arc<Connections>, timeout: Duration, stall: Duration) -> Agent {
     let config = Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
@@ -465,7 +446,7 @@ fn agent(connections: Arc<Connections>, timeout: Duration) -> Agent {
         .proxy(None)
         .user_agent("mkv")
         .timeout_connect(Some(timeout))
-        .timeout_per_read(Some(STALL))
+        .timeout_per_read(Some(stall))
         .max_idle_connections(64)
         .max_idle_connections_per_host(64)
         .max_idle_age(Duration::from_secs(50))

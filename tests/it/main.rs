@@ -26,6 +26,7 @@ mod values;
 // Failures and crashes.
 mod crash_recovery;
 mod failed_uploads;
+mod follower;
 mod index_failures;
 mod kills_under_load;
 mod masters;

@@ -169,7 +169,7 @@ fn write(s3: &Client, client: usize, n: u32, value: &str) -> Option<u16> {
         let _ = conn.try_send(&[head, body].concat());
         conn.next_answer(&request.method).ok().flatten().filter(|answer| answer.status == 200)
     };
-    if n % 3 > 0 {
+    if !n.is_multiple_of(3) {
         return ask(s3.request("PUT", &path).body(value)).map(|answer| answer.status);
     }
     let upload = ask(s3.request("POST", &path).query("uploads", ""))?.element("UploadId");

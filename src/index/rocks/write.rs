@@ -11,6 +11,9 @@ use crate::format::record::{Debris, Record};
 use crate::index::locks::{Clearing, Owner};
 use crate::index::{Deleted, Entry, Held, Stage, Writing};
 
+/// How many generations in a row choose different versions.
+const GENERATIONS: u64 = 16;
+
 impl Rocks {
     pub fn begin(
         &self,
@@ -190,16 +193,19 @@ impl Rocks {
     }
 
     /// The version of a blob that is about to be written. No path ever holds two values: the plain name is used only if
-    /// no blob of the key can lie anywhere; otherwise the version is one that the key never had.
+    /// no blob of the key can lie anywhere; otherwise the version is one that the key never had. Masters of two
+    /// generations may not know of each other: only the first one uses plain names, and the last bits of a version are
+    /// the generation's.
     pub(super) fn new_version(&self, key: &[u8], old: Option<&Record>) -> Result<u64> {
-        let debris = self.debris(key)?;
+        let (debris, generation) = (self.debris(key)?, self.generation());
         let versions = debris.iter().map(|(version, _)| *version).chain(old.map(|old| old.version));
         let highest = match versions.max() {
             Some(highest) => highest,
-            None if self.locks.is_plain_name_unsafe(key) => 0,
+            None if generation > 0 || self.locks.is_plain_name_unsafe(key) => 0,
             None => return Ok(0),
         };
-        Ok((now().as_micros() as u64).max(highest + 1))
+        let version = (now().as_micros() as u64).max(highest + 1);
+        Ok(version + generation.wrapping_sub(version) % GENERATIONS)
     }
 }
 

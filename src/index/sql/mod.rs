@@ -86,7 +86,7 @@ impl Drop for Sql {
 
 impl Sql {
     /// Opens the index for reading.
-    pub fn follow(url: &Url) -> Result<Sql> {
+    pub fn open_to_read(url: &Url) -> Result<Sql> {
         let sql = Sql::new(url, "", "")?;
         sql.check_format(false)?;
         Ok(sql)

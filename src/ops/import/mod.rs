@@ -42,7 +42,7 @@ pub fn copy(db: &Location, old: &Location) -> Result<()> {
     if old.is_in_use()? {
         return Err(Error::Failed("-index: a master uses it: stop it first".into()));
     }
-    let (from, replacement) = (old.follow()?, db.replace()?);
+    let (from, replacement) = (old.open_to_read()?, db.replace()?);
     replacement.check_empty()?;
     let counts = copy_all(&from, &replacement).inspect_err(|_| drop(replacement.discard()))?;
     replacement.publish(true)?;

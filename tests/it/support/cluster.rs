@@ -41,7 +41,7 @@ pub struct Setup {
     s3: bool,
     postgres: bool,
     lease: &'static str,
-    flags: Vec<String>,
+    pub flags: Vec<String>,
     launcher: Vec<String>,
 }
 

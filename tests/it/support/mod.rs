@@ -3,6 +3,7 @@
 //! - `cluster`: a store for one test, and the checks that end every test
 //! - `http_client`: a raw HTTP/1.1 client that can also violate the protocol
 //! - `faulty_proxy`: a proxy in front of a volume that injects faults
+//! - `follower`: a follower of the master
 //! - `browser`: a real headless Chromium
 //! - `commands`: runs mkv's commands and compares disks and indexes before and after
 //! - `postgres`: a private PostgreSQL for one test
@@ -14,6 +15,7 @@ pub mod browser;
 pub mod cluster;
 pub mod commands;
 pub mod faulty_proxy;
+pub mod follower;
 pub mod http_client;
 pub mod postgres;
 pub mod random;
