@@ -212,3 +212,34 @@ fn parts_are_sent_at_once() {
     c.assert_value("/bucket/k", &value);
     assert_eq!(s3.get("/bucket/k").expect(200).etag(), done[0].element("ETag"));
 }
+
+#[test]
+fn uploads_of_one_part_survive_a_busy_cleaner() {
+    let (c, s3) = store(Setup::new().replicas(2));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Debris keeps the cleaner at work: it looks at entries that change before it comes to them.
+        for n in 0..2 {
+            let (s3, stop) = (&s3, &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::SeqCst) {
+                    s3.put(format!("/bucket/busy/{n}"), "value").expect(200);
+                    s3.ask("DELETE", format!("/bucket/busy/{n}")).expect(204);
+                }
+            });
+        }
+        let write = |client: usize| {
+            for n in 0..60 {
+                let (path, value) = (format!("/bucket/{client}"), format!("{client} {n}"));
+                s3.multipart(&path, &[value.as_bytes()]);
+                assert_eq!(s3.get(&path).expect(200).text(), value);
+            }
+        };
+        let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| at_once(4, write)));
+        stop.store(true, Ordering::SeqCst);
+        written.expect("every value can be read");
+    });
+    for client in 0..4 {
+        c.assert_value(format!("/bucket/{client}"), format!("{client} 59"));
+    }
+}
