@@ -116,9 +116,7 @@ impl Store {
                 });
             }
         }
-        let record = Record { meta, replicas, ..old.clone() };
-        self.flip_draft(draft, &record, judge)?;
-        Ok(record)
+        self.flip_draft(draft, Record { meta, replicas, ..old.clone() }, judge)
     }
 
     /// Ends an upload and deletes its parts.

@@ -25,18 +25,14 @@ impl Engine {
         Ok(Draft { entry, trace, noted: None })
     }
 
-    pub fn flip_draft(&self, draft: Draft, new: &Record, judge: Judge) -> Result<()> {
+    pub fn flip_draft<'a>(&'a self, draft: Draft<'a>, new: &Record, judge: Judge) -> Result<Option<Draft<'a>>> {
         let Draft { entry, trace, .. } = draft;
         let lock = self.lock(&entry.key, true)?;
         let record = self.get(&entry.key)?;
-        let replicas = entry.debris.replicas.clone();
+        let (given, replicas) = (entry.clone(), entry.debris.replicas.clone());
         let writing = Writing { held: Held { lock, record }, entry, replicas, replace: true, trace };
-        if writing.held.record.as_ref().is_some_and(|record| record.version > new.version) {
-            judge(writing.held.record.as_ref())?;
-            // Overtaken: the dropped row becomes debris.
-            return Ok(());
-        }
-        self.flip_judged(writing, new, Vec::new(), None, judge)
+        let overtaken = self.flip_judged(writing, new, Vec::new(), None, judge)?;
+        Ok(overtaken.map(|trace| Draft { entry: given, trace: Some(trace), noted: None }))
     }
 
     pub fn abandon_draft(&self, draft: Draft, delete: impl FnOnce(&Entry) -> Deleted) -> Result<()> {

@@ -208,18 +208,21 @@ impl Engine {
     }
 
     pub fn flip(&self, writing: Writing, new: &Record, surplus: Vec<String>, keep: Option<Duration>) -> Result<()> {
-        self.flip_judged(writing, new, surplus, keep, &|_| Ok(()))
+        // A later writer was faster: this value was there for an instant, before that one.
+        let overtaken = self.flip_judged(writing, new, surplus, keep, &|_| Ok(()))?;
+        overtaken.into_iter().for_each(|trace| trace.abandon(0));
+        Ok(())
     }
 
-    /// `judge`: whether the record that is found may be replaced.
-    pub fn flip_judged(
-        &self,
-        mut writing: Writing,
+    /// `judge`: whether the record that is found may be replaced. Gives the row back if the record has a higher version.
+    pub fn flip_judged<'a>(
+        &'a self,
+        mut writing: Writing<'a>,
         new: &Record,
         surplus: Vec<String>,
         keep: Option<Duration>,
         judge: Judge,
-    ) -> Result<()> {
+    ) -> Result<Option<Trace<'a>>> {
         let trace = match writing.trace.take() {
             Some(trace) => trace,
             // A rebalance that copies nothing.
@@ -233,6 +236,9 @@ impl Engine {
                 trace.abandon(0);
                 return Err(refused);
             }
+            if old.as_ref().is_some_and(|old| old.version > new.version) {
+                return Ok(Some(trace));
+            }
             // An upload replaces the whole blob of the record that it finds.
             let replaced =
                 if is_copy { surplus.join(",") } else { old.as_ref().map_or(String::new(), |o| o.replicas.join(",")) };
@@ -240,15 +246,18 @@ impl Engine {
             match flipped {
                 Ok(Flip::Done) => {
                     trace.forget();
-                    return Ok(());
+                    return Ok(None);
                 }
-                Ok(Flip::Fenced) => return self.fenced(trace, new, &writing.replicas, is_copy, begun),
+                Ok(Flip::Fenced) => {
+                    return self.fenced(trace, new, &writing.replicas, is_copy, begun).map(|()| None);
+                }
                 Ok(Flip::Changed) => match self.get(writing.held.key()) {
                     Ok(found) => {
                         turns += 1;
-                        if let Some(outcome) = outcome_of(&writing, found.as_ref(), new, is_copy || turns > TURNS) {
+                        let is_forbidden = found.as_ref().is_some_and(|found| found.live() && !writing.replace);
+                        if is_copy || is_forbidden || turns > TURNS {
                             trace.abandon(0);
-                            return outcome;
+                            return Err(Error::Locked);
                         }
                         old = found;
                     }
@@ -322,16 +331,6 @@ impl Trace<'_> {
     pub fn forget(mut self) {
         self.ended = true;
     }
-}
-
-/// What a write comes to whose record has changed; `None`: it goes on with what is there now.
-fn outcome_of(writing: &Writing, found: Option<&Record>, new: &Record, stop: bool) -> Option<Result<()>> {
-    let is_forbidden = found.is_some_and(|found| found.live() && !writing.replace);
-    if stop || is_forbidden {
-        return Some(Err(Error::Locked));
-    }
-    // A later writer was faster: this value was there for an instant, before that one.
-    found.is_some_and(|found| found.version > new.version).then_some(Ok(()))
 }
 
 pub fn in_doubt(failure: &Failure) -> Error {
