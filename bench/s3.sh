@@ -148,7 +148,8 @@ figure() { if [ -n "$2" ]; then awk -v n="$(($1 + 1))" 'NF {print $n}' <<<"$2" |
 
 add_row() { # NAME UNIT OURS THEIRS
   rows+=("$(awk -v name="$1" -v unit="$2" -v ours="$3" -v theirs="$4" 'BEGIN {
-    printf "| %s | %s %s | %s | %s |", name, ours, unit, theirs == "" ? "-" : theirs " " unit, theirs + 0 > 0 ? sprintf("%.2f", ours / theirs) : "-"
+    ratio = (theirs + 0 > 0) ? sprintf("%.2f", ours / theirs) : "-"
+    printf "| %s | %s %s | %s | %s |", name, ours, unit, (theirs == "") ? "-" : theirs " " unit, ratio
   }')")
   echo "${rows[-1]}"
 }
