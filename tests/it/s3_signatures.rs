@@ -31,7 +31,6 @@ fn signatures_are_verified() {
     get().at(now() - 800).send().expect(200);
     get().at(now() + 800).send().expect(200);
     get().payload(Payload::Plain(UNSIGNED.into())).send().expect(200);
-    get().payload(Payload::Plain("SOMETHING-ELSE".into())).send().expect_code(400, "InvalidArgument");
 
     let with = |key: Key| s3.with_key(key).request("GET", "/bucket/a b");
     with(Key { secret: "wrong", ..OWNER }).send().expect_code(403, "SignatureDoesNotMatch");
