@@ -77,7 +77,7 @@ measure_lag() {
 
 # The reader of the log that only counts its bytes. It goes on until it is ended.
 read_log() {
-  python3 - "${url#http://}" <<'PYTHON'
+  exec python3 - "${url#http://}" <<'PYTHON'
 import http.client, json, sys
 connection = http.client.HTTPConnection(sys.argv[1])
 def ask(query):

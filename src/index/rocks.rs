@@ -6,6 +6,7 @@
 
 mod drafts;
 mod log;
+mod tail;
 mod write;
 
 use std::fmt::Display;
@@ -13,10 +14,9 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
-use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
-    LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
+    LogLevel, PrefixRange, ReadOptions, SnapshotWithThreadMode, WriteBatch,
 };
 
 use super::locks::Locks;
@@ -212,11 +212,6 @@ impl Rocks {
         self.db.path()
     }
 
-    /// Makes a copy of the database, as it is now, in a folder of the same disk that does not exist yet.
-    pub(super) fn checkpoint(&self, folder: &Path) -> Result<()> {
-        Checkpoint::new(&self.db).and_then(|checkpoint| checkpoint.create_checkpoint(folder)).map_err(index_error)
-    }
-
     /// Reads everything, and returns the number of keys.
     pub(super) fn read_all(&self) -> Result<u64> {
         let view = self.view();
@@ -268,9 +263,7 @@ impl Batch<'_> {
 
     pub fn commit(self) -> Result<()> {
         self.index.check_owner()?;
-        let mut options = WriteOptions::default();
-        options.set_sync(self.index.sync);
-        self.index.db.write_opt(self.batch, &options).map_err(index_error)
+        self.index.write(self.batch)
     }
 }
 

@@ -6,12 +6,14 @@
 //! because all versions of mkv make them in the same order; that is checked.
 
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{DB, Options, WriteBatch, WriteOptions};
 
+use super::tail::Tail;
 use super::{Rocks, index_error};
 use crate::error::{Error, Result};
 use crate::format::record::Debris;
@@ -22,10 +24,12 @@ use crate::index::role::Role;
 use crate::index::sql::boot_time;
 use crate::threads::lock;
 
-/// How long a reader of the log waits for changes, and how often they are looked for: each look reads a log file of
-/// some MiB from its beginning.
+/// How long a reader of the log waits for changes, and how often they are looked for.
 const WAIT: Duration = Duration::from_millis(300);
-const LOOK: Duration = Duration::from_millis(25);
+const LOOK: Duration = Duration::from_millis(10);
+
+/// The same with `-sync`, where each look reads a log file of some MiB from its beginning.
+const LOOK_IN_FILE: Duration = Duration::from_millis(50);
 
 /// So many changes are sent without waiting for more, and about so many bytes at once.
 const MANY: u64 = 10_000;
@@ -42,6 +46,8 @@ pub struct Lineage {
     history: Mutex<History>,
     families: Vec<String>,
     following: Option<Following>,
+    /// The last changes, once a follower has asked for the log.
+    tail: RwLock<Option<Mutex<Tail>>>,
 }
 
 /// What a follower knows of its master.
@@ -81,6 +87,11 @@ impl Following {
 }
 
 impl Rocks {
+    /// Makes a copy of the database, as it is now, in a folder of the same disk that does not exist yet.
+    pub fn checkpoint(&self, folder: &Path) -> Result<()> {
+        Checkpoint::new(&self.db).and_then(|checkpoint| checkpoint.create_checkpoint(folder)).map_err(index_error)
+    }
+
     /// Begins to write: notes a new run and, in a folder that was just promoted, deals with the old master's debris.
     pub fn begin_run(&mut self, role: Role) -> Result<()> {
         self.trace_families()?;
@@ -141,27 +152,57 @@ impl Rocks {
 
     /// The log after this change, for a reader whose last run this is. Waits for a change, for `WAIT` at most.
     pub fn log(&self, since: u64, run: &str) -> Vec<u8> {
-        let begun = Instant::now();
-        loop {
-            let ahead = self.db.latest_sequence_number().saturating_sub(since);
-            if ahead > MANY {
-                break;
-            }
-            std::thread::sleep(LOOK);
-            if ahead > 0 || begun.elapsed() > WAIT {
+        let look = if self.keep_tail() { LOOK } else { LOOK_IN_FILE };
+        let (begun, behind) = (Instant::now(), || self.db.latest_sequence_number().saturating_sub(since));
+        while behind() <= MANY {
+            std::thread::sleep(look);
+            if behind() > 0 || begun.elapsed() > WAIT {
                 break;
             }
         }
         let mut head = self.head(Some((since, run)));
         let mut updates = Vec::new();
         if head.continues && head.change > since {
-            let read = self.read_log(since, &mut updates);
+            let read = if self.read_tail(since, &mut updates) { Ok(()) } else { self.read_log(since, &mut updates) };
             if let Err(why) = &read {
                 log::info!("a follower needs a new checkpoint, its last change is {since}: {why}");
             }
             head.continues = read.is_ok();
         }
         [head.encode(), updates].concat()
+    }
+
+    /// Keeps the last changes in memory from now on. `false`: with `-sync` the log on the disk has to do, because writes
+    /// that are made one at a time cannot share a flush.
+    fn keep_tail(&self) -> bool {
+        if self.sync {
+            return false;
+        }
+        let is_kept = self.lineage.tail.read().unwrap_or_else(|e| e.into_inner()).is_some();
+        if !is_kept {
+            // Waits for the writes under way, which know nothing of it.
+            self.lineage.tail.write().unwrap_or_else(|e| e.into_inner()).get_or_insert_default();
+        }
+        true
+    }
+
+    fn read_tail(&self, since: u64, out: &mut Vec<u8>) -> bool {
+        let tail = self.lineage.tail.read().unwrap_or_else(|e| e.into_inner());
+        tail.as_ref().is_some_and(|tail| lock(tail).read(since, out))
+    }
+
+    /// Writes a batch of this process. While the last changes are kept, batches are written one at a time, so that their
+    /// numbers are known.
+    pub(super) fn write(&self, batch: WriteBatch) -> Result<()> {
+        let mut options = WriteOptions::default();
+        options.set_sync(self.sync);
+        let tail = self.lineage.tail.read().unwrap_or_else(|e| e.into_inner());
+        let Some(tail) = &*tail else { return self.db.write_opt(batch, &options).map_err(index_error) };
+        let (count, text) = (batch.len() as u64, batch.data().to_vec());
+        let mut tail = lock(tail);
+        self.db.write_opt(batch, &options).map_err(index_error)?;
+        tail.push(self.db.latest_sequence_number() + 1 - count, count, text);
+        Ok(())
     }
 
     /// Reads the log after this change. Fails if it does not go back so far.

@@ -120,11 +120,11 @@ impl Rocks {
     }
 
     pub fn hold_to_clean(&self, entry: &mut Entry) -> Result<Option<Held<'_>>> {
-        let held = self.hold(&entry.key, Owner::Cleaner)?.filter(|_| !self.locks.is_draft(&entry.key, entry.version));
-        if held.is_some() {
-            entry.debris = self.debris_entry(&entry.key, entry.version)?;
-        }
-        Ok(held)
+        let Some(held) = self.hold(&entry.key, Owner::Cleaner)? else { return Ok(None) };
+        entry.debris = self.debris_entry(&entry.key, entry.version)?;
+        // It was due when it was listed. It can have become a part of an upload since.
+        let rests = entry.debris.keep_until > now().as_secs() || self.locks.is_draft(&entry.key, entry.version);
+        Ok((!rests).then_some(held))
     }
 
     pub fn release(&self, held: Held, entry: &Entry) -> Clearing<'_> {

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::cluster::{Cluster, first_line, signal, stop_process, wait};
-use crate::support::http_client::{self, Answer, target, wait_until};
+use crate::support::http_client::{self, Answer, Conn, head, target, wait_until};
 
 pub struct Follower {
     pub db: PathBuf,
@@ -122,18 +122,14 @@ impl Follower {
     #[track_caller]
     pub fn wait_until_caught_up(&self, c: &Cluster) {
         let wanted = change(&c.address());
-        wait_until("the follower has caught up", || {
-            http_client::Conn::try_open(&self.address).is_ok() && change(&self.address) >= wanted
-        });
+        wait_until("the follower has caught up", || try_change(&self.address).is_some_and(|change| change >= wanted));
     }
 
     /// The same the other way round: waits until the master, which follows this one now, has all changes of this one.
     #[track_caller]
     pub fn wait_until_followed_by(&self, c: &Cluster) {
         let wanted = change(&self.address);
-        wait_until("the old master has caught up", || {
-            http_client::Conn::try_open(&c.address()).is_ok() && change(&c.address()) >= wanted
-        });
+        wait_until("the old master has caught up", || try_change(&c.address()).is_some_and(|change| change >= wanted));
     }
 
     pub fn dump(&self, c: &Cluster) -> String {
@@ -145,6 +141,14 @@ impl Follower {
 #[track_caller]
 pub fn change(address: &str) -> u64 {
     log_head(address)["change"].as_u64().expect("a change has a number")
+}
+
+/// The same; `None` while the process starts again with another index.
+fn try_change(address: &str) -> Option<u64> {
+    let mut conn = Conn::try_open(address).ok()?;
+    conn.try_send(&head("GET", "/?log", &[])).ok()?;
+    let answer = conn.next_answer("GET").ok()??;
+    serde_json::from_slice::<Value>(&answer.body).ok()?["change"].as_u64()
 }
 
 /// What a process says of its index.
