@@ -99,9 +99,16 @@ impl Index {
     }
 
     /// Ends a draft: `new` becomes the record unless `judge` refuses, and the blobs of the old one become debris. Gives
-    /// the draft back if the record has a higher version meanwhile: versions of a record only go up.
-    pub fn flip_draft<'a>(&'a self, draft: Draft<'a>, new: &Record, judge: Judge) -> Result<Option<Draft<'a>>> {
-        engine!(self, flip_draft(draft, new, judge))
+    /// the draft back if the record has a higher version meanwhile: versions of a record only go up. `upload`: what is
+    /// completed; fails with `NoSuchUpload` if it has ended, by another Complete perhaps.
+    pub fn flip_draft<'a>(
+        &'a self,
+        draft: Draft<'a>,
+        new: &Record,
+        upload: Option<u64>,
+        judge: Judge,
+    ) -> Result<Option<Draft<'a>>> {
+        engine!(self, flip_draft(draft, new, upload, judge))
     }
 
     /// Ends a draft that failed. `delete` deletes its blobs; what it cannot delete is left to the cleaner.

@@ -31,8 +31,19 @@ impl Rocks {
         Ok(Draft { entry, trace: None, noted: Some(noted) })
     }
 
-    pub fn flip_draft<'a>(&'a self, draft: Draft<'a>, new: &Record, judge: Judge) -> Result<Option<Draft<'a>>> {
+    pub fn flip_draft<'a>(
+        &'a self,
+        draft: Draft<'a>,
+        new: &Record,
+        upload: Option<u64>,
+        judge: Judge,
+    ) -> Result<Option<Draft<'a>>> {
         let held = self.hold(&draft.entry.key, Owner::Passing)?.ok_or(Error::Locked)?;
+        if let Some(id) = upload
+            && self.find_upload(id)?.is_none()
+        {
+            return Err(Error::NoSuchUpload);
+        }
         judge(held.record.as_ref())?;
         let surplus = match &held.record {
             Some(old) if old.version > new.version => return Ok(Some(draft)),

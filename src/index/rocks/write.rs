@@ -92,10 +92,12 @@ impl Rocks {
         let mut held = self.hold(key, owner(passing))?.ok_or(Error::Locked)?;
         let entry = |(version, debris)| Entry { key: key.into(), version, debris, stage: Stage::Due };
         let Some(record) = held.record.take() else {
-            let parts = self.part_versions(key)?;
-            let is_unwanted =
-                |entry: &Entry| !parts.contains(&entry.version) && !self.locks.is_draft(key, entry.version);
-            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).filter(is_unwanted).collect();
+            // In this order: a draft can become a part meanwhile, and a part a draft.
+            let mut kept = self.locks.drafts_of(key);
+            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).collect();
+            kept.extend(self.part_versions(key)?);
+            kept.extend(self.locks.drafts_of(key));
+            let entries: Vec<Entry> = entries.into_iter().filter(|entry| !kept.contains(&entry.version)).collect();
             return if entries.is_empty() { Err(Error::NOT_FOUND) } else { Ok((held, entries)) };
         };
         check(&record)?;

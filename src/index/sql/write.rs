@@ -87,6 +87,16 @@ impl Drop for Trace<'_> {
     }
 }
 
+/// What a flip does beside the new record.
+#[derive(Default)]
+pub struct Terms {
+    /// The replicas of the old record that are not needed any more, and how long they are kept.
+    pub surplus: Vec<String>,
+    pub keep: Option<Duration>,
+    /// The multipart upload that has to be there, or 0.
+    pub upload: i64,
+}
+
 /// What a flip has come to.
 enum Flip {
     Done,
@@ -209,7 +219,7 @@ impl Engine {
 
     pub fn flip(&self, writing: Writing, new: &Record, surplus: Vec<String>, keep: Option<Duration>) -> Result<()> {
         // A later writer was faster: this value was there for an instant, before that one.
-        let overtaken = self.flip_judged(writing, new, surplus, keep, &|_| Ok(()))?;
+        let overtaken = self.flip_judged(writing, new, Terms { surplus, keep, upload: 0 }, &|_| Ok(()))?;
         overtaken.into_iter().for_each(|trace| trace.abandon(0));
         Ok(())
     }
@@ -219,8 +229,7 @@ impl Engine {
         &'a self,
         mut writing: Writing<'a>,
         new: &Record,
-        surplus: Vec<String>,
-        keep: Option<Duration>,
+        terms: Terms,
         judge: Judge,
     ) -> Result<Option<Trace<'a>>> {
         let trace = match writing.trace.take() {
@@ -232,18 +241,26 @@ impl Engine {
         let is_copy = old.as_ref().is_some_and(|old| old.version == new.version);
         let mut turns = 0;
         loop {
-            if let Err(refused) = judge(old.as_ref()) {
-                trace.abandon(0);
-                return Err(refused);
+            match judge(old.as_ref()) {
+                Err(Error::Unavailable(_)) if begun.elapsed() < FLIP => {
+                    std::thread::sleep(PAUSE);
+                    continue;
+                }
+                Err(refused) => {
+                    trace.abandon(0);
+                    return Err(refused);
+                }
+                Ok(()) => {}
             }
             if old.as_ref().is_some_and(|old| old.version > new.version) {
                 return Ok(Some(trace));
             }
             // An upload replaces the whole blob of the record that it finds.
-            let replaced =
-                if is_copy { surplus.join(",") } else { old.as_ref().map_or(String::new(), |o| o.replicas.join(",")) };
-            let flipped = self.flip_once(&trace, old.as_ref(), new, &replaced, keep);
-            match flipped {
+            let surplus = match &old {
+                Some(old) if !is_copy => old.replicas.join(","),
+                _ => terms.surplus.join(","),
+            };
+            match self.flip_once(&trace, old.as_ref(), new, &surplus, &terms) {
                 Ok(Flip::Done) => {
                     trace.forget();
                     return Ok(None);
@@ -276,15 +293,15 @@ impl Engine {
         old: Option<&Record>,
         new: &Record,
         surplus: &str,
-        keep: Option<Duration>,
+        terms: &Terms,
     ) -> std::result::Result<Flip, Failure> {
-        let ([key, version, session], new) = (trace.name(), new.encode());
+        let ([key, version, session], new, upload) = (trace.name(), new.encode(), Int(terms.upload));
         let rows = match old {
-            None => self.pool.query(sql::FLIP_NEW, &[key, version, session, Text(&new)])?,
+            None => self.pool.query(sql::FLIP_NEW, &[key, version, session, Text(&new), upload])?,
             Some(old) => {
-                let keep = Int(keep.map_or(-1, |keep| keep.as_secs() as i64));
+                let keep = Int(terms.keep.map_or(-1, |keep| keep.as_secs() as i64));
                 let (old_version, old) = (Int(old.version as i64), old.encode());
-                let args = [key, version, session, Text(&new), old_version, Text(&old), Text(surplus), keep];
+                let args = [key, version, session, Text(&new), old_version, Text(&old), Text(surplus), keep, upload];
                 self.pool.query(sql::FLIP, &args)?
             }
         };
