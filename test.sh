@@ -34,7 +34,7 @@ build_and_test() {
   if cargo nextest --version >/dev/null 2>&1; then
     run cargo nextest run --release --workspace --test-threads $(($(nproc) + 1)) # many tests only wait
     # The API on the other engine.
-    run env MKV_ENGINE=postgres cargo nextest run --release --workspace -E 'test(/^(api|model|values|keys|lists|concurrency)::/)'
+    run env MKV_ENGINE=postgres cargo nextest run --release --workspace -E 'test(/^(api|model|values|keys|lists|concurrency|s3_model|s3_multipart|s3_concurrency)::/)'
   else
     run cargo test --release --workspace
   fi

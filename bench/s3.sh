@@ -103,7 +103,7 @@ END
   filer=$address
   await "http://${filer%.*}/ready" -f -X PUT -d value
   s3=$(port)
-  (cd "$work/weed" && exec "$WEED" -logtostderr s3 -ip.bind=127.0.0.1 -port="$s3" -port.grpc="$(port)" -filer="$filer" \
+  (cd "$work/weed" && exec "$WEED" -logtostderr s3 -ip.bind=127.0.0.1 -port="$s3" -port.grpc="$(port)" -port.iceberg=0 -port.lance=0 -filer="$filer" \
     -config=keys.json -localSocket="$work/weed/s3.sock") >"$work/weed-s3.log" 2>&1 &
   weed_pids+=($!)
   weed=http://127.0.0.1:$s3
@@ -148,7 +148,8 @@ figure() { if [ -n "$2" ]; then awk -v n="$(($1 + 1))" 'NF {print $n}' <<<"$2" |
 
 add_row() { # NAME UNIT OURS THEIRS
   rows+=("$(awk -v name="$1" -v unit="$2" -v ours="$3" -v theirs="$4" 'BEGIN {
-    printf "| %s | %s %s | %s | %s |", name, ours, unit, theirs == "" ? "-" : theirs " " unit, theirs + 0 > 0 ? sprintf("%.2f", ours / theirs) : "-"
+    ratio = (theirs + 0 > 0) ? sprintf("%.2f", ours / theirs) : "-"
+    printf "| %s | %s %s | %s | %s |", name, ours, unit, (theirs == "") ? "-" : theirs " " unit, ratio
   }')")
   echo "${rows[-1]}"
 }

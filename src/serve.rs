@@ -138,7 +138,7 @@ impl Writers {
         }
         if self.uploads {
             let purger = store.clone();
-            spawn("mkv-uploads", move || purger.purge_uploads(PURGE))?;
+            spawn("mkv-uploads", move || purger.purge_uploads(PURGE.min(purger.config.uploads)))?;
         }
         if let Some(interval) = self.backup {
             spawn("mkv-backup", move || store.keep_backup(interval))?;

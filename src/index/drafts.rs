@@ -1,5 +1,5 @@
 //! Drafts: writes that others of the same key pass, as S3 wants it. The key is locked to choose the version and again
-//! to flip, not while the value comes; the last flip wins.
+//! to flip, not while the value comes; the last flip wins. A draft that another one has overtaken is copied to a new one.
 //!
 //! A draft that becomes a part of a multipart upload keeps its debris entry, which rests until the upload has expired.
 //! So the blobs of a part are deleted even if nothing else remembers it. The upload and its parts are rows of their
@@ -98,10 +98,17 @@ impl Index {
         }
     }
 
-    /// Ends a draft: `new` becomes the record unless `judge` refuses, and the blobs of the old one become debris. If a
-    /// later draft has become the record meanwhile, this one was there for an instant before, and is debris.
-    pub fn flip_draft(&self, draft: Draft, new: &Record, judge: Judge) -> Result<()> {
-        engine!(self, flip_draft(draft, new, judge))
+    /// Ends a draft: `new` becomes the record unless `judge` refuses, and the blobs of the old one become debris. Gives
+    /// the draft back if the record has a higher version meanwhile: versions of a record only go up. `upload`: what is
+    /// completed; fails with `NoSuchUpload` if it has ended, by another Complete perhaps.
+    pub fn flip_draft<'a>(
+        &'a self,
+        draft: Draft<'a>,
+        new: &Record,
+        upload: Option<u64>,
+        judge: Judge,
+    ) -> Result<Option<Draft<'a>>> {
+        engine!(self, flip_draft(draft, new, upload, judge))
     }
 
     /// Ends a draft that failed. `delete` deletes its blobs; what it cannot delete is left to the cleaner.

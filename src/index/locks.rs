@@ -100,6 +100,11 @@ impl Locks {
         lock(&self.uploads)
     }
 
+    /// The versions of the key that are being written without its lock.
+    pub fn drafts_of(&self, key: &[u8]) -> Vec<u64> {
+        lock(&self.drafts).iter().filter(|(its, _)| its == key).map(|(_, version)| *version).collect()
+    }
+
     /// Notes a deletion that got no answer, and forgets those that can no longer be carried out.
     pub fn note_unconfirmed_delete(&self, key: &[u8]) {
         let mut deletes = lock(&self.unconfirmed_deletes);

@@ -91,7 +91,7 @@ impl Checksum {
     /// Takes the checksum that the client sent.
     fn take(&mut self, text: &str) -> Result<(), Failure> {
         let wrong = || format!("{} is no such checksum in base64", self.algorithm.header());
-        let digest = self.algorithm.decode(text).ok_or_else(|| Failure::new(Code::InvalidRequest, wrong()))?;
+        let digest = self.algorithm.decode(text).ok_or_else(|| Failure::new(Code::BadDigest, wrong()))?;
         self.sent = Some((text.to_string(), digest));
         Ok(())
     }
@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(of(&[crc32, ("x-amz-checksum-algorithm", "CRC32")]), Ok(Some(Algorithm::Crc32)));
         assert_eq!(of(&[crc32, ("x-amz-checksum-sha1", "x")]), Err(Code::InvalidRequest));
         assert_eq!(of(&[crc32, crc32]), Err(Code::InvalidRequest));
-        assert_eq!(of(&[("x-amz-checksum-crc32", "AAAA")]), Err(Code::InvalidRequest));
+        assert_eq!(of(&[("x-amz-checksum-crc32", "AAAA")]), Err(Code::BadDigest));
         assert_eq!(of(&[("x-amz-checksum-sha512", "AAAA")]), Err(Code::NotImplemented));
     }
 

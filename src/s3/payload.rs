@@ -199,7 +199,7 @@ mod tests {
         assert_eq!(read("", Some(2), b"abc"), Err(Some(Code::IncompleteBody)));
         assert_eq!(read("x-amz-checksum-crc32|NSRBwg==", Some(3), b"abc"), abc("crc32 NSRBwg=="));
         assert_eq!(read("x-amz-checksum-crc32|NSRBwg==", Some(3), b"abd"), Err(Some(Code::BadDigest)));
-        assert_eq!(read("x-amz-checksum-crc32|NSRBwg=", Some(3), b"abc"), Err(Some(Code::InvalidRequest)));
+        assert_eq!(read("x-amz-checksum-crc32|NSRBwg=", Some(3), b"abc"), Err(Some(Code::BadDigest)));
         assert_eq!(read("x-amz-checksum-crc32|NSRBwg==", Some(0), b""), Err(Some(Code::BadDigest)));
         assert_eq!(read("x-amz-content-sha256|x", Some(3), b"abc"), Err(Some(Code::InvalidArgument)));
     }
@@ -219,7 +219,7 @@ mod tests {
         for (trailer, code) in [
             ("", Code::MalformedTrailerError),
             ("x-amz-checksum-crc32c:NSRBwg==\r\n", Code::MalformedTrailerError),
-            ("x-amz-checksum-crc32:NSRBwh==\r\n", Code::InvalidRequest),
+            ("x-amz-checksum-crc32:NSRBwh==\r\n", Code::BadDigest),
             ("x-amz-checksum-crc32:NSRBww==\r\n", Code::BadDigest),
         ] {
             assert_eq!(read(&of_3, None, body(trailer).as_bytes()), Err(Some(code)), "{trailer}");

@@ -46,6 +46,11 @@ pub(super) fn authenticate<'k>(
     if now > until {
         return Err(expired());
     }
+    // Only lower case is signed, and handlers take either.
+    let is_unsigned = |name: &str| name.get(..6).is_some_and(|x| x.eq_ignore_ascii_case("x-amz-") && x != "x-amz-");
+    if query.iter().any(|(name, _)| is_unsigned(name) || name.starts_with("x-amz-") && *name != name.to_lowercase()) {
+        return Err(Failure::new(Code::SignatureDoesNotMatch, "write the x-amz- parameters in lower case"));
+    }
     let check_with = |end| {
         let mut hmac = Hmac::<Sha1>::new_from_slice(key.secret.as_bytes()).expect("HMAC takes keys of any length");
         hmac.update(&to_sign(head, query, expires, end));

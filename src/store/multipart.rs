@@ -4,7 +4,7 @@
 //! cleaner deletes it whatever happens, but not before the upload has expired. An upload of one part ends without a copy:
 //! the missing replicas are made, then the part's blob becomes the value. Several parts are read one after the other
 //! into one new blob on all replicas. Until the flip the parts stay, so an upload that was interrupted while it ended can
-//! be ended again.
+//! be ended again; a Complete that finds at its flip that another one was faster changes nothing.
 
 use std::io::{self, Read};
 use std::time::Duration;
@@ -87,7 +87,7 @@ impl Store {
                 let length = parts.iter().map(|part| part.record.size.unwrap_or_default()).sum();
                 let mut reader = Joined { store: self, key: &upload.key, parts: parts.iter(), open: None };
                 let joined = Upload { reader: &mut reader, length: Some(length), content_md5: None };
-                self.put_object(&upload.key, joined, |_| meta, judge)?
+                self.write_object(&upload.key, joined, |_| meta, Some(upload.id), judge)?
             }
         };
         // The value is there: what is left of the upload is purged with the others, should this fail.
@@ -116,9 +116,7 @@ impl Store {
                 });
             }
         }
-        let record = Record { meta, replicas, ..old.clone() };
-        self.flip_draft(draft, &record, judge)?;
-        Ok(record)
+        self.flip_draft(draft, Record { meta, replicas, ..old.clone() }, Some(upload.id), judge)
     }
 
     /// Ends an upload and deletes its parts.

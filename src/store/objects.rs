@@ -14,6 +14,9 @@ use crate::index::{Draft, Judge, record_of};
 use crate::volumes::Opened;
 use crate::volumes::upload::{PutFailed, PutOptions, Stored, Upload};
 
+/// How often a value is copied because others overtake it.
+const TURNS: usize = 5;
+
 /// Where a scan goes on.
 #[derive(Debug, PartialEq)]
 pub enum Step {
@@ -39,6 +42,18 @@ impl Store {
         meta: impl FnOnce(&Stored) -> String,
         judge: Judge,
     ) -> Result<Record> {
+        self.write_object(key, upload, meta, None, judge)
+    }
+
+    /// The same. `completes`: the multipart upload that has to be there at the flip.
+    pub(super) fn write_object(
+        &self,
+        key: &[u8],
+        upload: Upload,
+        meta: impl FnOnce(&Stored) -> String,
+        completes: Option<u64>,
+        judge: Judge,
+    ) -> Result<Record> {
         let judge = |old: Option<&Record>| {
             if self.config.protect && old.is_some_and(Record::live) { Err(PROTECTED) } else { judge(old) }
         };
@@ -48,8 +63,7 @@ impl Store {
         let (draft, mut record) = self.write_draft(key, &replicas, upload)?;
         let stored = Stored { size: record.size.unwrap_or_default(), hash: record.hash };
         record.meta = meta(&stored);
-        self.flip_draft(draft, &record, &judge)?;
-        Ok(record)
+        self.flip_draft(draft, record, completes, &judge)
     }
 
     /// Sends a value to these replicas as a draft. Returns the draft, and its record without metadata.
@@ -69,11 +83,39 @@ impl Store {
         }
     }
 
-    /// Makes a draft the value. The cleaner deletes what it replaces, or its own blobs if it is refused.
-    pub(super) fn flip_draft(&self, draft: Draft, record: &Record, judge: Judge) -> Result<()> {
-        let flipped = self.index.flip_draft(draft, record, judge);
+    /// Makes a draft the value, and returns its record. The last flip wins: where a record of a higher version is there
+    /// meanwhile, the value is copied under a version above it. The cleaner deletes what is replaced or refused.
+    pub(super) fn flip_draft<'a>(
+        &'a self,
+        draft: Draft<'a>,
+        record: Record,
+        completes: Option<u64>,
+        judge: Judge,
+    ) -> Result<Record> {
+        let flipped = self.flip_last(draft, record, completes, judge);
         self.wake_cleaner();
         flipped
+    }
+
+    fn flip_last<'a>(
+        &'a self,
+        mut draft: Draft<'a>,
+        mut record: Record,
+        completes: Option<u64>,
+        judge: Judge,
+    ) -> Result<Record> {
+        let key = draft.entry.key.clone();
+        for _ in 0..TURNS {
+            // The draft that was overtaken keeps its blobs until they are copied.
+            let Some(overtaken) = self.index.flip_draft(draft, &record, completes, judge)? else { return Ok(record) };
+            let mut opened = self.open_object(&key, &record, None)?;
+            let upload = Upload { reader: &mut opened.body, length: record.size, content_md5: record.hash };
+            let (copy, copied) = self.write_draft(&key, &self.place(&key), upload)?;
+            drop(overtaken);
+            draft = copy;
+            record = Record { meta: record.meta, ..copied };
+        }
+        Err(Error::Locked)
     }
 
     /// Ends a draft that failed: deletes the blobs that it may have left. Returns the error for the client.

@@ -191,7 +191,10 @@ fn a_damaged_index_never_looks_like_an_empty_store() {
     for (what, damage) in damages {
         fs::remove_dir_all(c.db().join("index")).unwrap();
         fs::create_dir(c.db().join("index")).unwrap();
-        index.iter().for_each(|(file, bytes)| fs::write(file, bytes).unwrap());
+        for (file, bytes) in &index {
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, bytes).unwrap();
+        }
         damage(&c);
         // Restart repeatedly, as a supervisor would.
         for _ in 0..3 {

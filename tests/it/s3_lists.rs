@@ -58,19 +58,18 @@ fn buckets_are_made_listed_and_deleted() {
     assert_eq!(s3.get("/").expect(200).elements("Name").len(), 3);
 }
 
-/// The entries of a list, as S3 defines them: keys, and common prefixes that end with a `/` after them.
+/// The entries of a list, as S3 defines them: keys, and common prefixes, each of which is one entry and stands at its
+/// first key. A marker that is a common prefix skips everything below it.
 fn reference_list(keys: &BTreeSet<String>, prefix: &str, delimiter: &str, after: &str) -> Vec<(String, bool)> {
     let mut entries = BTreeMap::new();
-    for key in keys.iter().filter(|key| key.starts_with(prefix)) {
+    for key in keys.iter().filter(|key| key.starts_with(prefix) && key.as_str() > after) {
         let end = Some(delimiter).filter(|d| !d.is_empty()).and_then(|d| key[prefix.len()..].find(d));
         match end {
             Some(end) => entries.insert(key[..prefix.len() + end + delimiter.len()].to_string(), true),
             None => entries.insert(key.clone(), false),
         };
     }
-    // A marker that is a common prefix skips everything below it; one below it skips it as well.
-    let inside = |entry: &str| !after.is_empty() && after.starts_with(entry);
-    entries.into_iter().filter(|(entry, common)| entry.as_str() > after && !(*common && inside(entry))).collect()
+    entries.into_iter().filter(|(entry, common)| !(*common && entry == after)).collect()
 }
 
 /// The keys and common prefixes of a page in their order, decoded.
@@ -176,6 +175,10 @@ fn lists_of_random_keys_match_the_reference() {
         let first = any(&mut random);
         let first = if random.bool() { String::new() } else { cut(first, &mut random) };
         let (limit, version, url) = ([1, 2, 3, 7, 1000][random.usize(..5)], random.u8(1..=2), random.bool());
+        if version == 2 && !delimiter.is_empty() && first.ends_with(delimiter) {
+            // Whether start-after skips a common prefix as a marker does is not said anywhere.
+            continue;
+        }
         let expected = reference_list(&keys, &prefix, delimiter, &first);
         let read = read_list(&s3, version, (&prefix, delimiter, &first), limit, url);
         assert_eq!(read, expected, "V{version}, prefix {prefix:?}, delimiter {delimiter:?}, after {first:?}, {limit}");

@@ -104,8 +104,8 @@ impl Worker<'_> {
         let s3 = self.s3();
         let answer = s3.request("PUT", key).header("x-amz-copy-source", target(&from)).send();
         match self.live(&from).cloned() {
+            _ if from == key => drop(answer.expect_code(400, "InvalidRequest")),
             None => drop(answer.expect_code(404, "NoSuchKey")),
-            Some(_) if from == key => drop(answer.expect_code(400, "InvalidRequest")),
             Some(source) => {
                 // Whether a copy keeps the ETag of a multipart upload is the server's choice.
                 let etag = answer.expect(200).element("ETag");

@@ -32,7 +32,7 @@ fn hostile_documents() -> Vec<String> {
         format!("<!DOCTYPE Delete><Delete>{object}</Delete>"),
         "<a>".repeat(100_000),
         format!("<Delete>{}{object}{}</Delete>", "<a>".repeat(50_000), "</a>".repeat(50_000)),
-        format!("<Delete {}>{object}</Delete>", (0..100_000).map(|n| format!("a{n}='' ")).collect::<String>()),
+        format!("<Delete {}></Delete>", (0..100_000).map(|n| format!("a{n}='' ")).collect::<String>()),
         format!("<Delete><Object><Key>{}</Key></Object></Delete>", "k".repeat(9 << 20)),
         format!("<!--{}-->", "c".repeat(9 << 20)),
     ]

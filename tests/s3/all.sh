@@ -30,7 +30,7 @@ trap 'exit 1' INT TERM HUP
 client_boto3() { "$quick/python" "$tests/with_boto3.py" "$url"; }
 
 client_awscli() {
-  local bucket=s3://awscli-${url%%:*} started=$SECONDS n
+  local bucket=s3://awscli-${url%%:*} started=$SECONDS
   aws mb "$bucket"
   make_files files
   aws sync --no-progress files "$bucket/files"
@@ -38,14 +38,17 @@ client_awscli() {
   aws sync --no-progress "$bucket/files" back
   diff -r files back
   [ -z "$(aws sync files "$bucket/files")" ]
-  head -c 20000000 /dev/urandom >large
-  aws cp --no-progress large "$bucket/large"
-  aws cp - "$bucket/stream" <large
-  aws cp --no-progress "$bucket/large" "$bucket/copy"
-  for n in large stream copy; do aws cp "$bucket/$n" - | cmp - large; done
-  aws mv --no-progress "$bucket/copy" "$bucket/moved é+"
-  curl -q -sS -f --noproxy '*' ${AWS_CA_BUNDLE:+--cacert "$AWS_CA_BUNDLE"} "$(aws presign "$bucket/moved é+")" | cmp - large
-  [ "$(aws ls --recursive "$bucket" | wc -l)" = "$(($(find files -type f | wc -l) + 3))" ]
+  mkdir objects
+  head -c 20000000 /dev/urandom >objects/large
+  aws cp --no-progress objects/large "$bucket/objects/large"
+  aws cp - "$bucket/objects/stream" <objects/large
+  aws cp --no-progress "$bucket/objects/large" "$bucket/copy"
+  aws mv --no-progress "$bucket/copy" "$bucket/objects/moved é+"
+  cp objects/large objects/stream
+  cp objects/large 'objects/moved é+'
+  aws cp --no-progress --recursive "$bucket/objects" read
+  diff -r objects read
+  curl -q -sS -f --noproxy '*' ${AWS_CA_BUNDLE:+--cacert "$AWS_CA_BUNDLE"} "$(aws presign "$bucket/objects/moved é+")" | cmp - objects/large
   aws ls "$bucket/" | grep 'PRE files/'
   aws rm --quiet --recursive "$bucket"
   aws rb "$bucket"
@@ -197,7 +200,7 @@ END
   docker-registry serve registry.yml >registry.log 2>&1 &
   echo $! >registry.pid
   await "http://127.0.0.1:$port/v2/"
-  python3 "$tests/with_registry.py" "http://127.0.0.1:$port" || { tail -n 20 registry.log && return 1; }
+  "$long/python" "$tests/with_registry.py" "http://127.0.0.1:$port" || { tail -n 20 registry.log && return 1; }
   kill "$(cat registry.pid)"
 }
 
@@ -221,6 +224,8 @@ run() { # CLIENT URL
   (
     cd "$work/$1-${2%%:*}"
     set -euxo pipefail
+    unset AWS_CA_BUNDLE
+    if [ "${url%%:*}" = https ]; then export AWS_CA_BUNDLE=$work/front/pem; fi
     "client_$1"
   ) >"$work/log" 2>&1 </dev/null &
   wait $! || status=$?

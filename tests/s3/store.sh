@@ -32,8 +32,7 @@ start_store() {
   fi
   export AWS_ACCESS_KEY_ID=$KEY AWS_SECRET_ACCESS_KEY=$SECRET AWS_DEFAULT_REGION=us-east-1 AWS_REGION=us-east-1
   export AWS_EC2_METADATA_DISABLED=true AWS_MAX_ATTEMPTS=1 AWS_CONFIG_FILE=/dev/null AWS_SHARED_CREDENTIALS_FILE=/dev/null
-  export AWS_CA_BUNDLE=$work/front/pem no_proxy='*' HOME=$work
-  if [ -z "$https" ]; then unset AWS_CA_BUNDLE; fi
+  export no_proxy='*' HOME=$work
 }
 
 # start_front HOST: deploy/front.conf with its lines marked HERE and those of S3 filled in.

@@ -37,13 +37,8 @@ for key, value in [("empty", b""), ("a b/c+d é", b"x"), ("large", os.urandom(3_
     assert abs(head["LastModified"] - datetime.datetime.now(datetime.timezone.utc)) < datetime.timedelta(minutes=1)
 # An empty body that is not accepted with 100 Continue stalls botocore for a minute.
 assert time.monotonic() - started < 20
-for algorithm in ["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"]:
-    try:
-        s3.put_object(Bucket=bucket, Key="sum", Body=b"summed", ChecksumAlgorithm=algorithm)
-    except Exception as error:
-        if "awscrt" in str(error) or "CRT" in str(error):
-            continue
-        raise
+for algorithm in ["CRC32", "SHA1", "SHA256"]:  # those that need no other package
+    s3.put_object(Bucket=bucket, Key="sum", Body=b"summed", ChecksumAlgorithm=algorithm)
     got = s3.get_object(Bucket=bucket, Key="sum", ChecksumMode="ENABLED")
     assert got["Body"].read() == b"summed" and "Checksum" + algorithm in got, got
 s3.put_object(Bucket=bucket, Key="stream", Body=io.BytesIO(b"s" * 200_000))

@@ -17,7 +17,7 @@ with s3.open_output_stream("pyarrow/large", metadata={"Content-Type": "text/x"})
     out.write(large)
 with s3.open_input_file("pyarrow/large") as file:
     file.seek(19_999_995)
-    assert file.size() == len(large) and file.read() == b"56789" and file.metadata()[b"Content-Type"] == b"text/x"
+    assert file.size() == len(large) and file.read() == b"56789" and file.metadata()["Content-Type"] == b"text/x"
 s3.create_dir("pyarrow/empty/dir")
 assert s3.get_file_info("pyarrow/empty/dir").type == fs.FileType.Directory
 s3.copy_file("pyarrow/large", "pyarrow/copy")

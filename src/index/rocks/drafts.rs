@@ -31,22 +31,32 @@ impl Rocks {
         Ok(Draft { entry, trace: None, noted: Some(noted) })
     }
 
-    pub fn flip_draft(&self, draft: Draft, new: &Record, judge: Judge) -> Result<()> {
-        let Draft { entry, noted, .. } = draft;
-        let held = self.hold(&entry.key, Owner::Passing)?.ok_or(Error::Locked)?;
+    pub fn flip_draft<'a>(
+        &'a self,
+        draft: Draft<'a>,
+        new: &Record,
+        upload: Option<u64>,
+        judge: Judge,
+    ) -> Result<Option<Draft<'a>>> {
+        let held = self.hold(&draft.entry.key, Owner::Passing)?.ok_or(Error::Locked)?;
+        if let Some(id) = upload
+            && self.find_upload(id)?.is_none()
+        {
+            return Err(Error::NoSuchUpload);
+        }
         judge(held.record.as_ref())?;
         let surplus = match &held.record {
-            Some(old) if old.version > new.version => return Ok(()),
+            Some(old) if old.version > new.version => return Ok(Some(draft)),
             Some(old) => old.replicas.clone(),
             None => Vec::new(),
         };
-        let mut entry = entry;
+        let Draft { mut entry, noted, .. } = draft;
         // What is left of a part that became the value is debris like any other.
         entry.debris.keep_until = 0;
-        let flipped =
-            self.flip(Writing { held, entry, replicas: Vec::new(), replace: true, trace: None }, new, surplus, None);
+        let writing = Writing { held, entry, replicas: Vec::new(), replace: true, trace: None };
+        let flipped = self.flip(writing, new, surplus, None);
         drop(noted);
-        flipped
+        flipped.map(|()| None)
     }
 
     /// No record names the version of a draft, so the key need not be locked.
@@ -157,10 +167,12 @@ impl Rocks {
     pub fn end_upload(&self, upload: &MultipartUpload) -> Result<()> {
         let _uploads = self.locks.uploads();
         let mut batch = self.batch().set_upload(&upload.id.to_be_bytes(), None);
+        let value = self.get(&upload.key)?.map(|record| record.version);
         for part in self.all_parts(upload.id)? {
             batch = batch.set_upload(&part_name(upload.id, &part), None);
             let mut debris = self.debris_entry(&upload.key, part.record.version)?;
-            if debris.keep_until > 0 {
+            // What rests of the value's own version has been replaced by a rebalance.
+            if debris.keep_until > 0 && value != Some(part.record.version) {
                 debris.keep_until = 0;
                 batch = batch.set_debris(&upload.key, part.record.version, &debris);
             }

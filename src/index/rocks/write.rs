@@ -92,10 +92,12 @@ impl Rocks {
         let mut held = self.hold(key, owner(passing))?.ok_or(Error::Locked)?;
         let entry = |(version, debris)| Entry { key: key.into(), version, debris, stage: Stage::Due };
         let Some(record) = held.record.take() else {
-            let parts = self.part_versions(key)?;
-            let is_unwanted =
-                |entry: &Entry| !parts.contains(&entry.version) && !self.locks.is_draft(key, entry.version);
-            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).filter(is_unwanted).collect();
+            // In this order: a draft can become a part meanwhile, and a part a draft.
+            let mut kept = self.locks.drafts_of(key);
+            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).collect();
+            kept.extend(self.part_versions(key)?);
+            kept.extend(self.locks.drafts_of(key));
+            let entries: Vec<Entry> = entries.into_iter().filter(|entry| !kept.contains(&entry.version)).collect();
             return if entries.is_empty() { Err(Error::NOT_FOUND) } else { Ok((held, entries)) };
         };
         check(&record)?;
@@ -120,11 +122,11 @@ impl Rocks {
     }
 
     pub fn hold_to_clean(&self, entry: &mut Entry) -> Result<Option<Held<'_>>> {
-        let held = self.hold(&entry.key, Owner::Cleaner)?.filter(|_| !self.locks.is_draft(&entry.key, entry.version));
-        if held.is_some() {
-            entry.debris = self.debris_entry(&entry.key, entry.version)?;
-        }
-        Ok(held)
+        let Some(held) = self.hold(&entry.key, Owner::Cleaner)? else { return Ok(None) };
+        entry.debris = self.debris_entry(&entry.key, entry.version)?;
+        // It was due when it was listed. It can have become a part of an upload since.
+        let rests = entry.debris.keep_until > now().as_secs() || self.locks.is_draft(&entry.key, entry.version);
+        Ok((!rests).then_some(held))
     }
 
     pub fn release(&self, held: Held, entry: &Entry) -> Clearing<'_> {

@@ -32,7 +32,9 @@ impl Engine {
         let rows = self.pool.read(sql::ENTRY, &[Bytes(&found.key), Int(version)])?;
         let Some(row) = rows.first() else { return Ok(None) };
         let entry = entry(&found.key, version, row);
-        if entry.stage == Stage::Deleted && entry.debris.doubtful_until > 0 {
+        // It was due when it was listed. It can rest since.
+        let rests = entry.debris.keep_until > now();
+        if rests || entry.stage == Stage::Deleted && entry.debris.doubtful_until > 0 {
             return Ok(None);
         }
         *found = entry;

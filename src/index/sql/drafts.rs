@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::connection::Arg::{Bytes, Int, Text};
 use super::pool::Failure;
 use super::statements as sql;
-use super::write::{FLIP, PAUSE, Trace, in_doubt};
+use super::write::{FLIP, PAUSE, Terms, Trace, in_doubt};
 use super::{Engine, bytes, flag, int, now, signed};
 use crate::error::{Error, Result};
 use crate::format::record::{Debris, Record};
@@ -25,18 +25,25 @@ impl Engine {
         Ok(Draft { entry, trace, noted: None })
     }
 
-    pub fn flip_draft(&self, draft: Draft, new: &Record, judge: Judge) -> Result<()> {
+    pub fn flip_draft<'a>(
+        &'a self,
+        draft: Draft<'a>,
+        new: &Record,
+        upload: Option<u64>,
+        judge: Judge,
+    ) -> Result<Option<Draft<'a>>> {
         let Draft { entry, trace, .. } = draft;
         let lock = self.lock(&entry.key, true)?;
         let record = self.get(&entry.key)?;
-        let replicas = entry.debris.replicas.clone();
+        let (given, replicas) = (entry.clone(), entry.debris.replicas.clone());
         let writing = Writing { held: Held { lock, record }, entry, replicas, replace: true, trace };
-        if writing.held.record.as_ref().is_some_and(|record| record.version > new.version) {
-            judge(writing.held.record.as_ref())?;
-            // Overtaken: the dropped row becomes debris.
-            return Ok(());
-        }
-        self.flip_judged(writing, new, Vec::new(), None, judge)
+        let judge = |old: Option<&Record>| match upload {
+            Some(id) if self.find_upload(id)?.is_none() => Err(Error::NoSuchUpload),
+            _ => judge(old),
+        };
+        let terms = Terms { upload: upload.unwrap_or(0) as i64, ..Terms::default() };
+        let overtaken = self.flip_judged(writing, new, terms, &judge)?;
+        Ok(overtaken.map(|trace| Draft { entry: given, trace: Some(trace), noted: None }))
     }
 
     pub fn abandon_draft(&self, draft: Draft, delete: impl FnOnce(&Entry) -> Deleted) -> Result<()> {

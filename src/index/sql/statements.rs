@@ -69,7 +69,8 @@ pub static UNWANTED: &str = concat!(
     "SELECT version, ",
     entry!(),
     " FROM debris WHERE key = $1::bytea AND version NOT IN
-       (SELECT p.version FROM part p, upload u WHERE p.id = u.id AND u.key = $1) ORDER BY version"
+       (SELECT p.version FROM part p, upload u WHERE p.id = u.id AND u.key = $1)
+       AND version NOT IN (SELECT version FROM writing WHERE key = $1) ORDER BY version"
 );
 pub static ENTRY: &str = concat!("SELECT ", entry!(), " FROM debris WHERE key = $1::bytea AND version = $2::bigint");
 pub static ALL_DEBRIS: &str = concat!(
@@ -112,19 +113,24 @@ pub static BEGIN: &str = "WITH r AS (SELECT version, value FROM record WHERE key
        ON CONFLICT (key, version) DO NOTHING RETURNING version)
      SELECT (SELECT version FROM w), (SELECT value FROM r), EXISTS (SELECT 1 FROM session WHERE id = $2)";
 
-/// Where there was no record. The answer: whether the row is still the write's, and whether the record was made.
+/// Where there was no record. $5: the upload that has to be there, or 0. The answer: whether the row is still the write's, and whether the record was made.
 pub static FLIP_NEW: &str = concat!(
-    "WITH ", mine!(), ",
-     r AS (INSERT INTO record (key, version, value) SELECT key, $2, $4::text FROM mine ON CONFLICT (key) DO NOTHING RETURNING key),
+    "WITH ",
+    mine!(),
+    ",
+     r AS (INSERT INTO record (key, version, value) SELECT key, $2, $4::text FROM mine
+       WHERE $5::bigint = 0 OR EXISTS (SELECT 1 FROM upload WHERE id = $5) ON CONFLICT (key) DO NOTHING RETURNING key),
      w AS (DELETE FROM writing WHERE key IN (SELECT key FROM r) AND version = $2 AND session = $3)
      SELECT EXISTS (SELECT 1 FROM mine), EXISTS (SELECT 1 FROM r)"
 );
 
-/// Where there was one, $5 and $6. $7: its replicas that become debris. $8: for how many seconds they are kept.
+/// Where there was one, $5 and $6. $7: its replicas that become debris. $8: for how many seconds they are kept. $9: the
+/// upload that has to be there, or 0.
 pub static FLIP: &str = concat!(
     "WITH ", mine!(), ",
      r AS (UPDATE record SET version = $2, value = $4::text WHERE key IN (SELECT key FROM mine)
-       AND version = $5::bigint AND value = $6::text RETURNING key),
+       AND version = $5::bigint AND value = $6::text
+       AND ($9::bigint = 0 OR EXISTS (SELECT 1 FROM upload WHERE id = $9)) RETURNING key),
      w AS (DELETE FROM writing WHERE key IN (SELECT key FROM r) AND version = $2 AND session = $3),
      d AS (INSERT INTO debris (key, version, until, wait, gone, replicas)
        SELECT key, $5, 'epoch', CASE WHEN $8::bigint < 0 THEN 'epoch' ELSE now() + $8 * interval '1 second' END, false, $7::text

@@ -87,6 +87,16 @@ impl Drop for Trace<'_> {
     }
 }
 
+/// What a flip does beside the new record.
+#[derive(Default)]
+pub struct Terms {
+    /// The replicas of the old record that are not needed any more, and how long they are kept.
+    pub surplus: Vec<String>,
+    pub keep: Option<Duration>,
+    /// The multipart upload that has to be there, or 0.
+    pub upload: i64,
+}
+
 /// What a flip has come to.
 enum Flip {
     Done,
@@ -208,18 +218,20 @@ impl Engine {
     }
 
     pub fn flip(&self, writing: Writing, new: &Record, surplus: Vec<String>, keep: Option<Duration>) -> Result<()> {
-        self.flip_judged(writing, new, surplus, keep, &|_| Ok(()))
+        // A later writer was faster: this value was there for an instant, before that one.
+        let overtaken = self.flip_judged(writing, new, Terms { surplus, keep, upload: 0 }, &|_| Ok(()))?;
+        overtaken.into_iter().for_each(|trace| trace.abandon(0));
+        Ok(())
     }
 
-    /// `judge`: whether the record that is found may be replaced.
-    pub fn flip_judged(
-        &self,
-        mut writing: Writing,
+    /// `judge`: whether the record that is found may be replaced. Gives the row back if the record has a higher version.
+    pub fn flip_judged<'a>(
+        &'a self,
+        mut writing: Writing<'a>,
         new: &Record,
-        surplus: Vec<String>,
-        keep: Option<Duration>,
+        terms: Terms,
         judge: Judge,
-    ) -> Result<()> {
+    ) -> Result<Option<Trace<'a>>> {
         let trace = match writing.trace.take() {
             Some(trace) => trace,
             // A rebalance that copies nothing.
@@ -229,26 +241,40 @@ impl Engine {
         let is_copy = old.as_ref().is_some_and(|old| old.version == new.version);
         let mut turns = 0;
         loop {
-            if let Err(refused) = judge(old.as_ref()) {
-                trace.abandon(0);
-                return Err(refused);
+            match judge(old.as_ref()) {
+                Err(Error::Unavailable(_)) if begun.elapsed() < FLIP => {
+                    std::thread::sleep(PAUSE);
+                    continue;
+                }
+                Err(refused) => {
+                    trace.abandon(0);
+                    return Err(refused);
+                }
+                Ok(()) => {}
+            }
+            if old.as_ref().is_some_and(|old| old.version > new.version) {
+                return Ok(Some(trace));
             }
             // An upload replaces the whole blob of the record that it finds.
-            let replaced =
-                if is_copy { surplus.join(",") } else { old.as_ref().map_or(String::new(), |o| o.replicas.join(",")) };
-            let flipped = self.flip_once(&trace, old.as_ref(), new, &replaced, keep);
-            match flipped {
+            let surplus = match &old {
+                Some(old) if !is_copy => old.replicas.join(","),
+                _ => terms.surplus.join(","),
+            };
+            match self.flip_once(&trace, old.as_ref(), new, &surplus, &terms) {
                 Ok(Flip::Done) => {
                     trace.forget();
-                    return Ok(());
+                    return Ok(None);
                 }
-                Ok(Flip::Fenced) => return self.fenced(trace, new, &writing.replicas, is_copy, begun),
+                Ok(Flip::Fenced) => {
+                    return self.fenced(trace, new, &writing.replicas, is_copy, begun).map(|()| None);
+                }
                 Ok(Flip::Changed) => match self.get(writing.held.key()) {
                     Ok(found) => {
                         turns += 1;
-                        if let Some(outcome) = outcome_of(&writing, found.as_ref(), new, is_copy || turns > TURNS) {
+                        let is_forbidden = found.as_ref().is_some_and(|found| found.live() && !writing.replace);
+                        if is_copy || is_forbidden || turns > TURNS {
                             trace.abandon(0);
-                            return outcome;
+                            return Err(Error::Locked);
                         }
                         old = found;
                     }
@@ -267,15 +293,15 @@ impl Engine {
         old: Option<&Record>,
         new: &Record,
         surplus: &str,
-        keep: Option<Duration>,
+        terms: &Terms,
     ) -> std::result::Result<Flip, Failure> {
-        let ([key, version, session], new) = (trace.name(), new.encode());
+        let ([key, version, session], new, upload) = (trace.name(), new.encode(), Int(terms.upload));
         let rows = match old {
-            None => self.pool.query(sql::FLIP_NEW, &[key, version, session, Text(&new)])?,
+            None => self.pool.query(sql::FLIP_NEW, &[key, version, session, Text(&new), upload])?,
             Some(old) => {
-                let keep = Int(keep.map_or(-1, |keep| keep.as_secs() as i64));
+                let keep = Int(terms.keep.map_or(-1, |keep| keep.as_secs() as i64));
                 let (old_version, old) = (Int(old.version as i64), old.encode());
-                let args = [key, version, session, Text(&new), old_version, Text(&old), Text(surplus), keep];
+                let args = [key, version, session, Text(&new), old_version, Text(&old), Text(surplus), keep, upload];
                 self.pool.query(sql::FLIP, &args)?
             }
         };
@@ -322,16 +348,6 @@ impl Trace<'_> {
     pub fn forget(mut self) {
         self.ended = true;
     }
-}
-
-/// What a write comes to whose record has changed; `None`: it goes on with what is there now.
-fn outcome_of(writing: &Writing, found: Option<&Record>, new: &Record, stop: bool) -> Option<Result<()>> {
-    let is_forbidden = found.is_some_and(|found| found.live() && !writing.replace);
-    if stop || is_forbidden {
-        return Some(Err(Error::Locked));
-    }
-    // A later writer was faster: this value was there for an instant, before that one.
-    found.is_some_and(|found| found.version > new.version).then_some(Ok(()))
 }
 
 pub fn in_doubt(failure: &Failure) -> Error {

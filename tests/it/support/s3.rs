@@ -394,8 +394,9 @@ impl Request {
 
     /// The names of the signed headers, and the signature.
     fn sign(&self, key: Key, headers: &[(String, String)], query: &[(String, String)], hash: &str) -> (String, String) {
-        let mut pairs: Vec<_> = query.iter().map(|(n, v)| format!("{}={}", encode(n), encode(v))).collect();
+        let mut pairs: Vec<_> = query.iter().map(|(n, v)| (encode(n), encode(v))).collect();
         pairs.sort();
+        let pairs: Vec<_> = pairs.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let (headers, names) = canonical_headers(headers);
         let canonical = format!("{}\n{}\n{}\n{headers}\n{names}\n{hash}", self.method, self.path, pairs.join("&"));
         let digest = hex(&Sha256::digest(canonical));
