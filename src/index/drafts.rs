@@ -125,9 +125,9 @@ impl Index {
         engine!(self, find_upload(id))
     }
 
-    /// All uploads, by id.
-    pub fn uploads(&self) -> Result<Vec<MultipartUpload>> {
-        engine!(self, uploads())
+    /// Calls `f` with each upload, by id: there can be many, with long metadata.
+    pub fn uploads(&self, f: impl FnMut(MultipartUpload) -> Result<()>) -> Result<()> {
+        engine!(self, uploads(f))
     }
 
     /// The parts of an upload, by number.
@@ -137,13 +137,10 @@ impl Index {
 
     /// Takes over the multipart uploads of another index, and their parts. Their debris is not among them.
     pub fn take_uploads(&self, other: &Index) -> Result<()> {
-        for upload in other.uploads()? {
+        other.uploads(|upload| {
             self.create_upload(&upload)?;
-            for part in other.parts(upload.id)? {
-                engine!(self, add_part(upload.id, &part))?;
-            }
-        }
-        Ok(())
+            other.parts(upload.id)?.iter().try_for_each(|part| engine!(self, add_part(upload.id, part)))
+        })
     }
 
     /// Makes a draft a part of an upload; the cleaner leaves it alone until this time (seconds since 1970). Fails with

@@ -125,6 +125,7 @@ impl Locks {
     /// that is still under way.
     pub fn is_plain_name_unsafe(&self, key: &[u8]) -> bool {
         self.is_clearing(key, 0)
+            || self.is_draft(key, 0)
             || self.has_unconfirmed_delete(key)
             || self.crash.get().is_some_and(|at| at.elapsed() < UNCONFIRMED)
     }

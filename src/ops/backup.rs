@@ -143,9 +143,7 @@ pub fn restore(db: &Location, file: &Path) -> Result<()> {
 /// What was to be deleted, or was a part of an upload, can have become a value since.
 fn forget_debris(unpacked: &Unpacked) -> Result<()> {
     let index = &unpacked.index;
-    for upload in index.uploads()? {
-        index.end_upload(&upload)?;
-    }
+    index.uploads(|upload| index.end_upload(&upload))?;
     for entry in index.view().entries() {
         let entry = entry?;
         index.batch().set_debris(&entry.key, entry.version, &Debris::default()).commit()?;

@@ -28,8 +28,24 @@ struct Wanted {
 }
 
 enum Item {
-    Object(Vec<u8>, Record),
+    Object(Vec<u8>, Listing),
     Prefix(Vec<u8>),
+}
+
+/// What a list shows of an object. Its record can have 30 KiB of metadata.
+struct Listing {
+    etag: String,
+    /// Bytes.
+    size: u64,
+    /// Seconds since 1970.
+    time: u64,
+}
+
+impl Listing {
+    fn of(record: &Record) -> Result<Listing> {
+        let etag = etag(record, &Meta::decode(&record.meta)?);
+        Ok(Listing { etag, size: record.size.unwrap_or_default(), time: record.time.unwrap_or_default() })
+    }
 }
 
 impl Item {
@@ -97,7 +113,7 @@ impl S3 {
             }
             match wanted.listed(name) {
                 Listed::Object => {
-                    items.push(Item::Object(name.to_vec(), record));
+                    items.push(Item::Object(name.to_vec(), Listing::of(&record)?));
                     Ok(Step::Next)
                 }
                 Listed::Prefix(prefix) => {
@@ -142,7 +158,7 @@ impl S3 {
         encoding.write(&mut list);
         let with_owner = !is_v2 || text("fetch-owner") == Some("true");
         for item in &items {
-            write_item(&mut list, item, &encoding, with_owner)?;
+            write_item(&mut list, item, &encoding, with_owner);
         }
         document(list)
     }
@@ -161,23 +177,21 @@ impl S3 {
     }
 }
 
-fn write_item(list: &mut Document, item: &Item, encoding: &Encoding, with_owner: bool) -> Result<()> {
-    let (name, record) = match item {
+fn write_item(list: &mut Document, item: &Item, encoding: &Encoding, with_owner: bool) {
+    let (name, listing) = match item {
         Item::Prefix(prefix) => {
             list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
-            return Ok(());
+            return;
         }
-        Item::Object(name, record) => (name, record),
+        Item::Object(name, listing) => (name, listing),
     };
-    let etag = etag(record, &Meta::decode(&record.meta)?);
     list.open("Contents").element("Key", encoding.shown(name));
-    list.element("LastModified", iso(record.time.unwrap_or_default()));
-    list.element("ETag", format!("\"{etag}\"")).element("Size", record.size.unwrap_or_default());
+    list.element("LastModified", iso(listing.time));
+    list.element("ETag", format!("\"{}\"", listing.etag)).element("Size", listing.size);
     if with_owner {
         owner(list, "Owner");
     }
     list.element("StorageClass", "STANDARD").close();
-    Ok(())
 }
 
 /// How keys stand in the XML: as text, or percent-encoded with `encoding-type=url`, which every byte survives.

@@ -37,10 +37,15 @@ impl Store {
         Ok(self.index.find_upload(id)?.filter(|upload| upload.key == key))
     }
 
-    /// The uploads under way of keys that begin with `prefix`, by key and id.
+    /// The uploads under way of keys that begin with `prefix`, by key and id, without what is kept beside their values.
     pub fn uploads(&self, prefix: &[u8]) -> Result<Vec<MultipartUpload>> {
-        let mut uploads = self.index.uploads()?;
-        uploads.retain(|upload| upload.key.starts_with(prefix));
+        let mut uploads = Vec::new();
+        self.index.uploads(|upload| {
+            if upload.key.starts_with(prefix) {
+                uploads.push(MultipartUpload { meta: String::new(), ..upload });
+            }
+            Ok(())
+        })?;
         uploads.sort_by(|a, b| (&a.key, a.id).cmp(&(&b.key, b.id)));
         Ok(uploads)
     }
@@ -140,11 +145,13 @@ impl Store {
 
     fn purge_once(&self) -> Result<()> {
         let oldest = now().saturating_sub(self.config.uploads.as_secs());
-        for upload in self.index.uploads()?.iter().filter(|upload| upload.time < oldest) {
+        self.index.uploads(|upload| {
+            if upload.time >= oldest {
+                return Ok(());
+            }
             log::info!("the upload of {} has expired", quoted(&upload.key));
-            self.abort_upload(upload)?;
-        }
-        Ok(())
+            self.abort_upload(&upload)
+        })
     }
 }
 

@@ -78,22 +78,21 @@ impl Rocks {
         found.map(|text| MultipartUpload::decode(id, &text)).transpose()
     }
 
-    pub fn uploads(&self) -> Result<Vec<MultipartUpload>> {
-        let mut uploads = Vec::new();
+    pub fn uploads(&self, mut f: impl FnMut(MultipartUpload) -> Result<()>) -> Result<()> {
         // A follower's database can be one without the family.
-        let Some(family) = self.db.cf_handle(UPLOADS) else { return Ok(uploads) };
+        let Some(family) = self.db.cf_handle(UPLOADS) else { return Ok(()) };
         let mut start = Vec::new();
         loop {
             // The parts of each upload are stepped over.
             let mode = IteratorMode::From(&start, rocksdb::Direction::Forward);
-            let Some(row) = self.db.iterator_cf(family, mode).next() else { return Ok(uploads) };
+            let Some(row) = self.db.iterator_cf(family, mode).next() else { return Ok(()) };
             let (name, text) = row.map_err(index_error)?;
             let id = name.first_chunk::<ID_BYTES>().map(|id| u64::from_be_bytes(*id));
             let id = id.ok_or_else(|| Error::Index("an upload has no id".into()))?;
             if name.len() == ID_BYTES {
-                uploads.push(MultipartUpload::decode(id, &text)?);
+                f(MultipartUpload::decode(id, &text)?)?;
             }
-            let Some(next) = id.checked_add(1) else { return Ok(uploads) };
+            let Some(next) = id.checked_add(1) else { return Ok(()) };
             start = next.to_be_bytes().to_vec();
         }
     }
@@ -115,15 +114,6 @@ impl Rocks {
             }
         }
         Ok(parts)
-    }
-
-    /// The versions of a key that are parts of uploads under way.
-    pub(super) fn part_versions(&self, key: &[u8]) -> Result<Vec<u64>> {
-        let mut versions = Vec::new();
-        for upload in self.uploads()?.into_iter().filter(|upload| upload.key == key) {
-            versions.extend(self.all_parts(upload.id)?.iter().map(|part| part.record.version));
-        }
-        Ok(versions)
     }
 
     pub fn keep_part(&self, draft: Draft, id: u64, part: &Part, until: u64) -> Result<()> {

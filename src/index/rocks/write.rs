@@ -92,18 +92,18 @@ impl Rocks {
         let mut held = self.hold(key, owner(passing))?.ok_or(Error::Locked)?;
         let entry = |(version, debris)| Entry { key: key.into(), version, debris, stage: Stage::Due };
         let Some(record) = held.record.take() else {
-            // In this order: a draft can become a part meanwhile, and a part a draft.
-            let mut kept = self.locks.drafts_of(key);
-            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).collect();
-            kept.extend(self.part_versions(key)?);
-            kept.extend(self.locks.drafts_of(key));
-            let entries: Vec<Entry> = entries.into_iter().filter(|entry| !kept.contains(&entry.version)).collect();
+            // In this order: a draft rests as a part before it is a draft no more.
+            let (drafts, now) = (self.locks.drafts_of(key), now().as_secs());
+            let is_due = |entry: &Entry| entry.debris.keep_until <= now && !drafts.contains(&entry.version);
+            let entries: Vec<Entry> = self.debris(key)?.into_iter().map(entry).filter(is_due).collect();
             return if entries.is_empty() { Err(Error::NOT_FOUND) } else { Ok((held, entries)) };
         };
         check(&record)?;
         let version = record.version;
         let mut debris = self.debris_entry(key, version)?;
         debris.merge(&Debris { replicas: record.replicas, ..Debris::default() });
+        // The value is gone, so none of its replicas has to rest.
+        debris.keep_until = 0;
         self.batch().remove(key).set_debris(key, version, &debris).commit()?;
         Ok((held, vec![entry((version, debris))]))
     }
@@ -123,10 +123,11 @@ impl Rocks {
 
     pub fn hold_to_clean(&self, entry: &mut Entry) -> Result<Option<Held<'_>>> {
         let Some(held) = self.hold(&entry.key, Owner::Cleaner)? else { return Ok(None) };
+        // In this order: a draft rests as a part before it is a draft no more.
+        let is_draft = self.locks.is_draft(&entry.key, entry.version);
         entry.debris = self.debris_entry(&entry.key, entry.version)?;
-        // It was due when it was listed. It can have become a part of an upload since.
-        let rests = entry.debris.keep_until > now().as_secs() || self.locks.is_draft(&entry.key, entry.version);
-        Ok((!rests).then_some(held))
+        let rests = entry.debris.keep_until > now().as_secs();
+        Ok((!is_draft && !rests).then_some(held))
     }
 
     pub fn release(&self, held: Held, entry: &Entry) -> Clearing<'_> {

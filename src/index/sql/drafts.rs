@@ -65,16 +65,14 @@ impl Engine {
         rows.first().map(|row| MultipartUpload::decode(id, bytes(row, 0))).transpose()
     }
 
-    pub fn uploads(&self) -> Result<Vec<MultipartUpload>> {
-        let mut uploads: Vec<MultipartUpload> = Vec::new();
+    pub fn uploads(&self, mut f: impl FnMut(MultipartUpload) -> Result<()>) -> Result<()> {
+        let mut last = -1;
         loop {
-            let last = uploads.last().map_or(-1, |upload| upload.id as i64);
             let rows = self.pool.read(sql::UPLOADS, &[Int(last), Int(PAGE)])?;
-            if rows.is_empty() {
-                return Ok(uploads);
-            }
+            let Some(row) = rows.last() else { return Ok(()) };
+            last = int(row, 0);
             for row in &rows {
-                uploads.push(MultipartUpload::decode(int(row, 0) as u64, bytes(row, 1))?);
+                f(MultipartUpload::decode(int(row, 0) as u64, bytes(row, 1))?)?;
             }
         }
     }
