@@ -27,7 +27,6 @@ impl Engine {
 
     pub fn hold_to_clean(&self, found: &mut Entry) -> Result<Option<Held<'_>>> {
         let Some(lock) = self.locks.lock(&found.key, Owner::Cleaner) else { return Ok(None) };
-        let record = self.get(&found.key)?;
         let version = found.version as i64;
         let rows = self.pool.read(sql::ENTRY, &[Bytes(&found.key), Int(version)])?;
         let Some(row) = rows.first() else { return Ok(None) };
@@ -37,6 +36,8 @@ impl Engine {
         if rests || entry.stage == Stage::Deleted && entry.debris.doubtful_until > 0 {
             return Ok(None);
         }
+        // Read after the entry: a flip that made the record's blobs debris meanwhile is in both, or in the record alone.
+        let record = self.get(&found.key)?;
         *found = entry;
         Ok(Some(Held { lock, record }))
     }
