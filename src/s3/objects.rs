@@ -141,35 +141,12 @@ impl Read for Accepted<'_, '_> {
     }
 }
 
-/// The value of an upload. It gives the last byte away once the payload has proved to be right to its end, because the
-/// store ends with the announced length and reads no further.
-struct Value<'a, 'b> {
-    payload: &'a RefCell<Payload<'b>>,
-    /// The last byte read so far.
-    held: Option<u8>,
-    failed: bool,
-}
+/// A payload that the store reads while its checksum can be asked for.
+struct Shared<'a, 'b>(&'a RefCell<Payload<'b>>);
 
-impl<'a, 'b> Value<'a, 'b> {
-    fn new(payload: &'a RefCell<Payload<'b>>) -> io::Result<Value<'a, 'b>> {
-        let mut first = [0];
-        let count = payload.borrow_mut().read(&mut first)?;
-        Ok(Value { payload, held: (count > 0).then_some(first[0]), failed: false })
-    }
-}
-
-impl Read for Value<'_, '_> {
+impl Read for Shared<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(held) = self.held.filter(|_| !buffer.is_empty()) else { return Ok(0) };
-        let mut next = [0];
-        let rest = if buffer.len() > 1 { &mut buffer[1..] } else { &mut next[..] };
-        let read = self.payload.borrow_mut().read(rest);
-        self.failed |= read.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted);
-        let count = read?;
-        self.held = count.checked_sub(1).map(|last| rest[last]);
-        buffer[0] = held;
-        // The byte that is held back now is not counted.
-        Ok(count.max(1))
+        self.0.borrow_mut().read(buffer)
     }
 }
 
@@ -188,24 +165,21 @@ pub fn receive<T>(
     let payload = Payload::new(call.head, call.signed, length, &mut accepted)?;
     let length = payload.length();
     let payload = RefCell::new(payload);
-    let Ok(mut value) = Value::new(&payload) else { return Err(broken(&payload).into()) };
-    if length.is_some_and(|length| (length == 0) != value.held.is_none()) {
-        return Err(broken(&payload).into());
-    }
-    let upload = Upload { reader: &mut value, length, content_md5 };
+    let mut reader = Shared(&payload);
+    let upload = Upload { reader: &mut reader, length, content_md5 };
     let checksum = || payload.borrow().checksum().map(|(algorithm, value)| (algorithm, value.to_string()));
     store(upload, &checksum).map_err(|error| match error {
-        Error::BadRequest(_) if value.failed => broken(&payload).into(),
-        Error::BadRequest(_) if content_md5.is_some() && value.held.is_none() => bad_digest().into(),
+        Error::BadRequest(_) if payload.borrow().is_broken() => broken(&mut payload.borrow_mut()).into(),
+        Error::BadRequest(_) if content_md5.is_some() && payload.borrow().has_ended() => bad_digest().into(),
         Error::BadRequest(text) => Fault::new(Code::IncompleteBody, text),
         error => error.into(),
     })
 }
 
 /// Why a payload could not be read to its end.
-fn broken(payload: &RefCell<Payload>) -> Failure {
+fn broken(payload: &mut Payload) -> Failure {
     let cut = || Failure::new(Code::IncompleteBody, "the body ended before its announced length, or came too slowly");
-    payload.borrow_mut().failure().unwrap_or_else(cut)
+    payload.failure().unwrap_or_else(cut)
 }
 
 fn bad_digest() -> Failure {
@@ -230,7 +204,7 @@ pub fn read_text(call: &Call, body: &mut Body, is_checked: bool) -> Outcome<Stri
     let mut bytes = Vec::new();
     let read = (&mut payload).take(XML_MAX + 1).read_to_end(&mut bytes);
     if read.is_err() {
-        return Err(broken(&RefCell::new(payload)).into());
+        return Err(broken(&mut payload).into());
     }
     if bytes.len() as u64 > XML_MAX {
         return Err(too_large());

@@ -86,6 +86,16 @@ impl<'a> Payload<'a> {
         self.length
     }
 
+    /// Whether it was read to its end and is what the client said.
+    pub(super) fn has_ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// Whether a read has failed.
+    pub(super) fn is_broken(&self) -> bool {
+        self.state == State::Broken
+    }
+
     /// Why the body is refused, after a read that failed. `None`: the body under this one failed.
     pub fn failure(&mut self) -> Option<Failure> {
         self.failure.take()
