@@ -44,7 +44,7 @@ impl S3 {
         let marker = call.route.key();
         if self.store.object(&marker)?.is_none() {
             let upload = Upload { reader: &mut std::io::empty(), length: Some(0), content_md5: None };
-            self.store.put_object(&marker, upload, |_| String::new(), &|_| Ok(()))?;
+            self.store.put_object(&marker, upload, String::new, &|_| Ok(()))?;
         }
         Ok(Response { headers: vec![("Location", format!("/{bucket}"))], ..empty(200) })
     }

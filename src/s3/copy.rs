@@ -65,7 +65,7 @@ impl S3 {
         let work = move || {
             let judge = move |old: Option<&Record>| self.judge(&bucket, &conditions, old);
             let record =
-                transfer(opened, hash, |upload| self.store.put_object(&key, upload, |_| meta.encode(), &judge))?;
+                transfer(opened, hash, |upload| self.store.put_object(&key, upload, || meta.encode(), &judge))?;
             copied("CopyObjectResult", &record)
         };
         kept_alive(call, object.size >= LONG, work)
@@ -99,7 +99,7 @@ impl S3 {
         })?;
         let (size, hash) = (opened.length, object.record.hash.filter(|_| text.is_none()));
         let work = move || {
-            let part = transfer(opened, hash, |data| self.store.put_part(&upload, number, data, |_| String::new()))?;
+            let part = transfer(opened, hash, |data| self.store.put_part(&upload, number, data, String::new))?;
             copied("CopyPartResult", &part.record)
         };
         kept_alive(call, size >= LONG, work)

@@ -140,7 +140,7 @@ impl Meta {
     }
 
     /// Adds the checksum that a client has sent with the value.
-    pub fn set_checksum(&mut self, checksum: Option<(Algorithm, &str)>) {
+    pub fn set_checksum(&mut self, checksum: Option<(Algorithm, impl Into<String>)>) {
         if let Some((algorithm, value)) = checksum {
             self.set(algorithm.name(), value);
         }

@@ -14,7 +14,7 @@ use super::conditions::Conditions;
 use super::failure::{Code, Failure};
 use super::lists::{Encoding, most};
 use super::meta::{Meta, etag};
-use super::objects::{read_text, receive, stored, with_checksum};
+use super::objects::{read_text, receive, stored};
 use super::xml::{Document, parse_complete};
 use super::{Call, S3};
 use crate::error::{Error, Result};
@@ -83,8 +83,12 @@ impl S3 {
         let number = call.part_number()?;
         let upload = self.upload(call)?;
         let part = receive(call, body, |data, checksum| {
-            let meta = |_: &_| with_checksum(Meta::default(), &checksum()).encode();
-            self.store.put_part(&upload, number, data, meta)
+            let encode = || {
+                let mut meta = Meta::default();
+                meta.set_checksum(checksum());
+                meta.encode()
+            };
+            self.store.put_part(&upload, number, data, encode)
         })?;
         stored(&part.record)
     }
@@ -315,13 +319,13 @@ fn choose(known: &[Part], named: &[(u16, String)]) -> Outcome<Vec<Part>, Failure
 /// META of the object that these parts become.
 fn object_meta(upload: &MultipartUpload, parts: &[Part]) -> Result<Meta> {
     let given = Meta::decode(&upload.meta)?;
-    let (mut meta, hashes) =
-        (given.of_client(), parts.iter().filter_map(|part| part.record.hash).collect::<Vec<Hash>>());
+    let mut meta = given.of_client();
+    let hashes: Vec<Hash> = parts.iter().filter_map(|part| part.record.hash).collect();
     meta.set("etag", format!("{}-{}", hex(&Md5::digest(hashes.concat()).into()), parts.len()));
     meta.set("upload", shown(upload.id));
     let checksums: Vec<Meta> = parts.iter().map(|part| Meta::decode(&part.record.meta)).collect::<Result<_>>()?;
     match (given.get(COMPOSITE).and_then(Algorithm::parse), &checksums[..]) {
-        (Some(algorithm), all) => meta.set_checksum(composite(algorithm, all).as_deref().map(|sum| (algorithm, sum))),
+        (Some(algorithm), all) => meta.set_checksum(composite(algorithm, all).map(|sum| (algorithm, sum))),
         // The only part is the object.
         (None, [only]) => meta.set_checksum(only.checksum()),
         (None, _) => {}

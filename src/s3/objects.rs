@@ -30,16 +30,19 @@ pub type Checksum = Option<(Algorithm, String)>;
 
 impl S3 {
     pub(super) fn put<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
-        let (key, meta, conditions) =
-            (call.route.key(), Meta::of_request(call.head, call.query)?, Conditions::of(call.head));
+        let (key, conditions) = (call.route.key(), Conditions::of(call.head));
+        let mut meta = Meta::of_request(call.head, call.query)?;
         self.check_bucket(call)?;
         if conditions.is_any() {
             // Spares a client the upload of a value that is refused; the judge of the flip decides.
             conditions.judge(self.store.object(&key)?.as_ref())?;
         }
         let record = receive(call, body, |upload, checksum| {
-            let meta = |_: &_| with_checksum(meta, &checksum()).encode();
-            self.store.put_object(&key, upload, meta, &|old| self.judge(&call.route.bucket, &conditions, old))
+            let encode = || {
+                meta.set_checksum(checksum());
+                meta.encode()
+            };
+            self.store.put_object(&key, upload, encode, &|old| self.judge(&call.route.bucket, &conditions, old))
         })?;
         stored(&record)
     }
@@ -122,13 +125,6 @@ pub fn stored<'a>(record: &Record) -> Answer<'a> {
     let mut response = Response { headers: vec![("ETag", format!("\"{}\"", etag(record, &meta)))], ..empty(200) };
     response.headers.extend(meta.checksum().map(|(algorithm, value)| (algorithm.header(), value.to_string())));
     Ok(response)
-}
-
-pub fn with_checksum(mut meta: Meta, checksum: &Checksum) -> Meta {
-    if let Some((algorithm, value)) = checksum {
-        meta.set(algorithm.name(), value);
-    }
-    meta
 }
 
 /// A body whose request was judged: the client gets 100 Continue before the first read, also for an empty body.

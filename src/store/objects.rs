@@ -39,7 +39,7 @@ impl Store {
         &self,
         key: &[u8],
         upload: Upload,
-        meta: impl FnOnce(&Stored) -> String,
+        meta: impl FnOnce() -> String,
         judge: Judge,
     ) -> Result<Record> {
         self.write_object(key, upload, meta, None, judge)
@@ -50,7 +50,7 @@ impl Store {
         &self,
         key: &[u8],
         upload: Upload,
-        meta: impl FnOnce(&Stored) -> String,
+        meta: impl FnOnce() -> String,
         completes: Option<u64>,
         judge: Judge,
     ) -> Result<Record> {
@@ -61,8 +61,7 @@ impl Store {
         judge(self.index.get(key)?.as_ref())?;
         let replicas = self.place(key);
         let (draft, mut record) = self.write_draft(key, &replicas, upload)?;
-        let stored = Stored { size: record.size.unwrap_or_default(), hash: record.hash };
-        record.meta = meta(&stored);
+        record.meta = meta();
         self.flip_draft(draft, record, completes, &judge)
     }
 
