@@ -1,5 +1,7 @@
 //! The head of a request, as its signature sees it: every byte as the client sent it.
 
+use std::ops::RangeInclusive;
+
 use percent_encoding::percent_decode_str;
 
 use super::failure::{Code, Failure};
@@ -41,13 +43,37 @@ impl<'a> Head<'a> {
     }
 }
 
+/// The parameters of a query, decoded.
+#[derive(Debug)]
+pub struct Query(pub Vec<(String, String)>);
+
+impl Query {
+    /// The first parameter of this name; names are case-sensitive.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
+    }
+
+    /// A number in this range. A parameter without a value counts as absent.
+    pub fn number(&self, name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, Failure> {
+        let Some(text) = self.get(name).filter(|text| !text.is_empty()) else { return Ok(None) };
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let wrong = || {
+            let (least, most) = range.clone().into_inner();
+            Failure::new(Code::InvalidArgument, format!("{name}={text} is not a number from {least} to {most}"))
+        };
+        number.map(Some).ok_or_else(wrong)
+    }
+}
+
 /// The parameters of a target's query, in order and decoded. One without `=` has an empty value. Fails if one is not
 /// UTF-8. Signatures are checked against these, so use them, and nothing else, to see what a request asks for.
-pub fn query(target: &str) -> Result<Vec<(String, String)>, Failure> {
+pub fn query(target: &str) -> Result<Query, Failure> {
     let text = |bytes| {
         String::from_utf8(bytes).map_err(|_| Failure::new(Code::InvalidURI, "a parameter of the query is not UTF-8"))
     };
-    parameters(target).map(|(name, value)| Ok((text(name)?, text(value.unwrap_or_default())?))).collect()
+    let pairs: Result<Vec<_>, Failure> =
+        parameters(target).map(|(name, value)| Ok((text(name)?, text(value.unwrap_or_default())?))).collect();
+    pairs.map(Query)
 }
 
 /// The parameters as bytes. `None` for the value: there is no `=`.
@@ -70,7 +96,7 @@ mod tests {
 
     #[test]
     fn a_query_is_decoded() {
-        let pairs = |target| query(target).unwrap();
+        let pairs = |target| query(target).unwrap().0;
         assert_eq!(
             pairs("/b/a+b?a=1&&b=x%20y+z%2B=w&uploads&c=&a=2%zz"),
             [

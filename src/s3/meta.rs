@@ -18,8 +18,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 use super::answer::Outcome;
 use super::checksum::Algorithm;
 use super::failure::{Code, Failure};
-use super::head::Head;
-use super::route::Query;
+use super::head::{Head, Query};
 use crate::error::{Error, Result};
 use crate::format::record::{Record, hex};
 

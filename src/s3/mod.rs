@@ -42,9 +42,9 @@ use crate::logging;
 use crate::store::Store;
 use answer::{Answer, Fault, Outcome, refusal};
 use failure::{Code, Failure};
-use head::Head;
+use head::{Head, Query};
 use keys::Keys;
-use route::{Operation, Query, Route, route};
+use route::{Operation, Route, route};
 use sigv4::Signed;
 
 #[derive(Debug, Clone)]
@@ -161,7 +161,7 @@ impl S3 {
             Some(keys) => Some(sigv4::authenticate(&head, keys, SystemTime::now())?.ok_or_else(unsigned)?),
             None => None,
         };
-        let query = Query(head::query(head.target)?);
+        let query = head::query(head.target)?;
         let copies = amz(&head, &query, "x-amz-copy-source").is_some();
         let route = route(head.method, head.path(), &query, copies)?;
         check_headers(&head, &query)?;

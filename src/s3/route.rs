@@ -7,6 +7,7 @@
 use percent_encoding::percent_decode_str;
 
 use super::failure::{Code, Failure};
+use super::head::Query;
 use crate::format::placement::KEY_MAX;
 
 /// The longest name of an object, in bytes.
@@ -85,27 +86,6 @@ impl Route {
 /// The store's key of an object. That of the empty object is the bucket's marker and the prefix of its keys.
 pub fn key(bucket: &str, object: &[u8]) -> Vec<u8> {
     [b"/", bucket.as_bytes(), b"/", object].concat()
-}
-
-/// The parameters of a query, decoded.
-pub struct Query(pub Vec<(String, String)>);
-
-impl Query {
-    /// The first parameter of this name; names are case-sensitive.
-    pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
-    }
-
-    /// A number in this range. A parameter without a value counts as absent.
-    pub fn number(&self, name: &str, range: std::ops::RangeInclusive<u64>) -> Result<Option<u64>, Failure> {
-        let Some(text) = self.get(name).filter(|text| !text.is_empty()) else { return Ok(None) };
-        let number = text.parse().ok().filter(|number| range.contains(number));
-        let wrong = || {
-            let (least, most) = range.clone().into_inner();
-            Failure::new(Code::InvalidArgument, format!("{name}={text} is not a number from {least} to {most}"))
-        };
-        number.map(Some).ok_or_else(wrong)
-    }
 }
 
 /// What an address names.
@@ -303,7 +283,7 @@ mod tests {
 
     fn routed(method: &str, target: &str) -> Result<Route, Code> {
         let (path, _) = target.split_once('?').unwrap_or((target, ""));
-        let query = Query(head::query(target).map_err(|failure| failure.code)?);
+        let query = head::query(target).map_err(|failure| failure.code)?;
         route(method, path, &query, false).map_err(|failure| failure.code)
     }
 

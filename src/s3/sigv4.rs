@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::failure::{Code, Failure};
-use super::head::{Head, parameters, query};
+use super::head::{Head, Query, parameters, query};
 use super::keys::{Key, Keys};
 use super::sigv2;
 
@@ -50,7 +50,7 @@ pub struct Signed<'k> {
 /// `x-amz-content-sha256` (`Payload`), and the key to what it may do (`Key::may`).
 pub fn authenticate<'k>(head: &Head, keys: &'k Keys, now: SystemTime) -> Result<Option<Signed<'k>>, Failure> {
     let query = query(head.target)?;
-    let has = |names: &[&str]| query.iter().any(|(name, _)| names.contains(&name.as_str()));
+    let has = |names: &[&str]| names.iter().any(|name| query.get(name).is_some());
     let in_query = has(&["X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Signature"]);
     let in_query_v2 = has(&["AWSAccessKeyId", "Signature"]);
     let in_header = head.header("Authorization").filter(|value| !value.is_empty());
@@ -131,11 +131,11 @@ fn parse_timestamp(text: &str) -> Option<SystemTime> {
     time.to_zoned(TimeZone::UTC).ok().map(|time| time.timestamp().into())
 }
 
-fn from_query(head: &Head, query: &[(String, String)]) -> Result<Claim, Failure> {
+fn from_query(head: &Head, query: &Query) -> Result<Claim, Failure> {
     let malformed = |why: &str| Failure::new(Code::AuthorizationQueryParametersError, why);
     let get = |name: &str| {
-        let value = query.iter().find(|(its, _)| its == name).map(|(_, value)| value.clone());
-        value.ok_or_else(|| malformed(&format!("a presigned URL needs {name}")))
+        let missing = || malformed(&format!("a presigned URL needs {name}"));
+        query.get(name).map(String::from).ok_or_else(missing)
     };
     if get("X-Amz-Algorithm")? != ALGORITHM {
         return Err(malformed("X-Amz-Algorithm is not AWS4-HMAC-SHA256"));
