@@ -1,10 +1,11 @@
 //! Buckets. The marker of bucket `b` is an empty value under the key `/b/`; a bucket exists if its marker or any key below
 //! it does, so what the native API has written is in buckets too.
 
+use super::address::{is_reachable, is_valid_bucket, key};
 use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, iso, xml};
 use super::failure::Code;
 use super::objects::read_text;
-use super::route::{self, Operation, key};
+use super::route::Operation;
 use super::xml::{self, Document};
 use super::{Call, S3};
 use crate::error::Result;
@@ -36,7 +37,7 @@ impl S3 {
 
     pub(super) fn create_bucket<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
         let bucket = &call.route.bucket;
-        if !route::is_valid_bucket(bucket) && !self.bucket_exists(bucket)? {
+        if !is_valid_bucket(bucket) && !self.bucket_exists(bucket)? {
             let text = "a bucket has 3 to 63 lower-case letters, digits, dots and hyphens";
             return Err(Fault::new(Code::InvalidBucketName, text));
         }
@@ -109,7 +110,7 @@ impl S3 {
 fn bucket_of(key: &[u8]) -> Option<(&str, Vec<u8>)> {
     let rest = key.strip_prefix(b"/")?;
     let end = rest.iter().position(|byte| *byte == b'/')?;
-    let bucket = std::str::from_utf8(&rest[..end]).ok().filter(|bucket| route::is_reachable(bucket))?;
+    let bucket = std::str::from_utf8(&rest[..end]).ok().filter(|bucket| is_reachable(bucket))?;
     Some((bucket, [b"/", bucket.as_bytes(), b"0"].concat()))
 }
 

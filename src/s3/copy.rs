@@ -1,11 +1,11 @@
 //! CopyObject and UploadPartCopy: the master streams the source from a volume into the new value.
 
+use super::address::{copy_source, key};
 use super::answer::{Answer, Fault, LONG, Outcome, iso, kept_alive, unread, xml};
 use super::conditions::{Conditions, Verdict};
 use super::failure::{Code, Failure};
 use super::get::Object;
 use super::meta::{Meta, etag};
-use super::route::{copy_source, key};
 use super::xml::Document;
 use super::{Call, S3, denied};
 use crate::error::Error;

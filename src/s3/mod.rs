@@ -1,6 +1,7 @@
 //! The S3 endpoint: bucket `b`, object `o` is the store's key `/b/o`.
 //!
-//! - `route.rs`: method and address to operation; `conditions.rs`: If-Match and the like; `meta.rs`: META and ETags
+//! - `address.rs`: buckets and objects in paths; `route.rs`: method and address to operation
+//! - `conditions.rs`: If-Match and the like; `meta.rs`: META and ETags
 //! - `buckets.rs`, `lists.rs`, `objects.rs`, `get.rs`, `copy.rs`, `multipart.rs`: the operations
 //! - `front.rs`: GET through the front or by redirect; `answer.rs`: results and errors as responses
 //! - `head.rs`, `sigv4.rs`, `sigv2.rs`, `keys.rs`: who asks; `payload.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and codes
@@ -9,6 +10,7 @@
 //! the body, before a lock and before a byte is read. An operation is carried out by the store; the room decides nothing
 //! about where a value lies. It may use http, store and format, and neither knows of `api/` nor is known to it.
 
+mod address;
 mod answer;
 mod buckets;
 mod checksum;

@@ -7,6 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use md5::{Digest, Md5};
 
+use super::address::{NO_VERSIONS, OBJECT_MAX, key};
 use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, xml};
 use super::buckets::acl;
 use super::checksum::Algorithm;
@@ -14,7 +15,7 @@ use super::conditions::Conditions;
 use super::failure::{Code, Failure};
 use super::meta::{Meta, etag};
 use super::payload::Payload;
-use super::route::{OBJECT_MAX, Operation, key};
+use super::route::Operation;
 use super::xml::{self, Document};
 use super::{Call, S3};
 use crate::error::{Error, Result};
@@ -86,7 +87,7 @@ impl S3 {
 
     fn delete_listed(&self, bucket: &str, object: &xml::Object) -> Outcome<()> {
         if object.version.is_some() {
-            return Err(Fault::new(Code::NoSuchVersion, "objects have no versions, but for the version null"));
+            return Err(Fault::new(Code::NoSuchVersion, NO_VERSIONS));
         }
         let wrong = match object.key.len() {
             // The bucket's marker.
