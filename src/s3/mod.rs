@@ -4,7 +4,8 @@
 //! - `conditions.rs`: If-Match and the like; `meta.rs`: META and ETags
 //! - `buckets.rs`, `lists.rs`, `objects.rs`, `get.rs`, `copy.rs`, `multipart.rs`: the operations
 //! - `front.rs`: GET through the front or by redirect; `answer.rs`: results and errors as responses
-//! - `head.rs`, `sigv4.rs`, `sigv2.rs`, `keys.rs`: who asks; `payload.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and codes
+//! - `head.rs`, `claim.rs`, `sigv4.rs`, `sigv2.rs`, `keys.rs`: who sent a request, and what its key allows
+//! - `payload.rs`, `declared.rs`, `chunked.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and error codes
 //!
 //! A request is judged by its head alone - signature, key, operation, name, conditions - before the client is told to send
 //! the body, before a lock and before a byte is read. An operation is carried out by the store; the room decides nothing
@@ -15,9 +16,12 @@ mod answer;
 mod buckets;
 mod checksum;
 mod chunked;
+mod claim;
 mod conditions;
 mod copy;
 mod declared;
+#[cfg(test)]
+mod examples;
 mod failure;
 mod front;
 mod get;

@@ -171,8 +171,8 @@ impl Read for Payload<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::s3::examples::{after, example, fields, keys};
     use crate::s3::sigv4::authenticate;
-    use crate::s3::sigv4::tests::{after, example, keys};
 
     const ABC: &str = "x-amz-content-sha256|ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
     const CHUNKED: &str = "x-amz-content-sha256|STREAMING-UNSIGNED-PAYLOAD-TRAILER\nx-amz-trailer|x-amz-checksum-crc32";
@@ -297,8 +297,8 @@ mod tests {
     fn the_signed_bodies_of_aws_are_read_and_every_change_to_them_is_found() {
         for (n, signatures) in [(4, SIGNATURES[0]), (5, SIGNATURES[1])] {
             let (method, target, headers) = example(n);
-            let headers: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-            let (head, keys) = (Head { method, target, headers: &headers }, keys());
+            let (headers, keys) = (fields(&headers), keys());
+            let head = Head { method, target, headers: &headers };
             let mut signed = authenticate(&head, &keys, after(0)).unwrap().unwrap();
             let read = |signed: Option<&Signed>, body: &str| {
                 let (mut sent, mut text) = (body.as_bytes(), String::new());

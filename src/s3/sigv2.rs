@@ -97,8 +97,8 @@ fn to_sign(head: &Head, query: &Query, expires: &str, end: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::s3::examples::{after, keys};
     use crate::s3::sigv4::authenticate;
-    use crate::s3::sigv4::tests::{after, keys};
 
     fn judge(method: &str, target: &str, headers: &[(&str, &str)], now: i64) -> Result<(), Code> {
         let keys = keys();
