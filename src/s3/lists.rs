@@ -40,33 +40,28 @@ impl Item {
     }
 }
 
-/// What a scan does with a key.
-#[derive(Debug, PartialEq)]
-enum Listed {
-    Object,
-    /// The key and all others below this prefix are one entry.
-    Prefix(Vec<u8>),
-}
-
 impl Wanted {
     /// The first name that can be on the page.
     fn start(&self) -> Vec<u8> {
-        match self.listed(&self.after) {
+        match self.common_prefix(&self.after) {
             // The last page ended with this prefix: all keys below it are known.
-            Listed::Prefix(prefix) if prefix == self.after => successor(&prefix).unwrap_or(prefix),
+            Some(prefix) if prefix == self.after => successor(prefix).unwrap_or_else(|| prefix.to_vec()),
             _ if self.after.is_empty() => self.prefix.clone(),
             _ => [&self.after, b"\0".as_slice()].concat(),
         }
     }
 
-    fn listed(&self, name: &[u8]) -> Listed {
-        let length = self.delimiter.len();
-        let Some(rest) = name.strip_prefix(&*self.prefix).filter(|_| length > 0) else { return Listed::Object };
-        match rest.windows(length).position(|part| part == self.delimiter) {
-            Some(at) => Listed::Prefix(name[..self.prefix.len() + at + length].to_vec()),
-            None => Listed::Object,
-        }
+    fn common_prefix<'n>(&self, name: &'n [u8]) -> Option<&'n [u8]> {
+        common_prefix(name, &self.prefix, &self.delimiter)
     }
+}
+
+/// The common prefix that stands for a name, and for all others below it, in a list of the names that begin with
+/// `prefix`. `None`: the name stands there itself.
+pub fn common_prefix<'n>(name: &'n [u8], prefix: &[u8], delimiter: &[u8]) -> Option<&'n [u8]> {
+    let rest = name.strip_prefix(prefix).filter(|_| !delimiter.is_empty())?;
+    let at = rest.windows(delimiter.len()).position(|part| part == delimiter)?;
+    Some(&name[..prefix.len() + at + delimiter.len()])
 }
 
 /// The first text above all that begin with this one; `None`: there is none.
@@ -95,17 +90,12 @@ impl S3 {
                 more = true;
                 return Ok(Step::Stop);
             }
-            match wanted.listed(name) {
-                Listed::Object => {
-                    items.push(Item::Object(name.to_vec(), record));
-                    Ok(Step::Next)
-                }
-                Listed::Prefix(prefix) => {
-                    let next = successor(&prefix).map(|next| [bucket, &next].concat());
-                    items.push(Item::Prefix(prefix));
-                    Ok(next.map_or(Step::Stop, Step::SkipTo))
-                }
-            }
+            let Some(prefix) = wanted.common_prefix(name) else {
+                items.push(Item::Object(name.to_vec(), record));
+                return Ok(Step::Next);
+            };
+            items.push(Item::Prefix(prefix.to_vec()));
+            Ok(successor(prefix).map_or(Step::Stop, |next| Step::SkipTo([bucket, &next].concat())))
         })?;
         Ok((items, more))
     }
@@ -229,18 +219,18 @@ mod tests {
 
     #[test]
     fn keys_below_a_delimiter_are_one_prefix() {
-        let prefix = |text: &str| Listed::Prefix(text.into());
-        for (of, delimiter, name, listed) in [
-            ("", "", "a/b", Listed::Object),
-            ("", "/", "a", Listed::Object),
-            ("", "/", "a/b/c", prefix("a/")),
-            ("", "/", "/a", prefix("/")),
-            ("a/", "/", "a/b/c", prefix("a/b/")),
-            ("a/", "/", "a/b", Listed::Object),
-            ("a", "/", "a/b", prefix("a/")),
-            ("", "--", "a-b--c", prefix("a-b--")),
+        for (prefix, delimiter, name, common) in [
+            ("", "", "a/b", None),
+            ("", "/", "a", None),
+            ("", "/", "a/b/c", Some("a/")),
+            ("", "/", "/a", Some("/")),
+            ("a/", "/", "a/b/c", Some("a/b/")),
+            ("a/", "/", "a/b", None),
+            ("a", "/", "a/b", Some("a/")),
+            ("", "--", "a-b--c", Some("a-b--")),
         ] {
-            assert_eq!(wanted(of, delimiter, "").listed(name.as_bytes()), listed, "{of} {delimiter} {name}");
+            let found = common_prefix(name.as_bytes(), prefix.as_bytes(), delimiter.as_bytes());
+            assert_eq!(found, common.map(str::as_bytes), "{prefix} {delimiter} {name}");
         }
     }
 

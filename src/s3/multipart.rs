@@ -12,7 +12,7 @@ use super::buckets::owner;
 use super::checksum::{Algorithm, Hasher};
 use super::conditions::Conditions;
 use super::failure::{Code, Failure};
-use super::lists::{Encoding, most};
+use super::lists::{Encoding, common_prefix, most};
 use super::meta::{Meta, etag};
 use super::objects::{read_text, receive, stored};
 use super::xml::{Document, parse_complete};
@@ -213,9 +213,7 @@ struct UploadPage<'a> {
 impl UploadPage<'_> {
     /// Adds an upload, or the common prefix that stands for it. False: the page is full.
     fn add(&mut self, list: &mut Document, name: &[u8], upload: &MultipartUpload, encoding: &Encoding) -> bool {
-        let (rest, delimiter) = (&name[self.prefix.len()..], self.delimiter.as_bytes());
-        let at = (!delimiter.is_empty()).then(|| rest.windows(delimiter.len()).position(|part| part == delimiter));
-        let common = at.flatten().map(|at| &name[..self.prefix.len() + at + delimiter.len()]);
+        let common = common_prefix(name, self.prefix.as_bytes(), self.delimiter.as_bytes());
         let is_repeated = |prefix: &[u8]| matches!(&self.last, Some((last, _)) if last.starts_with(prefix));
         if common.is_some_and(is_repeated) {
             self.last = Some((name.to_vec(), shown(upload.id)));
