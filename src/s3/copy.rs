@@ -5,6 +5,7 @@ use super::answer::{Answer, Fault, LONG, Outcome, iso, kept_alive, unread, xml};
 use super::conditions::{Conditions, Verdict};
 use super::failure::{Code, Failure};
 use super::get::Object;
+use super::head::digits;
 use super::meta::{Meta, etag};
 use super::xml::Document;
 use super::{Call, S3, denied};
@@ -140,9 +141,8 @@ fn copied(root: &'static str, record: &Record) -> Outcome<String> {
 
 /// Parses `bytes=FIRST-LAST`, which has to be inside the source.
 fn source_range(text: &str, size: u64) -> Outcome<(u64, u64), Failure> {
-    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
     let range = text.strip_prefix("bytes=").and_then(|range| range.split_once('-'));
-    match range.and_then(|(first, last)| Some((number(first)?, number(last)?))) {
+    match range.and_then(|(first, last)| Some((digits(first)?, digits(last)?))) {
         Some((first, last)) if first <= last && last < size => Ok((first, last)),
         Some((first, last)) if first <= last => {
             Err(Failure::new(Code::InvalidRange, format!("the source has {size} bytes")))

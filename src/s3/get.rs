@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use super::answer::{Answer, Fault, Outcome, empty, http_date};
 use super::conditions::{Conditions, Verdict, bare, seconds};
 use super::failure::{Code, Failure};
+use super::head::digits;
 use super::meta::{DEFAULT_TYPE, KEPT, Meta, etag, is_text};
 use super::route::Operation;
 use super::{Call, S3};
@@ -44,16 +45,15 @@ impl Range {
         let Some((first, last)) = text.trim().strip_prefix("bytes=").and_then(|range| range.split_once('-')) else {
             return Range::Whole;
         };
-        let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
         match (first.trim(), last.trim()) {
             ("", "") => Range::Whole,
-            ("", count) => match number(count) {
+            ("", count) => match digits(count) {
                 None => Range::Whole,
                 Some(0) => Range::Outside,
                 Some(_) if size == 0 => Range::Outside,
                 Some(count) => Range::Part(size.saturating_sub(count), size - 1),
             },
-            (first, last) => match (number(first), number(last)) {
+            (first, last) => match (digits(first), digits(last)) {
                 (Some(first), None) if last.is_empty() => Range::of(first, u64::MAX, size),
                 (Some(first), Some(last)) if first <= last => Range::of(first, last, size),
                 _ => Range::Whole,

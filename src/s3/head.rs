@@ -85,6 +85,11 @@ pub(super) fn parameters(target: &str) -> impl Iterator<Item = (Vec<u8>, Option<
     })
 }
 
+/// Parses decimal digits; `str::parse` alone takes a sign, too.
+pub(super) fn digits(text: &str) -> Option<u64> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
 /// In a query `+` is a space. Clients that mean a plus sign send `%2B`.
 fn decode(text: &str) -> Vec<u8> {
     percent_decode_str(&text.replace('+', " ")).collect()
