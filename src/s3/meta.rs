@@ -1,4 +1,4 @@
-//! META: what S3 keeps of an object beside its value, in the object's record, and how the headers give it back.
+//! META: what S3 keeps of an object beside its value, in the object's record.
 //!
 //! ```text
 //! meta = pair *( "&" pair )
@@ -34,7 +34,7 @@ pub const DEFAULT_TYPE: &str = "binary/octet-stream";
 /// The most bytes of a client's metadata: names without `x-amz-meta-`, and values.
 const USER_MAX: usize = 2 << 10;
 
-/// The most bytes of the other kept headers: those of AWS's longest head.
+/// The most bytes of the other kept headers: as many as AWS allows a head.
 const KEPT_MAX: usize = 8 << 10;
 
 const SET: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -52,10 +52,8 @@ impl Meta {
         let queried = queried.filter(|(name, _)| is_user(name));
         for (name, value) in head.headers.iter().map(|(name, value)| (*name, value.trim())).chain(queried) {
             let name = name.to_ascii_lowercase();
-            match (KEPT.contains(&name.as_str()), is_user(&name)) {
-                (true, _) if !value.is_empty() => meta.add(name, value),
-                (_, true) => meta.add(name, value),
-                _ => {}
+            if is_user(&name) || KEPT.contains(&name.as_str()) && !value.is_empty() {
+                meta.add(name, value);
             }
         }
         meta.strip_aws_chunked();
@@ -71,7 +69,7 @@ impl Meta {
         }
     }
 
-    /// `aws-chunked` is the framing of the request's body, and none of the object.
+    /// Removes `aws-chunked`, which is the framing of the request's body and no encoding of the object.
     fn strip_aws_chunked(&mut self) {
         let Some(value) = self.get("content-encoding") else { return };
         let is_framing = |coding: &&str| coding.trim().eq_ignore_ascii_case("aws-chunked");
@@ -94,17 +92,13 @@ impl Meta {
             let pairs = self.pairs.iter().filter(|(name, _)| is_user(name) == of_user);
             pairs.map(|(name, value)| name.strip_prefix(USER).unwrap_or(name).len() + value.len()).sum()
         };
-        match (bytes(true), bytes(false)) {
-            (bytes, _) if bytes > USER_MAX => {
-                let text = format!("the metadata has {bytes} bytes, {USER_MAX} are allowed");
-                Err(Failure::new(Code::MetadataTooLarge, text))
+        for (what, bytes, most) in [("metadata has", bytes(true), USER_MAX), ("headers have", bytes(false), KEPT_MAX)] {
+            if bytes > most {
+                let text = format!("the {what} {bytes} bytes, {most} are allowed");
+                return Err(Failure::new(Code::MetadataTooLarge, text));
             }
-            (_, bytes) if bytes > KEPT_MAX => {
-                let text = format!("the headers have {bytes} bytes, {KEPT_MAX} are allowed");
-                Err(Failure::new(Code::MetadataTooLarge, text))
-            }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// Decodes META. Fails with `Index` if a header could not be made of it.
@@ -157,14 +151,12 @@ impl Meta {
 
     /// What describes the value itself, and stays when a request replaces the headers and metadata.
     pub fn of_value(&self) -> Meta {
-        let is_header = |name: &String| KEPT.contains(&name.as_str()) || is_user(name);
-        Meta { pairs: self.pairs.iter().filter(|(name, _)| !is_header(name)).cloned().collect() }
+        Meta { pairs: self.pairs.iter().filter(|(name, _)| !is_of_client(name)).cloned().collect() }
     }
 
     /// The headers and metadata, without what describes the value.
     pub fn of_client(&self) -> Meta {
-        let is_header = |name: &String| KEPT.contains(&name.as_str()) || is_user(name);
-        Meta { pairs: self.pairs.iter().filter(|(name, _)| is_header(name)).cloned().collect() }
+        Meta { pairs: self.pairs.iter().filter(|(name, _)| is_of_client(name)).cloned().collect() }
     }
 
     pub fn extend(&mut self, other: Meta) {
@@ -174,6 +166,11 @@ impl Meta {
 
 fn is_user(name: &str) -> bool {
     name.len() > USER.len() && name.get(..USER.len()).is_some_and(|start| start.eq_ignore_ascii_case(USER))
+}
+
+/// Whether it is a header or metadata that the client sent.
+fn is_of_client(name: &str) -> bool {
+    KEPT.contains(&name) || is_user(name)
 }
 
 /// Whether a header can have this name (RFC 9110, section 5.6.2).

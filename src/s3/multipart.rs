@@ -268,14 +268,7 @@ impl Place {
 
 fn write_checksum(document: &mut Document, meta: &Meta) {
     if let Some((algorithm, value)) = meta.checksum() {
-        let element = match algorithm {
-            Algorithm::Crc32 => "ChecksumCRC32",
-            Algorithm::Crc32c => "ChecksumCRC32C",
-            Algorithm::Crc64nvme => "ChecksumCRC64NVME",
-            Algorithm::Sha1 => "ChecksumSHA1",
-            Algorithm::Sha256 => "ChecksumSHA256",
-        };
-        document.element(element, value);
+        document.element(algorithm.element(), value);
     }
 }
 
