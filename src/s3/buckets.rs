@@ -13,10 +13,10 @@ use crate::http::{Body, Response};
 use crate::store::Step;
 use crate::volumes::upload::Upload;
 
-/// Who owns everything, in the XML that names an owner.
+/// The owner of all buckets and objects.
 pub const OWNER: &str = "mkv";
 
-/// The region that clients are told.
+/// The region of all buckets.
 const REGION: &str = "us-east-1";
 
 impl S3 {
@@ -76,12 +76,12 @@ impl S3 {
         }
     }
 
-    /// What S3 asks of a bucket beside its objects.
+    /// Answers a GET of a bucket's setting.
     pub(super) fn bucket_setting<'a>(&'a self, call: &Call) -> Answer<'a> {
         self.check_bucket(call)?;
         match call.route.operation {
             Operation::BucketAcl => Ok(xml(200, acl())),
-            // An empty one is us-east-1.
+            // An empty element stands for us-east-1.
             Operation::Location => document(Document::new("LocationConstraint")),
             Operation::Absent(code) => Err(Fault::new(code, "the bucket has none")),
             _ => document(Document::new("VersioningConfiguration")),
@@ -106,7 +106,7 @@ impl S3 {
     }
 }
 
-/// The bucket that a key lies in, and a key above all of the bucket's and not above another's.
+/// The bucket of a key, and the first key that can follow those of the bucket.
 fn bucket_of(key: &[u8]) -> Option<(&str, Vec<u8>)> {
     let rest = key.strip_prefix(b"/")?;
     let end = rest.iter().position(|byte| *byte == b'/')?;
@@ -118,7 +118,7 @@ pub fn owner(document: &mut Document, tag: &'static str) {
     document.open(tag).element("ID", OWNER).element("DisplayName", OWNER).close();
 }
 
-/// The access control list of everything: the owner may do all.
+/// The access control list of every bucket and object: the owner may do all.
 pub fn acl() -> String {
     let mut list = Document::new("AccessControlPolicy");
     owner(&mut list, "Owner");

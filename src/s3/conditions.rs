@@ -15,7 +15,7 @@ pub struct Conditions {
     unmodified_since: Option<u64>,
 }
 
-/// What the conditions of a read say.
+/// How a read ends.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Verdict {
     Go,
@@ -24,17 +24,17 @@ pub enum Verdict {
 }
 
 impl Conditions {
-    /// Those of the object that a request names.
+    /// The conditions on the object that a request names.
     pub fn of(head: &Head) -> Conditions {
         Conditions::named(head, "")
     }
 
-    /// Those of a copy's source.
+    /// The conditions on a copy's source.
     pub fn of_source(head: &Head) -> Conditions {
         Conditions::named(head, "x-amz-copy-source-")
     }
 
-    /// That the object has this ETag.
+    /// The condition that the object has this ETag.
     pub fn matching(etag: &str) -> Conditions {
         Conditions { matches: Some(etag.to_string()), ..Conditions::default() }
     }
@@ -50,7 +50,7 @@ impl Conditions {
         }
     }
 
-    /// Judges a read of an object with this ETag and time: an ETag counts more than a date.
+    /// Judges a read of an object with this ETag and time. A condition on the ETag overrides one on the date.
     pub fn verdict(&self, etag: &str, time: u64) -> Verdict {
         let is_other = match (&self.matches, self.unmodified_since) {
             (Some(list), _) => !lists(list, etag),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn an_etag_counts_more_than_a_date() {
+    fn a_condition_on_the_etag_overrides_one_on_the_date() {
         let [before, same, after] = DATES;
         for (headers, verdict) in [
             (&[][..], Verdict::Go),

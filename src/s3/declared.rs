@@ -57,7 +57,7 @@ impl Checksum {
         Checksum { algorithm, hasher: Hasher::new(algorithm), sent: None }
     }
 
-    /// The checksum in the head. Its neighbours `-type`, `-mode` and `-algorithm` say nothing of this body.
+    /// The checksum in the head. `x-amz-checksum-type`, `-mode` and `-algorithm` are none.
     pub fn of_head(head: &Head) -> Result<Option<Checksum>, Failure> {
         let others = ["x-amz-checksum-type", "x-amz-checksum-mode", "x-amz-checksum-algorithm"];
         let is_checksum = |name: &String| name.starts_with("x-amz-checksum-") && !others.contains(&name.as_str());

@@ -1,6 +1,6 @@
-//! S3's error codes, their HTTP statuses, and the XML that tells a client of one.
+//! S3's error codes, their HTTP statuses, and their XML.
 //!
-//! Clients decide by the code whether they try again, so a code is AWS's where AWS has one for the case.
+//! The code is AWS's where AWS has one for the case, because clients decide by it whether to try again.
 
 use std::fmt::{self, Display};
 use std::io;
@@ -9,7 +9,7 @@ use super::xml::Document;
 
 macro_rules! codes {
     ($($code:ident $status:literal,)*) => {
-        /// S3's name for what went wrong.
+        /// An error code of S3.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Code { $($code,)* }
 
@@ -70,7 +70,7 @@ codes! {
     SlowDown 503,
 }
 
-/// Why a request failed, as its client is told.
+/// Why a request failed, as the client hears it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     pub code: Code,
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_is_told_in_xml() {
+    fn a_failure_is_written_as_xml() {
         let failure = Failure::new(Code::NoSuchKey, "there is no <key> & no \"value\"");
         assert_eq!((failure.status(), failure.code.name()), (404, "NoSuchKey"));
         assert_eq!(

@@ -1,5 +1,5 @@
-//! GET and HEAD. HEAD is answered from the index alone. A GET's bytes go by the front, by a redirect or, as here, from a
-//! volume through the master; its headers are made of the record, never of what the volume says.
+//! GET and HEAD. HEAD is answered from the index alone. A GET's bytes come by way of the front, by a redirect
+//! (`front.rs`), or through the master. The headers are made from the record, never from the volume's response.
 
 use std::io::{self, Read, Write};
 
@@ -29,7 +29,7 @@ pub struct Object {
     pub time: u64,
 }
 
-/// What a request wants of a value.
+/// The part of a value that a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Range {
     Whole,
@@ -40,7 +40,7 @@ pub enum Range {
 }
 
 impl Range {
-    /// Parses a Range header (RFC 9110, section 14.2). What is no range of bytes, or more than one, is the whole value.
+    /// Parses a Range header (RFC 9110, section 14.2). If it is malformed or names several ranges, it is ignored.
     pub fn parse(text: &str, size: u64) -> Range {
         let Some((first, last)) = text.trim().strip_prefix("bytes=").and_then(|range| range.split_once('-')) else {
             return Range::Whole;
@@ -80,7 +80,7 @@ impl S3 {
         Ok(Some(Object { record, meta, etag, size, time }))
     }
 
-    /// Lets `act` read an object, once more whenever it was overwritten or deleted meanwhile and the blob is gone.
+    /// Calls `act` with an object. If that fails because the object was overwritten or deleted meanwhile, tries again.
     pub(super) fn read<T>(&self, bucket: &str, key: &[u8], mut act: impl FnMut(Object) -> Outcome<T>) -> Outcome<T> {
         loop {
             let Some(object) = self.find(key)? else { return Err(self.missing(bucket)?.into()) };
@@ -191,7 +191,7 @@ fn outside<'a>(call: &Call, object: &Object) -> Response<'a> {
     response
 }
 
-/// Sends what a volume sends.
+/// Copies the bytes of a volume's response to the client.
 fn send(mut opened: Opened, out: &mut dyn Write) -> io::Result<()> {
     let (mut left, mut piece) = (opened.length, vec![0; PIECE.min(opened.length as usize)]);
     while left > 0 {

@@ -1,5 +1,5 @@
-//! Lists of objects, V1 and V2. A page costs what is on it: keys that one common prefix stands for are stepped over by one
-//! seek, and everything comes from the index.
+//! Lists of objects, V1 and V2. The cost of a page depends on its entries only: one seek skips all keys below a common
+//! prefix, and everything comes from the index.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

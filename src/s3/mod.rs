@@ -8,8 +8,8 @@
 //! - `payload.rs`, `declared.rs`, `chunked.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and error codes
 //!
 //! A request is judged by its head alone - signature, key, operation, name, conditions - before the client is told to send
-//! the body, before a lock and before a byte is read. An operation is carried out by the store; the room decides nothing
-//! about where a value lies. It may use http, store and format, and neither knows of `api/` nor is known to it.
+//! the body, before a lock and before a byte is read. The store carries the operation out; this room does not decide where
+//! a value lies. It may use http, store and format. It does not use `api/`, and `api/` does not use it.
 
 mod address;
 mod answer;

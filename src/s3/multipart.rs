@@ -28,7 +28,7 @@ const PARTS_MAX: u64 = 10_000;
 /// The fewest bytes of a part that is not the last one.
 const PART_MIN: u64 = 5 << 20;
 
-/// The algorithm of an upload whose object gets a checksum of its parts' checksums; in META of the upload alone.
+/// The name in an upload's META of the algorithm with which the object gets a checksum of its parts' checksums.
 const COMPOSITE: &str = "composite";
 
 impl Call<'_> {
@@ -119,7 +119,7 @@ impl S3 {
             let judge = |old: Option<&Record>| self.judge(&place.bucket, &conditions, old);
             match self.store.complete_upload(&upload, &parts, meta.encode(), &judge) {
                 Ok(record) => place.result(&record),
-                // The same Complete may have been faster on another connection, and taken the parts away.
+                // The same Complete on another connection may have been faster and removed the parts.
                 Err(error) => self.completed(&place, id).map_err(|_| unread(error).into()),
             }
         };

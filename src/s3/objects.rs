@@ -35,7 +35,7 @@ impl S3 {
         let mut meta = Meta::of_request(call.head, call.query)?;
         self.check_bucket(call)?;
         if conditions.is_any() {
-            // Spares a client the upload of a value that is refused; the judge of the flip decides.
+            // Refuse now what the flip would refuse. Only the flip's answer is final.
             conditions.judge(self.store.object(&key)?.as_ref())?;
         }
         let record = receive(call, body, |upload, checksum| {
@@ -48,10 +48,10 @@ impl S3 {
         stored(&record)
     }
 
-    /// Judges a write at the flip.
+    /// Decides at the flip whether a write may replace this record.
     pub(super) fn judge(&self, bucket: &str, conditions: &Conditions, old: Option<&Record>) -> Result<()> {
         conditions.judge(old)?;
-        // An object that is replaced proves that its bucket is there.
+        // If there is an object to replace, there is a bucket.
         match old.is_some_and(Record::live) || self.bucket_exists(bucket)? {
             true => Ok(()),
             false => Err(NO_BUCKET),
@@ -101,7 +101,7 @@ impl S3 {
         Ok(self.store.delete_object(&key(bucket, object.key.as_bytes()), &|old| conditions.judge(old))?)
     }
 
-    /// What S3 asks of an object beside its value.
+    /// Answers a GET of an object's setting.
     pub(super) fn object_setting<'a>(&'a self, call: &Call) -> Answer<'a> {
         if self.store.object(&call.route.key())?.is_none() {
             return Err(self.missing(&call.route.bucket)?.into());
@@ -114,7 +114,7 @@ impl S3 {
         document(tags)
     }
 
-    /// Why an object of this bucket is not there.
+    /// The error for a missing object: there is no such key, or no such bucket.
     pub(super) fn missing(&self, bucket: &str) -> Result<Error> {
         Ok(if self.bucket_exists(bucket)? { Error::NOT_FOUND } else { NO_BUCKET })
     }

@@ -1,7 +1,7 @@
-//! The body of a request, as a reader that takes off aws-chunked and verifies everything that the client said of it.
+//! The body of a request, as a reader that decodes aws-chunked and verifies length, hash, checksum and signatures.
 //!
-//! Hashes and signatures are known at the end only, so bytes are given out before they are verified, but `Ok(0)` never
-//! is: the caller keeps its last bytes back until then.
+//! Hashes and signatures are known only at the end, so bytes are given out before they are verified. `Ok(0)` means that
+//! everything is right: until then the caller must not complete the value.
 
 use std::io::{self, Read};
 

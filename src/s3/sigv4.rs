@@ -36,12 +36,12 @@ const IN_PATH: AsciiSet = IN_QUERY.remove(b'/');
 #[derive(Debug)]
 pub struct Signed<'k> {
     pub key: &'k Key,
-    /// Verifies the chunks of the body. `None`: the request bears a signature of version 2, which has no chunks.
+    /// Verifies the chunks of the body. `None`: the signature is of version 2, which has no chunks.
     pub signer: Option<Signer>,
 }
 
-/// Who sent the request. `None`: it bears no signature. It judges the head alone: the body is still to be held to
-/// `x-amz-content-sha256` (`Payload`), and the key to what it may do (`Key::may`).
+/// Verifies the signature of a request's head. `None`: it has none. The caller has to verify the body (`Payload`), and
+/// whether the key allows the request (`Key::may`).
 pub fn authenticate<'k>(head: &Head, keys: &'k Keys, now: SystemTime) -> Result<Option<Signed<'k>>, Failure> {
     let query = query(head.target)?;
     let has = |names: &[&str]| names.iter().any(|name| query.get(name).is_some());
@@ -134,7 +134,7 @@ pub(super) fn expired() -> Failure {
     Failure::new(Code::AccessDenied, "Request has expired")
 }
 
-/// Compares signatures in a time that does not tell how much of them is right.
+/// Compares signatures in constant time.
 pub(super) fn check(computed: &str, sent: &str) -> Result<(), Failure> {
     if computed.as_bytes().ct_eq(sent.as_bytes()).into() {
         return Ok(());
