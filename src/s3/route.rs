@@ -37,27 +37,6 @@ pub enum Operation {
     ListParts,
 }
 
-impl Operation {
-    /// Whether it changes something, which keys with `ro` may not.
-    pub fn writes(self) -> bool {
-        use Operation::*;
-        matches!(
-            self,
-            CreateBucket
-                | DeleteBucket
-                | DeleteObjects
-                | Put
-                | Copy
-                | Delete
-                | CreateUpload
-                | UploadPart
-                | UploadPartCopy
-                | Complete
-                | Abort
-        )
-    }
-}
-
 #[derive(Debug, PartialEq)]
 pub struct Route {
     pub operation: Operation,
