@@ -89,13 +89,8 @@ impl S3 {
         if object.version.is_some() {
             return Err(Fault::new(Code::NoSuchVersion, NO_VERSIONS));
         }
-        let wrong = match object.key.len() {
-            // The bucket's marker.
-            0 => Some(Code::InvalidArgument),
-            length => (length > OBJECT_MAX).then_some(Code::KeyTooLongError),
-        };
-        if let Some(code) = wrong {
-            return Err(Fault::new(code, format!("a key has 1 to {OBJECT_MAX} bytes")));
+        if object.key.len() > OBJECT_MAX {
+            return Err(Fault::new(Code::KeyTooLongError, format!("a key has 1 to {OBJECT_MAX} bytes")));
         }
         let conditions = object.etag.as_deref().map_or(Conditions::default(), Conditions::matching);
         Ok(self.store.delete_object(&key(bucket, object.key.as_bytes()), &|old| conditions.judge(old))?)

@@ -103,6 +103,7 @@ pub struct Delete {
 
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Object {
+    /// Not empty.
     pub key: String,
     /// `None` also for `null`, the version that objects of a bucket without versions have.
     pub version: Option<String>,
@@ -163,18 +164,9 @@ pub fn parse_complete(text: &str) -> Result<Vec<(u16, String)>, Failure> {
     }
 }
 
-/// CreateBucket: the region, if the client names one.
-pub fn parse_create_bucket(text: &str) -> Result<Option<String>, Failure> {
-    let mut region = None;
-    if !text.trim().is_empty() {
-        parse(text, "CreateBucketConfiguration", |path, text| {
-            if path == "LocationConstraint" {
-                region = Some(text.trim().to_string()).filter(|region| !region.is_empty());
-            }
-            Ok(())
-        })?;
-    }
-    Ok(region)
+/// CreateBucket. The region that it may name is ignored.
+pub fn parse_create_bucket(text: &str) -> Result<(), Failure> {
+    if text.trim().is_empty() { Ok(()) } else { parse(text, "CreateBucketConfiguration", |_, _| Ok(())) }
 }
 
 fn unquote(etag: &str) -> String {
@@ -351,8 +343,8 @@ mod tests {
         let of = |inner: &str| {
             parse_create_bucket(&format!("<CreateBucketConfiguration>{inner}</CreateBucketConfiguration>"))
         };
-        assert_eq!(of("<LocationConstraint>eu-x-1</LocationConstraint>"), Ok(Some("eu-x-1".into())));
-        assert_eq!((of(""), of("<LocationConstraint/>"), parse_create_bucket(" \n")), (Ok(None), Ok(None), Ok(None)));
+        assert_eq!(of("<LocationConstraint>eu-x-1</LocationConstraint>"), Ok(()));
+        assert_eq!((of(""), of("<LocationConstraint/>"), parse_create_bucket(" \n")), (Ok(()), Ok(()), Ok(())));
         assert_eq!(parse_create_bucket("<Other/>").unwrap_err().code, Code::MalformedXML);
     }
 
