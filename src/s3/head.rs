@@ -2,9 +2,12 @@
 
 use std::ops::RangeInclusive;
 
-use percent_encoding::percent_decode_str;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str};
 
 use super::failure::{Code, Failure};
+
+/// The characters that stay as they are when queries and META are percent-encoded: RFC 3986's unreserved ones.
+pub(super) const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 pub struct Head<'a> {
     pub method: &'a str,

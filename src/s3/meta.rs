@@ -13,12 +13,12 @@
 //! | `upload` | the id of the multipart upload that made the object |
 //! | `crc32`, `crc32c`, `crc64nvme`, `sha1`, `sha256` | the checksum that the client sent, in base64 |
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use percent_encoding::{percent_decode_str, utf8_percent_encode};
 
 use super::answer::Outcome;
 use super::checksum::Algorithm;
 use super::failure::{Code, Failure};
-use super::head::{Head, Query};
+use super::head::{Head, Query, UNRESERVED};
 use crate::error::{Error, Result};
 use crate::format::record::{Record, hex};
 
@@ -36,8 +36,6 @@ const USER_MAX: usize = 2 << 10;
 
 /// The most bytes of the other kept headers: as many as AWS allows a head.
 const KEPT_MAX: usize = 8 << 10;
-
-const SET: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Meta {
@@ -118,7 +116,7 @@ impl Meta {
     }
 
     pub fn encode(&self) -> String {
-        let encode = |text| utf8_percent_encode(text, SET);
+        let encode = |text| utf8_percent_encode(text, UNRESERVED);
         let pairs = self.pairs.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value)));
         pairs.collect::<Vec<_>>().join("&")
     }

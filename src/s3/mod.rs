@@ -156,7 +156,7 @@ impl S3 {
         let route = route(head.method, head.path(), &query, copies)?;
         check_headers(&head, &query)?;
         let can_chunk = request.minor > 0;
-        // All that has a rule with another method changes something, which keys with `ro` may not.
+        // Every operation with another method changes something, which keys with `ro` may not.
         let writes = !matches!(head.method, "GET" | "HEAD");
         let call = Call { head: &head, query: &query, route: &route, signed: signed.as_ref(), id, can_chunk };
         if !route.bucket.is_empty() && !call.may(writes, &route.bucket) {

@@ -16,21 +16,19 @@ use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 
 use hmac::{Hmac, KeyInit, Mac};
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
+use percent_encoding::{percent_decode_str, percent_encode};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::claim::{ALGORITHM, Claim};
 use super::failure::{Code, Failure};
-use super::head::{Head, parameters, query};
+use super::head::{Head, UNRESERVED, parameters, query};
 use super::keys::{Key, Keys};
 use super::sigv2;
+use crate::format::percent_encoded;
 
 /// How far the clock of a client may be from ours.
 const SKEW: Duration = Duration::from_secs(15 * 60);
-
-const IN_QUERY: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
-const IN_PATH: AsciiSet = IN_QUERY.remove(b'/');
 
 /// A request whose signature is right.
 #[derive(Debug)]
@@ -105,14 +103,14 @@ impl Claim {
 
     fn canonical_request(&self, head: &Head, names: &[&str]) -> String {
         let path: Vec<u8> = percent_decode_str(head.path()).collect();
-        let encode = |text: Vec<u8>| percent_encode(&text, &IN_QUERY).to_string();
+        let encode = |text: Vec<u8>| percent_encode(&text, UNRESERVED).to_string();
         let mut query: Vec<_> = parameters(head.target)
             .filter(|(name, _)| name != b"X-Amz-Signature")
             .map(|(name, value)| (encode(name), encode(value.unwrap_or_default())))
             .collect();
         query.sort();
         let query: Vec<String> = query.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let mut request = format!("{}\n{}\n{}\n", head.method, percent_encode(&path, &IN_PATH), query.join("&"));
+        let mut request = format!("{}\n{}\n{}\n", head.method, percent_encoded(&path), query.join("&"));
         for name in names {
             let values: Vec<String> = head.values(name).map(single_spaces).collect();
             request.push_str(&format!("{name}:{}\n", values.join(",")));
