@@ -40,13 +40,11 @@ impl S3 {
     pub(super) fn copy<'a>(&'a self, call: &Call) -> Answer<'a> {
         let (source, conditions) = (Source::of(call)?, Conditions::of(call.head));
         self.check_bucket(call)?;
-        let replaces = match call.amz("x-amz-metadata-directive") {
-            None => false,
-            Some(text) if text.eq_ignore_ascii_case("copy") => false,
-            Some(text) if text.eq_ignore_ascii_case("replace") => true,
+        let given = match call.amz("x-amz-metadata-directive").map(str::to_ascii_lowercase).as_deref() {
+            None | Some("copy") => None,
+            Some("replace") => Some(Meta::of_request(call.head, call.query)?),
             Some(_) => return Err(Fault::new(Code::InvalidArgument, "x-amz-metadata-directive is COPY or REPLACE")),
         };
-        let given = if replaces { Some(Meta::of_request(call.head, call.query)?) } else { None };
         let key = call.route.key();
         if key == source.key {
             let Some(given) = given else {
