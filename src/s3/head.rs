@@ -88,6 +88,11 @@ pub(super) fn parameters(target: &str) -> impl Iterator<Item = (Vec<u8>, Option<
     })
 }
 
+/// Whether it is the name of one of S3's headers, in letters of either case.
+pub(super) fn is_amz(name: &str) -> bool {
+    name.get(..6).is_some_and(|start| start.eq_ignore_ascii_case("x-amz-"))
+}
+
 /// Parses decimal digits; `str::parse` alone takes a sign, too.
 pub(super) fn digits(text: &str) -> Option<u64> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?

@@ -5,7 +5,7 @@
 
 use super::address::{NO_VERSIONS, OWN, address, check_object, is_reachable, key};
 use super::failure::{Code, Failure};
-use super::head::Query;
+use super::head::{Query, is_amz};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
@@ -114,9 +114,9 @@ const RULES: &[Rule] = &[
 
 /// Parameters that every request may have: what SDKs add, and signatures. Those of `x-amz-` are headers in a query.
 fn is_ignored(name: &str) -> bool {
-    let is_amz = name.get(..6).is_some_and(|start| start.eq_ignore_ascii_case("x-amz-"));
     // botocore's presigned URLs of version 2 repeat headers in the query.
-    is_amz || matches!(name, "" | "x-id" | "AWSAccessKeyId" | "Signature" | "Expires" | "content-type" | "content-md5")
+    is_amz(name)
+        || matches!(name, "" | "x-id" | "AWSAccessKeyId" | "Signature" | "Expires" | "content-type" | "content-md5")
 }
 
 /// Parses a request. `path` is the target's, as it was sent. `copies`: the request names a source to copy.

@@ -18,7 +18,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha1::Sha1;
 
 use super::failure::{Code, Failure};
-use super::head::{Head, Query, parameters};
+use super::head::{Head, Query, is_amz, parameters};
 use super::keys::Keys;
 use super::sigv4::{Signed, check, expired, unknown_key};
 
@@ -47,8 +47,7 @@ pub(super) fn authenticate<'k>(
         return Err(expired());
     }
     // Only lower case is signed, and handlers take either.
-    let is_unsigned = |name: &str| name.get(..6).is_some_and(|x| x.eq_ignore_ascii_case("x-amz-") && x != "x-amz-");
-    if query.0.iter().any(|(name, _)| is_unsigned(name) || name.starts_with("x-amz-") && *name != name.to_lowercase()) {
+    if query.0.iter().any(|(name, _)| is_amz(name) && *name != name.to_lowercase()) {
         return Err(Failure::new(Code::SignatureDoesNotMatch, "write the x-amz- parameters in lower case"));
     }
     let check_with = |end| {
