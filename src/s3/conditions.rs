@@ -53,11 +53,11 @@ impl Conditions {
     /// Judges a read of an object with this ETag and time. A condition on the ETag overrides one on the date.
     pub fn verdict(&self, etag: &str, time: u64) -> Verdict {
         let is_other = match (&self.matches, self.unmodified_since) {
-            (Some(list), _) => !lists(list, etag),
+            (Some(list), _) => !names_etag(list, etag),
             (None, since) => since.is_some_and(|since| time > since),
         };
         let is_known = match (&self.none_match, self.modified_since) {
-            (Some(list), _) => lists(list, etag),
+            (Some(list), _) => names_etag(list, etag),
             (None, since) => since.is_some_and(|since| time <= since),
         };
         match (is_other, is_known) {
@@ -86,12 +86,12 @@ impl Conditions {
 }
 
 /// Whether a list of ETags has this one.
-fn lists(list: &str, etag: &str) -> bool {
-    list.trim() == "*" || list.split(',').any(|given| bare(given) == etag)
+fn names_etag(list: &str, etag: &str) -> bool {
+    list.trim() == "*" || list.split(',').any(|given| unquoted(given) == etag)
 }
 
 /// An ETag without quotes.
-pub fn bare(etag: &str) -> &str {
+pub fn unquoted(etag: &str) -> &str {
     let etag = etag.trim();
     let etag = etag.strip_prefix("W/").unwrap_or(etag);
     etag.strip_prefix('"').and_then(|etag| etag.strip_suffix('"')).unwrap_or(etag)

@@ -19,7 +19,7 @@ use crate::store::Step;
 const PAGE_MAX: u64 = 1000;
 
 /// Which page of a bucket's objects.
-struct Wanted {
+struct PageRequest {
     prefix: Vec<u8>,
     delimiter: Vec<u8>,
     most: usize,
@@ -40,7 +40,7 @@ impl Item {
     }
 }
 
-impl Wanted {
+impl PageRequest {
     /// The first name that can be on the page.
     fn start(&self) -> Vec<u8> {
         match self.common_prefix(&self.after) {
@@ -74,7 +74,7 @@ fn successor(prefix: &[u8]) -> Option<Vec<u8>> {
 
 impl S3 {
     /// The page's items, and whether more follow.
-    fn page(&self, bucket: &[u8], wanted: &Wanted) -> Result<(Vec<Item>, bool)> {
+    fn page(&self, bucket: &[u8], wanted: &PageRequest) -> Result<(Vec<Item>, bool)> {
         let (mut items, mut more) = (Vec::new(), false);
         if wanted.most == 0 {
             return Ok((items, more));
@@ -104,13 +104,13 @@ impl S3 {
         let text = |name| call.query.get(name);
         let bytes = |name| text(name).unwrap_or_default().as_bytes().to_vec();
         let encoding = Encoding::of(call)?;
-        let most = most(call, "max-keys")?;
+        let most = page_size(call, "max-keys")?;
         let token = text("continuation-token").filter(|token| is_v2 && !token.is_empty());
         let after = match token {
             Some(token) => read_token(token)?,
             None => bytes(if is_v2 { "start-after" } else { "marker" }),
         };
-        let wanted = Wanted { prefix: bytes("prefix"), delimiter: bytes("delimiter"), most, after };
+        let wanted = PageRequest { prefix: bytes("prefix"), delimiter: bytes("delimiter"), most, after };
         let (items, more) = self.page(&call.route.key(), &wanted)?;
         if items.is_empty() {
             self.check_bucket(call)?;
@@ -199,7 +199,7 @@ impl Encoding {
 }
 
 /// How many entries a page may have.
-pub fn most(call: &Call, name: &str) -> Outcome<usize, Failure> {
+pub fn page_size(call: &Call, name: &str) -> Outcome<usize, Failure> {
     let most = call.query.number(name, 0..=i32::MAX as u64)?;
     Ok(most.unwrap_or(PAGE_MAX).min(PAGE_MAX) as usize)
 }
@@ -213,8 +213,8 @@ fn read_token(token: &str) -> Outcome<Vec<u8>, Failure> {
 mod tests {
     use super::*;
 
-    fn wanted(prefix: &str, delimiter: &str, after: &str) -> Wanted {
-        Wanted { prefix: prefix.into(), delimiter: delimiter.into(), most: 1000, after: after.into() }
+    fn wanted(prefix: &str, delimiter: &str, after: &str) -> PageRequest {
+        PageRequest { prefix: prefix.into(), delimiter: delimiter.into(), most: 1000, after: after.into() }
     }
 
     #[test]

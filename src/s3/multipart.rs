@@ -12,7 +12,7 @@ use super::buckets::owner;
 use super::checksum::{Algorithm, Hasher};
 use super::conditions::Conditions;
 use super::failure::{Code, Failure};
-use super::lists::{Encoding, common_prefix, most};
+use super::lists::{Encoding, common_prefix, page_size};
 use super::meta::{Meta, etag};
 use super::objects::{read_text, receive, stored};
 use super::xml::{Document, parse_complete};
@@ -41,12 +41,12 @@ impl Call<'_> {
     /// The upload's id. One that no upload of this store has is `None`.
     fn upload_id(&self) -> Option<u64> {
         let text = self.query.get("uploadId")?;
-        u64::from_str_radix(text, 16).ok().filter(|id| shown(*id) == text)
+        u64::from_str_radix(text, 16).ok().filter(|id| id_text(*id) == text)
     }
 }
 
 /// An upload's id as clients have it.
-fn shown(id: u64) -> String {
+fn id_text(id: u64) -> String {
     format!("{id:016x}")
 }
 
@@ -67,7 +67,7 @@ impl S3 {
         let upload = self.store.create_upload(&call.route.key(), meta.encode())?;
         let mut result = Document::new("InitiateMultipartUploadResult");
         result.element("Bucket", &call.route.bucket).element("Key", String::from_utf8_lossy(&call.route.object));
-        result.element("UploadId", shown(upload.id));
+        result.element("UploadId", id_text(upload.id));
         let mut response = xml(200, result.finish());
         response.headers.append(&mut headers);
         Ok(response)
@@ -129,7 +129,7 @@ impl S3 {
     /// The result of an upload that was completed before, if the object is still the one that it made.
     fn completed(&self, place: &Place, id: u64) -> Outcome<String> {
         let record = self.store.object(&place.key)?.ok_or(Error::NoSuchUpload)?;
-        match Meta::decode(&record.meta)?.get("upload") == Some(&shown(id)) {
+        match Meta::decode(&record.meta)?.get("upload") == Some(&id_text(id)) {
             true => place.result(&record),
             false => Err(Error::NoSuchUpload.into()),
         }
@@ -137,7 +137,7 @@ impl S3 {
 
     pub(super) fn list_parts<'a>(&'a self, call: &Call) -> Answer<'a> {
         let upload = self.upload(call)?;
-        let (most, encoding) = (most(call, "max-parts")?, Encoding::of(call)?);
+        let (most, encoding) = (page_size(call, "max-parts")?, Encoding::of(call)?);
         let after = call.query.number("part-number-marker", 0..=u64::MAX)?.unwrap_or_default();
         let mut parts = self.store.parts(&upload)?;
         parts.retain(|part| u64::from(part.number) > after);
@@ -145,7 +145,7 @@ impl S3 {
         parts.truncate(most);
         let mut list = Document::new("ListPartsResult");
         list.element("Bucket", &call.route.bucket).element("Key", encoding.shown(&call.route.object));
-        list.element("UploadId", shown(upload.id));
+        list.element("UploadId", id_text(upload.id));
         owner(&mut list, "Initiator");
         owner(&mut list, "Owner");
         list.element("StorageClass", "STANDARD").element("PartNumberMarker", after);
@@ -165,7 +165,7 @@ impl S3 {
 
     pub(super) fn list_uploads<'a>(&'a self, call: &Call) -> Answer<'a> {
         self.check_bucket(call)?;
-        let (most, encoding) = (most(call, "max-uploads")?, Encoding::of(call)?);
+        let (most, encoding) = (page_size(call, "max-uploads")?, Encoding::of(call)?);
         let text = |name| call.query.get(name).unwrap_or_default();
         let [prefix, delimiter, marker, id_marker] =
             ["prefix", "delimiter", "key-marker", "upload-id-marker"].map(text);
@@ -182,7 +182,7 @@ impl S3 {
         let mut page = UploadPage { most, prefix, delimiter, last: None, count: 0, more: false };
         for upload in &uploads {
             let name = &upload.key[bucket.len()..];
-            let order = (name, shown(upload.id));
+            let order = (name, id_text(upload.id));
             let is_known = match id_marker {
                 "" => name <= marker.as_bytes(),
                 id => order <= (marker.as_bytes(), id.to_string()),
@@ -216,7 +216,7 @@ impl UploadPage<'_> {
         let common = common_prefix(name, self.prefix.as_bytes(), self.delimiter.as_bytes());
         let is_repeated = |prefix: &[u8]| matches!(&self.last, Some((last, _)) if last.starts_with(prefix));
         if common.is_some_and(is_repeated) {
-            self.last = Some((name.to_vec(), shown(upload.id)));
+            self.last = Some((name.to_vec(), id_text(upload.id)));
             return true;
         }
         if self.count == self.most {
@@ -224,13 +224,13 @@ impl UploadPage<'_> {
             return false;
         }
         self.count += 1;
-        self.last = Some((name.to_vec(), shown(upload.id)));
+        self.last = Some((name.to_vec(), id_text(upload.id)));
         match common {
             Some(prefix) => {
                 list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
             }
             None => {
-                list.open("Upload").element("Key", encoding.shown(name)).element("UploadId", shown(upload.id));
+                list.open("Upload").element("Key", encoding.shown(name)).element("UploadId", id_text(upload.id));
                 owner(list, "Initiator");
                 owner(list, "Owner");
                 list.element("StorageClass", "STANDARD").element("Initiated", iso(upload.time)).close();
@@ -313,7 +313,7 @@ fn object_meta(upload: &MultipartUpload, parts: &[Part]) -> Result<Meta> {
     let mut meta = given.of_client();
     let hashes: Vec<Hash> = parts.iter().filter_map(|part| part.record.hash).collect();
     meta.set("etag", format!("{}-{}", hex(&Md5::digest(hashes.concat()).into()), parts.len()));
-    meta.set("upload", shown(upload.id));
+    meta.set("upload", id_text(upload.id));
     let checksums: Vec<Meta> = parts.iter().map(|part| Meta::decode(&part.record.meta)).collect::<Result<_>>()?;
     match (given.get(COMPOSITE).and_then(Algorithm::parse), &checksums[..]) {
         (Some(algorithm), all) => meta.set_checksum(composite(algorithm, all).map(|sum| (algorithm, sum))),
