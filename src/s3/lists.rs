@@ -27,18 +27,8 @@ struct PageRequest {
     after: Vec<u8>,
 }
 
-enum Item {
-    Object(Vec<u8>, Record),
-    Prefix(Vec<u8>),
-}
-
-impl Item {
-    fn name(&self) -> &[u8] {
-        match self {
-            Item::Object(name, _) | Item::Prefix(name) => name,
-        }
-    }
-}
+/// An object's name and record, or a common prefix and `None`.
+type Item = (Vec<u8>, Option<Record>);
 
 impl PageRequest {
     /// The first name that can be on the page.
@@ -91,10 +81,10 @@ impl S3 {
                 return Ok(Step::Stop);
             }
             let Some(prefix) = wanted.common_prefix(name) else {
-                items.push(Item::Object(name.to_vec(), record));
+                items.push((name.to_vec(), Some(record)));
                 return Ok(Step::Next);
             };
-            items.push(Item::Prefix(prefix.to_vec()));
+            items.push((prefix.to_vec(), None));
             Ok(successor(prefix).map_or(Step::Stop, |next| Step::SkipTo([bucket, &next].concat())))
         })?;
         Ok((items, more))
@@ -121,8 +111,8 @@ impl S3 {
             self.write_v2(call, &mut list, &encoding, &items, more);
         } else {
             list.element("Marker", encoding.shown(&wanted.after));
-            if let Some(last) = items.last().filter(|_| more && !wanted.delimiter.is_empty()) {
-                list.element("NextMarker", encoding.shown(last.name()));
+            if let Some((last, _)) = items.last().filter(|_| more && !wanted.delimiter.is_empty()) {
+                list.element("NextMarker", encoding.shown(last));
             }
         }
         list.element("MaxKeys", most).element("IsTruncated", more);
@@ -145,19 +135,16 @@ impl S3 {
         if let Some(token) = call.query.get("continuation-token") {
             list.element("ContinuationToken", token);
         }
-        if let Some(last) = items.last().filter(|_| more) {
-            list.element("NextContinuationToken", URL_SAFE_NO_PAD.encode(last.name()));
+        if let Some((last, _)) = items.last().filter(|_| more) {
+            list.element("NextContinuationToken", URL_SAFE_NO_PAD.encode(last));
         }
     }
 }
 
-fn write_item(list: &mut Document, item: &Item, encoding: &Encoding, with_owner: bool) -> Result<()> {
-    let (name, record) = match item {
-        Item::Prefix(prefix) => {
-            list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
-            return Ok(());
-        }
-        Item::Object(name, record) => (name, record),
+fn write_item(list: &mut Document, (name, record): &Item, encoding: &Encoding, with_owner: bool) -> Result<()> {
+    let Some(record) = record else {
+        list.open("CommonPrefixes").element("Prefix", encoding.shown(name)).close();
+        return Ok(());
     };
     let etag = etag(record, &Meta::decode(&record.meta)?);
     list.open("Contents").element("Key", encoding.shown(name));

@@ -179,65 +179,52 @@ impl S3 {
         }
         list.element("MaxUploads", most);
         encoding.write(&mut list);
-        let mut page = UploadPage { most, prefix, delimiter, last: None, count: 0, more: false };
-        for upload in &uploads {
+        let is_after = |upload: &&MultipartUpload| {
             let name = &upload.key[bucket.len()..];
-            let order = (name, id_text(upload.id));
             let is_known = match id_marker {
                 "" => name <= marker.as_bytes(),
-                id => order <= (marker.as_bytes(), id.to_string()),
+                id => (name, id_text(upload.id)) <= (marker.as_bytes(), id.to_string()),
             };
-            if (marker.is_empty() || !is_known) && !page.add(&mut list, name, upload, &encoding) {
-                break;
+            marker.is_empty() || !is_known
+        };
+        // The page's entries: the common prefix, if it is one, and the last upload that it stands for.
+        let mut page: Vec<(Option<&[u8]>, &MultipartUpload)> = Vec::new();
+        let mut more = false;
+        for upload in uploads.iter().filter(is_after) {
+            let common = common_prefix(&upload.key[bucket.len()..], prefix.as_bytes(), delimiter.as_bytes());
+            match page.last_mut().filter(|(last, _)| common.is_some() && *last == common) {
+                Some((_, last)) => *last = upload,
+                None => {
+                    if page.len() == most {
+                        more = most > 0;
+                        break;
+                    }
+                    page.push((common, upload));
+                }
             }
         }
-        if let Some((name, id)) = page.last.filter(|_| page.more) {
-            list.element("NextKeyMarker", encoding.shown(&name)).element("NextUploadIdMarker", id);
+        for (common, upload) in &page {
+            match common {
+                Some(prefix) => {
+                    list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
+                }
+                None => write_upload(&mut list, &encoding.shown(&upload.key[bucket.len()..]), upload),
+            }
         }
-        list.element("IsTruncated", page.more);
+        if let Some((_, last)) = page.last().filter(|_| more) {
+            list.element("NextKeyMarker", encoding.shown(&last.key[bucket.len()..]));
+            list.element("NextUploadIdMarker", id_text(last.id));
+        }
+        list.element("IsTruncated", more);
         document(list)
     }
 }
 
-/// A page of uploads while it is written.
-struct UploadPage<'a> {
-    most: usize,
-    prefix: &'a str,
-    delimiter: &'a str,
-    /// The key and id of the last upload on the page; after a common prefix, the prefix.
-    last: Option<(Vec<u8>, String)>,
-    count: usize,
-    more: bool,
-}
-
-impl UploadPage<'_> {
-    /// Adds an upload, or the common prefix that stands for it. False: the page is full.
-    fn add(&mut self, list: &mut Document, name: &[u8], upload: &MultipartUpload, encoding: &Encoding) -> bool {
-        let common = common_prefix(name, self.prefix.as_bytes(), self.delimiter.as_bytes());
-        let is_repeated = |prefix: &[u8]| matches!(&self.last, Some((last, _)) if last.starts_with(prefix));
-        if common.is_some_and(is_repeated) {
-            self.last = Some((name.to_vec(), id_text(upload.id)));
-            return true;
-        }
-        if self.count == self.most {
-            self.more = self.most > 0;
-            return false;
-        }
-        self.count += 1;
-        self.last = Some((name.to_vec(), id_text(upload.id)));
-        match common {
-            Some(prefix) => {
-                list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
-            }
-            None => {
-                list.open("Upload").element("Key", encoding.shown(name)).element("UploadId", id_text(upload.id));
-                owner(list, "Initiator");
-                owner(list, "Owner");
-                list.element("StorageClass", "STANDARD").element("Initiated", iso(upload.time)).close();
-            }
-        }
-        true
-    }
+fn write_upload(list: &mut Document, key: &str, upload: &MultipartUpload) {
+    list.open("Upload").element("Key", key).element("UploadId", id_text(upload.id));
+    owner(list, "Initiator");
+    owner(list, "Owner");
+    list.element("StorageClass", "STANDARD").element("Initiated", iso(upload.time)).close();
 }
 
 /// Where a Complete puts its object.
