@@ -1,4 +1,4 @@
-//! `mkv server` and `mkv follow`: opens the doors, starts the threads beside them, and ends them in order.
+//! `mkv server` and `mkv follow`: listens for requests, starts the threads in the background, and ends all in order.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::store::follow::{Ended, Peer};
 /// How long requests may go on after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// How often multipart uploads that have expired are looked for.
+/// Look for expired multipart uploads this often, or more often if they expire sooner.
 const PURGE: Duration = Duration::from_secs(600);
 
 /// Where S3 listens, and how it serves.
@@ -49,10 +49,8 @@ pub fn serve(
 ) -> Result<Outcome> {
     raise_descriptor_limit();
     store.check_volumes()?;
-    let authenticator = match config.basicauth {
-        true => Some(Authenticator::new(store.volumes.clone(), &store.config.placement.volumes)?),
-        false => None,
-    };
+    let authenticate = || Authenticator::new(store.volumes.clone(), &store.config.placement.volumes);
+    let authenticator = config.basicauth.then(authenticate).transpose()?;
     let follows = store.index.following().is_some();
     if !follows {
         store.suspect_after_crash()?;
@@ -64,25 +62,16 @@ pub fn serve(
     let (sampler, observer) = (api.sampler(), api.observer());
     let (server, address) = listen(http, counters.clone(), api, "-port")?;
     let s3 = match s3 {
-        Some(S3Config { http, s3 }) => {
-            if s3.keys.is_none() {
-                log::warn!("S3 without -s3keys: everybody who reaches its port may read and write everything");
-            }
-            let s3 = Arc::new(S3::new(store.clone(), s3, Box::new(observer))?);
-            let (server, address) = listen(http, counters, s3.clone(), "-s3")?;
-            Some((s3, server, address))
-        }
+        Some(s3) => Some(listen_for_s3(store.clone(), s3, counters, Box::new(observer))?),
         None => None,
     };
     spawn("mkv-sampler", sampler)?;
     let checker = store.clone();
-    let check = move || {
+    spawn("mkv-check", move || {
         checker.volumes.warn_if_open(&checker.config.placement.volumes);
         checker.warn_if_index_lost();
-    };
-    spawn("mkv-check", check)?;
-    let wrong = |e: std::io::Error| Error::Failed(format!("signals: {e}"));
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(wrong)?;
+    })?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| Error::Failed(format!("signals: {e}")))?;
     let (end, ended) = bounded(1);
     let handle = signals.handle();
     let end = move |why| {
@@ -97,18 +86,8 @@ pub fn serve(
     if let Some((.., address)) = &s3 {
         println!("mkv listens for S3 on {address}");
     }
-    // The log goes to stderr, and all other settings are flags.
-    while !signals.is_closed() && signals.wait().all(|signal| signal == SIGHUP) {
-        if let Some((s3, ..)) = &s3 {
-            s3.reload_keys();
-        }
-    }
-    std::thread::scope(|scope| {
-        if let Some((_, server, _)) = &s3 {
-            scope.spawn(|| server.stop(DRAIN));
-        }
-        server.stop(DRAIN);
-    });
+    await_end(&mut signals, s3.as_ref().map(|(s3, ..)| &**s3));
+    drain(&server, s3.as_ref().map(|(_, server, _)| &**server));
     store.index.sync()?;
     store.index.close();
     match ended.try_recv() {
@@ -118,7 +97,45 @@ pub fn serve(
     }
 }
 
-/// What only a master does, in the background.
+/// The handler of S3, and its server with its address.
+type S3Server = (Arc<S3>, Arc<Server<Arc<S3>>>, SocketAddr);
+
+/// Serves S3 on a port of its own.
+fn listen_for_s3(
+    store: Arc<Store>,
+    S3Config { http, s3 }: S3Config,
+    counters: Arc<Counters>,
+    observe: s3::Observe,
+) -> Result<S3Server> {
+    if s3.keys.is_none() {
+        log::warn!("S3 without -s3keys: everybody who reaches its port may read and write everything");
+    }
+    let s3 = Arc::new(S3::new(store, s3, observe)?);
+    let (server, address) = listen(http, counters, s3.clone(), "-s3")?;
+    Ok((s3, server, address))
+}
+
+/// Waits for SIGTERM or SIGINT, or until another thread closes the signals. On SIGHUP it reads the keys of S3 again: all
+/// other settings are flags, and the log goes to stderr.
+fn await_end(signals: &mut Signals, s3: Option<&S3>) {
+    while !signals.is_closed() && signals.wait().all(|signal| signal == SIGHUP) {
+        if let Some(s3) = s3 {
+            s3.reload_keys();
+        }
+    }
+}
+
+/// Waits for the requests under way on both servers at the same time.
+fn drain<H: Handler>(server: &Server<H>, s3: Option<&Server<Arc<S3>>>) {
+    std::thread::scope(|scope| {
+        if let Some(s3) = s3 {
+            scope.spawn(move || s3.stop(DRAIN));
+        }
+        server.stop(DRAIN);
+    });
+}
+
+/// The threads that only a master has.
 struct Writers {
     store: Arc<Store>,
     backup: Option<Duration>,
@@ -147,7 +164,8 @@ impl Writers {
     }
 }
 
-/// Starts what a process with a peer does: it follows, until it is promoted; a master looks whether its peer was.
+/// Starts the threads of a process with a peer: a follower follows until it is promoted, a master asks whether its peer
+/// was promoted.
 fn watch(
     peer: Arc<Peer>,
     store: &Arc<Store>,

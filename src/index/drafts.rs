@@ -1,5 +1,5 @@
-//! Drafts: writes that others of the same key pass, as S3 wants it. The key is locked to choose the version and again
-//! to flip, not while the value comes; the last flip wins. A draft that another one has overtaken is copied to a new one.
+//! Drafts: writes of S3, where writers of a key pass each other. The key is locked to choose the version and again to
+//! flip, not while the value comes; the last flip wins. A draft that another one has overtaken is copied to a new one.
 //!
 //! A draft that becomes a part of a multipart upload keeps its debris entry, which rests until the upload has expired.
 //! So the blobs of a part are deleted even if nothing else remembers it. The upload and its parts are rows of their
@@ -67,7 +67,7 @@ pub struct Part {
     pub record: Record,
 }
 
-/// Those of the parts, which are in the order of number and version, that count.
+/// The part with the highest version of each number. `parts` are in the order of number and version.
 pub(super) fn newest(parts: Vec<Part>) -> Vec<Part> {
     let mut newest: Vec<Part> = Vec::with_capacity(parts.len());
     for part in parts {
@@ -80,8 +80,8 @@ pub(super) fn newest(parts: Vec<Part>) -> Vec<Part> {
 }
 
 impl Index {
-    /// Chooses a version of a key, and records that these replicas may hold a blob of it. Fails with `Locked` if a
-    /// request that lets none pass writes the key for long.
+    /// Chooses a version of a key, and records that these replicas may hold a blob of it. Fails with `Locked` if a write
+    /// that is no draft holds the key for too long.
     pub fn draft(&self, key: &[u8], replicas: &[String]) -> Result<Draft<'_>> {
         engine!(self, draft(key, replicas))
     }

@@ -1,5 +1,6 @@
 //! Results and errors as responses: the one place that turns an error of the store into a code of S3.
 
+use std::fmt::{self, Display};
 use std::io::{self, Write};
 use std::time::Duration;
 
@@ -15,13 +16,13 @@ pub type Outcome<T, E = Fault> = Result<T, E>;
 
 pub type Answer<'a> = Outcome<Response<'a>>;
 
-/// The error of a judge that finds the bucket gone.
+/// The error of a request whose bucket does not exist.
 pub const NO_BUCKET: Error = Error::NotFound("no such bucket");
 
-/// How often a client that waits for a long operation gets a space. SDKs give up after a minute of silence.
+/// Send a client that waits for a long operation a space this often: SDKs give up after a minute of silence.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-/// Copies of this many bytes and more keep the client alive.
+/// An operation that copies this many bytes or more is long.
 pub const LONG: u64 = 32 << 20;
 
 /// Why a request failed.
@@ -42,6 +43,15 @@ impl From<Failure> for Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Fault {
         Fault::Store(error)
+    }
+}
+
+impl Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Fault::Failure(failure) => failure.fmt(f),
+            Fault::Store(error) => error.fmt(f),
+        }
     }
 }
 
@@ -86,7 +96,7 @@ fn code(error: &Error) -> Code {
     }
 }
 
-/// The error of a copy: a body that ends early is a volume's, and none of the client's.
+/// The error of a copy: a body that ends early came from a volume, so it is no error of the request.
 pub fn unread(error: Error) -> Error {
     match error {
         Error::BadRequest(text) => Error::Unavailable(format!("the source could not be read: {text}")),
@@ -115,7 +125,7 @@ pub fn empty<'a>(status: u16) -> Response<'a> {
 
 pub fn xml<'a>(status: u16, text: String) -> Response<'a> {
     let headers = vec![("Content-Type", "application/xml".to_string())];
-    Response { status, headers, extra: Vec::new(), content: Content::Text(text) }
+    Response { headers, content: Content::Text(text), ..empty(status) }
 }
 
 pub fn document<'a>(document: Document) -> Answer<'a> {
@@ -140,11 +150,10 @@ pub fn kept_alive<'a>(
         });
         out.write_all(text.strip_prefix(DECLARATION).unwrap_or(&text).as_bytes())
     };
-    let headers = vec![("Content-Type", "application/xml".to_string())];
-    Ok(Response { status: 200, headers, extra: Vec::new(), content: Content::Chunked(Box::new(write)) })
+    Ok(Response { content: Content::Chunked(Box::new(write)), ..xml(200, String::new()) })
 }
 
-/// Runs `work` on a thread of its own and writes a space every so often. A client that goes away does not end the work.
+/// Runs `work` on a thread of its own and writes spaces meanwhile. The work goes on if the client goes away.
 fn wait<T: Send>(out: &mut dyn Write, every: Duration, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     let (done, outcome) = bounded(1);
     std::thread::scope(|scope| {

@@ -1,10 +1,11 @@
 //! Buckets. The marker of bucket `b` is an empty value under the key `/b/`; a bucket exists if its marker or any key below
 //! it does, so what the native API has written is in buckets too.
 
+use super::address::{is_reachable, is_valid_bucket, key};
 use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, iso, xml};
 use super::failure::Code;
 use super::objects::read_text;
-use super::route::{self, Operation, key};
+use super::route::Operation;
 use super::xml::{self, Document};
 use super::{Call, S3};
 use crate::error::Result;
@@ -12,10 +13,10 @@ use crate::http::{Body, Response};
 use crate::store::Step;
 use crate::volumes::upload::Upload;
 
-/// Who owns everything, in the XML that names an owner.
+/// The owner of all buckets and objects.
 pub const OWNER: &str = "mkv";
 
-/// The region that clients are told.
+/// The region of all buckets.
 const REGION: &str = "us-east-1";
 
 impl S3 {
@@ -36,7 +37,7 @@ impl S3 {
 
     pub(super) fn create_bucket<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
         let bucket = &call.route.bucket;
-        if !route::is_valid_bucket(bucket) && !self.bucket_exists(bucket)? {
+        if !is_valid_bucket(bucket) && !self.bucket_exists(bucket)? {
             let text = "a bucket has 3 to 63 lower-case letters, digits, dots and hyphens";
             return Err(Fault::new(Code::InvalidBucketName, text));
         }
@@ -44,7 +45,7 @@ impl S3 {
         let marker = call.route.key();
         if self.store.object(&marker)?.is_none() {
             let upload = Upload { reader: &mut std::io::empty(), length: Some(0), content_md5: None };
-            self.store.put_object(&marker, upload, |_| String::new(), &|_| Ok(()))?;
+            self.store.put_object(&marker, upload, String::new, &|_| Ok(()))?;
         }
         Ok(Response { headers: vec![("Location", format!("/{bucket}"))], ..empty(200) })
     }
@@ -75,12 +76,12 @@ impl S3 {
         }
     }
 
-    /// What S3 asks of a bucket beside its objects.
+    /// Answers a GET of a bucket's setting.
     pub(super) fn bucket_setting<'a>(&'a self, call: &Call) -> Answer<'a> {
         self.check_bucket(call)?;
         match call.route.operation {
             Operation::BucketAcl => Ok(xml(200, acl())),
-            // An empty one is us-east-1.
+            // An empty element stands for us-east-1.
             Operation::Location => document(Document::new("LocationConstraint")),
             Operation::Absent(code) => Err(Fault::new(code, "the bucket has none")),
             _ => document(Document::new("VersioningConfiguration")),
@@ -105,11 +106,11 @@ impl S3 {
     }
 }
 
-/// The bucket that a key lies in, and a key above all of the bucket's and not above another's.
+/// The bucket of a key, and the first key that can follow those of the bucket.
 fn bucket_of(key: &[u8]) -> Option<(&str, Vec<u8>)> {
     let rest = key.strip_prefix(b"/")?;
     let end = rest.iter().position(|byte| *byte == b'/')?;
-    let bucket = std::str::from_utf8(&rest[..end]).ok().filter(|bucket| route::is_reachable(bucket))?;
+    let bucket = std::str::from_utf8(&rest[..end]).ok().filter(|bucket| is_reachable(bucket))?;
     Some((bucket, [b"/", bucket.as_bytes(), b"0"].concat()))
 }
 
@@ -117,7 +118,7 @@ pub fn owner(document: &mut Document, tag: &'static str) {
     document.open(tag).element("ID", OWNER).element("DisplayName", OWNER).close();
 }
 
-/// The access control list of everything: the owner may do all.
+/// The access control list of every bucket and object: the owner may do all.
 pub fn acl() -> String {
     let mut list = Document::new("AccessControlPolicy");
     owner(&mut list, "Owner");

@@ -27,26 +27,30 @@ impl Algorithm {
         &self.header()["x-amz-checksum-".len()..]
     }
 
-    /// The header, or trailer, that bears the checksum.
-    pub fn header(self) -> &'static str {
+    /// The header or trailer with the checksum, its element in XML, and the bytes of a digest.
+    fn form(self) -> (&'static str, &'static str, usize) {
         match self {
-            Algorithm::Crc32 => "x-amz-checksum-crc32",
-            Algorithm::Crc32c => "x-amz-checksum-crc32c",
-            Algorithm::Crc64nvme => "x-amz-checksum-crc64nvme",
-            Algorithm::Sha1 => "x-amz-checksum-sha1",
-            Algorithm::Sha256 => "x-amz-checksum-sha256",
+            Algorithm::Crc32 => ("x-amz-checksum-crc32", "ChecksumCRC32", 4),
+            Algorithm::Crc32c => ("x-amz-checksum-crc32c", "ChecksumCRC32C", 4),
+            Algorithm::Crc64nvme => ("x-amz-checksum-crc64nvme", "ChecksumCRC64NVME", 8),
+            Algorithm::Sha1 => ("x-amz-checksum-sha1", "ChecksumSHA1", 20),
+            Algorithm::Sha256 => ("x-amz-checksum-sha256", "ChecksumSHA256", 32),
         }
+    }
+
+    /// The header or trailer with the checksum.
+    pub fn header(self) -> &'static str {
+        self.form().0
+    }
+
+    /// The element in XML with the checksum.
+    pub fn element(self) -> &'static str {
+        self.form().1
     }
 
     /// The digest that a client sent as base64. `None`: this is no digest of the algorithm.
     pub fn decode(self, text: &str) -> Option<Vec<u8>> {
-        let length = match self {
-            Algorithm::Crc32 | Algorithm::Crc32c => 4,
-            Algorithm::Crc64nvme => 8,
-            Algorithm::Sha1 => 20,
-            Algorithm::Sha256 => 32,
-        };
-        STANDARD.decode(text).ok().filter(|digest| digest.len() == length)
+        STANDARD.decode(text).ok().filter(|digest| digest.len() == self.form().2)
     }
 }
 

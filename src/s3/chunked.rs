@@ -169,9 +169,9 @@ fn cut() -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::s3::examples::{after, example, fields, keys};
     use crate::s3::head::Head;
     use crate::s3::sigv4::authenticate;
-    use crate::s3::sigv4::tests::{after, example, keys};
 
     const PLAIN: Framing = Framing { signed: false, trailers: true };
     const SIGNED: Framing = Framing { signed: true, trailers: false };
@@ -279,8 +279,7 @@ mod tests {
 
     fn signer() -> Signer {
         let (method, target, headers) = example(5);
-        let headers: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        let (head, keys) = (Head { method, target, headers: &headers }, keys());
+        let (head, keys) = (Head { method, target, headers: &fields(&headers) }, keys());
         authenticate(&head, &keys, after(0)).unwrap().unwrap().signer.unwrap()
     }
 

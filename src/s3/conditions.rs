@@ -15,7 +15,7 @@ pub struct Conditions {
     unmodified_since: Option<u64>,
 }
 
-/// What the conditions of a read say.
+/// How a read ends.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Verdict {
     Go,
@@ -24,17 +24,17 @@ pub enum Verdict {
 }
 
 impl Conditions {
-    /// Those of the object that a request names.
+    /// The conditions on the object that a request names.
     pub fn of(head: &Head) -> Conditions {
         Conditions::named(head, "")
     }
 
-    /// Those of a copy's source.
+    /// The conditions on a copy's source.
     pub fn of_source(head: &Head) -> Conditions {
         Conditions::named(head, "x-amz-copy-source-")
     }
 
-    /// That the object has this ETag.
+    /// The condition that the object has this ETag.
     pub fn matching(etag: &str) -> Conditions {
         Conditions { matches: Some(etag.to_string()), ..Conditions::default() }
     }
@@ -50,14 +50,14 @@ impl Conditions {
         }
     }
 
-    /// Judges a read of an object with this ETag and time: an ETag counts more than a date.
+    /// Judges a read of an object with this ETag and time. A condition on the ETag overrides one on the date.
     pub fn verdict(&self, etag: &str, time: u64) -> Verdict {
         let is_other = match (&self.matches, self.unmodified_since) {
-            (Some(list), _) => !lists(list, etag),
+            (Some(list), _) => !names_etag(list, etag),
             (None, since) => since.is_some_and(|since| time > since),
         };
         let is_known = match (&self.none_match, self.modified_since) {
-            (Some(list), _) => lists(list, etag),
+            (Some(list), _) => names_etag(list, etag),
             (None, since) => since.is_some_and(|since| time <= since),
         };
         match (is_other, is_known) {
@@ -86,12 +86,12 @@ impl Conditions {
 }
 
 /// Whether a list of ETags has this one.
-fn lists(list: &str, etag: &str) -> bool {
-    list.trim() == "*" || list.split(',').any(|given| bare(given) == etag)
+fn names_etag(list: &str, etag: &str) -> bool {
+    list.trim() == "*" || list.split(',').any(|given| unquoted(given) == etag)
 }
 
 /// An ETag without quotes.
-pub fn bare(etag: &str) -> &str {
+pub fn unquoted(etag: &str) -> &str {
     let etag = etag.trim();
     let etag = etag.strip_prefix("W/").unwrap_or(etag);
     etag.strip_prefix('"').and_then(|etag| etag.strip_suffix('"')).unwrap_or(etag)
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn an_etag_counts_more_than_a_date() {
+    fn a_condition_on_the_etag_overrides_one_on_the_date() {
         let [before, same, after] = DATES;
         for (headers, verdict) in [
             (&[][..], Verdict::Go),

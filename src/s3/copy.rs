@@ -1,11 +1,12 @@
 //! CopyObject and UploadPartCopy: the master streams the source from a volume into the new value.
 
+use super::address::{copy_source, key};
 use super::answer::{Answer, Fault, LONG, Outcome, iso, kept_alive, unread, xml};
 use super::conditions::{Conditions, Verdict};
 use super::failure::{Code, Failure};
 use super::get::Object;
+use super::head::digits;
 use super::meta::{Meta, etag};
-use super::route::{copy_source, key};
 use super::xml::Document;
 use super::{Call, S3, denied};
 use crate::error::Error;
@@ -39,13 +40,11 @@ impl S3 {
     pub(super) fn copy<'a>(&'a self, call: &Call) -> Answer<'a> {
         let (source, conditions) = (Source::of(call)?, Conditions::of(call.head));
         self.check_bucket(call)?;
-        let replaces = match call.amz("x-amz-metadata-directive") {
-            None => false,
-            Some(text) if text.eq_ignore_ascii_case("copy") => false,
-            Some(text) if text.eq_ignore_ascii_case("replace") => true,
+        let given = match call.amz("x-amz-metadata-directive").map(str::to_ascii_lowercase).as_deref() {
+            None | Some("copy") => None,
+            Some("replace") => Some(Meta::of_request(call.head, call.query)?),
             Some(_) => return Err(Fault::new(Code::InvalidArgument, "x-amz-metadata-directive is COPY or REPLACE")),
         };
-        let given = if replaces { Some(Meta::of_request(call.head, call.query)?) } else { None };
         let key = call.route.key();
         if key == source.key {
             let Some(given) = given else {
@@ -65,7 +64,7 @@ impl S3 {
         let work = move || {
             let judge = move |old: Option<&Record>| self.judge(&bucket, &conditions, old);
             let record =
-                transfer(opened, hash, |upload| self.store.put_object(&key, upload, |_| meta.encode(), &judge))?;
+                transfer(opened, hash, |upload| self.store.put_object(&key, upload, || meta.encode(), &judge))?;
             copied("CopyObjectResult", &record)
         };
         kept_alive(call, object.size >= LONG, work)
@@ -99,7 +98,7 @@ impl S3 {
         })?;
         let (size, hash) = (opened.length, object.record.hash.filter(|_| text.is_none()));
         let work = move || {
-            let part = transfer(opened, hash, |data| self.store.put_part(&upload, number, data, |_| String::new()))?;
+            let part = transfer(opened, hash, |data| self.store.put_part(&upload, number, data, String::new))?;
             copied("CopyPartResult", &part.record)
         };
         kept_alive(call, size >= LONG, work)
@@ -140,9 +139,8 @@ fn copied(root: &'static str, record: &Record) -> Outcome<String> {
 
 /// Parses `bytes=FIRST-LAST`, which has to be inside the source.
 fn source_range(text: &str, size: u64) -> Outcome<(u64, u64), Failure> {
-    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
     let range = text.strip_prefix("bytes=").and_then(|range| range.split_once('-'));
-    match range.and_then(|(first, last)| Some((number(first)?, number(last)?))) {
+    match range.and_then(|(first, last)| Some((digits(first)?, digits(last)?))) {
         Some((first, last)) if first <= last && last < size => Ok((first, last)),
         Some((first, last)) if first <= last => {
             Err(Failure::new(Code::InvalidRange, format!("the source has {size} bytes")))

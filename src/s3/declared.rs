@@ -3,7 +3,7 @@
 use super::checksum::{Algorithm, Hasher};
 use super::chunked::Framing;
 use super::failure::{Code, Failure};
-use super::head::Head;
+use super::head::{Head, digits};
 
 /// What `x-amz-content-sha256` says. Content-Encoding does not count: restic sends aws-chunked without it.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,9 +40,8 @@ pub(super) fn decoded_length(head: &Head) -> Result<Option<u64>, Failure> {
     let Some(text) = head.header("x-amz-decoded-content-length") else {
         return Ok(None);
     };
-    let length = text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
     let wrong = || Failure::new(Code::InvalidArgument, "x-amz-decoded-content-length is no number of bytes");
-    length.map(Some).ok_or_else(wrong)
+    digits(text).map(Some).ok_or_else(wrong)
 }
 
 /// A checksum that the client sends, and the body's own so far.
@@ -58,7 +57,7 @@ impl Checksum {
         Checksum { algorithm, hasher: Hasher::new(algorithm), sent: None }
     }
 
-    /// The checksum in the head. Its neighbours `-type`, `-mode` and `-algorithm` say nothing of this body.
+    /// The checksum in the head. `x-amz-checksum-type`, `-mode` and `-algorithm` are none.
     pub fn of_head(head: &Head) -> Result<Option<Checksum>, Failure> {
         let others = ["x-amz-checksum-type", "x-amz-checksum-mode", "x-amz-checksum-algorithm"];
         let is_checksum = |name: &String| name.starts_with("x-amz-checksum-") && !others.contains(&name.as_str());

@@ -1,6 +1,6 @@
-//! S3's error codes, their HTTP statuses, and the XML that tells a client of one.
+//! S3's error codes, their HTTP statuses, and their XML.
 //!
-//! Clients decide by the code whether they try again, so a code is AWS's where AWS has one for the case.
+//! The code is AWS's where AWS has one for the case, because clients decide by it whether to try again.
 
 use std::fmt::{self, Display};
 use std::io;
@@ -8,69 +8,43 @@ use std::io;
 use super::xml::Document;
 
 macro_rules! codes {
-    ($($code:ident $status:literal,)*) => {
-        /// S3's name for what went wrong.
+    ($($status:literal: $($code:ident)*;)*) => {
+        /// An error code of S3.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub enum Code { $($code,)* }
+        pub enum Code { $($($code,)*)* }
 
         impl Code {
             pub fn name(self) -> &'static str {
-                match self { $(Code::$code => stringify!($code),)* }
+                match self { $($(Code::$code => stringify!($code),)*)* }
             }
 
             /// The HTTP status.
             pub fn status(self) -> u16 {
-                match self { $(Code::$code => $status,)* }
+                match self { $($(Code::$code)|* => $status,)* }
             }
         }
     };
 }
 
 codes! {
-    AuthorizationHeaderMalformed 400,
-    AuthorizationQueryParametersError 400,
-    BadDigest 400,
-    EntityTooLarge 400,
-    EntityTooSmall 400,
-    IncompleteBody 400,
-    InvalidArgument 400,
-    InvalidBucketName 400,
-    InvalidDigest 400,
-    InvalidPart 400,
-    InvalidPartOrder 400,
-    InvalidRequest 400,
-    InvalidURI 400,
-    KeyTooLongError 400,
-    MalformedTrailerError 400,
-    MalformedXML 400,
-    MetadataTooLarge 400,
-    RequestTimeout 400,
-    XAmzContentSHA256Mismatch 400,
-    AccessDenied 403,
-    InvalidAccessKeyId 403,
-    RequestTimeTooSkewed 403,
-    SignatureDoesNotMatch 403,
-    NoSuchBucket 404,
-    NoSuchBucketPolicy 404,
-    NoSuchCORSConfiguration 404,
-    NoSuchKey 404,
-    NoSuchLifecycleConfiguration 404,
-    NoSuchTagSet 404,
-    NoSuchUpload 404,
-    NoSuchVersion 404,
-    ServerSideEncryptionConfigurationNotFoundError 404,
-    MethodNotAllowed 405,
-    BucketNotEmpty 409,
-    MissingContentLength 411,
-    PreconditionFailed 412,
-    InvalidRange 416,
-    InternalError 500,
-    NotImplemented 501,
-    ServiceUnavailable 503,
-    SlowDown 503,
+    400: AuthorizationHeaderMalformed AuthorizationQueryParametersError BadDigest EntityTooLarge EntityTooSmall
+        IncompleteBody InvalidArgument InvalidBucketName InvalidDigest InvalidPart InvalidPartOrder InvalidRequest
+        InvalidURI KeyTooLongError MalformedTrailerError MalformedXML MetadataTooLarge RequestTimeout
+        XAmzContentSHA256Mismatch;
+    403: AccessDenied InvalidAccessKeyId RequestTimeTooSkewed SignatureDoesNotMatch;
+    404: NoSuchBucket NoSuchBucketPolicy NoSuchCORSConfiguration NoSuchKey NoSuchLifecycleConfiguration NoSuchTagSet
+        NoSuchUpload NoSuchVersion ServerSideEncryptionConfigurationNotFoundError;
+    405: MethodNotAllowed;
+    409: BucketNotEmpty;
+    411: MissingContentLength;
+    412: PreconditionFailed;
+    416: InvalidRange;
+    500: InternalError;
+    501: NotImplemented;
+    503: ServiceUnavailable SlowDown;
 }
 
-/// Why a request failed, as its client is told.
+/// Why a request failed, as the client hears it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     pub code: Code,
@@ -120,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_is_told_in_xml() {
+    fn a_failure_is_written_as_xml() {
         let failure = Failure::new(Code::NoSuchKey, "there is no <key> & no \"value\"");
         assert_eq!((failure.status(), failure.code.name()), (404, "NoSuchKey"));
         assert_eq!(

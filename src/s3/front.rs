@@ -49,7 +49,7 @@ const FOLLOWERS: [&str; 8] =
 impl S3 {
     /// The response that sends a reader, or the front, to a volume. `None`: the master has to stream the value. Fails with
     /// an error of the store if the object has changed, too.
-    pub(super) fn elsewhere<'a>(
+    pub(super) fn send_to_volume<'a>(
         &'a self,
         call: &Call,
         key: &[u8],

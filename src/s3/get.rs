@@ -1,11 +1,12 @@
-//! GET and HEAD. HEAD is answered from the index alone. A GET's bytes go by the front, by a redirect or, as here, from a
-//! volume through the master; its headers are made of the record, never of what the volume says.
+//! GET and HEAD. HEAD is answered from the index alone. A GET's bytes come by way of the front, by a redirect
+//! (`front.rs`), or through the master. The headers are made from the record, never from the volume's response.
 
 use std::io::{self, Read, Write};
 
 use super::answer::{Answer, Fault, Outcome, empty, http_date};
-use super::conditions::{Conditions, Verdict, bare, seconds};
+use super::conditions::{Conditions, Verdict, seconds, unquoted};
 use super::failure::{Code, Failure};
+use super::head::digits;
 use super::meta::{DEFAULT_TYPE, KEPT, Meta, etag, is_text};
 use super::route::Operation;
 use super::{Call, S3};
@@ -28,32 +29,31 @@ pub struct Object {
     pub time: u64,
 }
 
-/// What a request wants of a value.
+/// The part of a value that a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Range {
     Whole,
     /// The first and the last byte.
     Part(u64, u64),
     /// No byte of the value is in it.
-    Outside,
+    Unsatisfiable,
 }
 
 impl Range {
-    /// Parses a Range header (RFC 9110, section 14.2). What is no range of bytes, or more than one, is the whole value.
+    /// Parses a Range header (RFC 9110, section 14.2). If it is malformed or names several ranges, it is ignored.
     pub fn parse(text: &str, size: u64) -> Range {
         let Some((first, last)) = text.trim().strip_prefix("bytes=").and_then(|range| range.split_once('-')) else {
             return Range::Whole;
         };
-        let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
         match (first.trim(), last.trim()) {
             ("", "") => Range::Whole,
-            ("", count) => match number(count) {
+            ("", count) => match digits(count) {
                 None => Range::Whole,
-                Some(0) => Range::Outside,
-                Some(_) if size == 0 => Range::Outside,
+                Some(0) => Range::Unsatisfiable,
+                Some(_) if size == 0 => Range::Unsatisfiable,
                 Some(count) => Range::Part(size.saturating_sub(count), size - 1),
             },
-            (first, last) => match (number(first), number(last)) {
+            (first, last) => match (digits(first), digits(last)) {
                 (Some(first), None) if last.is_empty() => Range::of(first, u64::MAX, size),
                 (Some(first), Some(last)) if first <= last => Range::of(first, last, size),
                 _ => Range::Whole,
@@ -62,7 +62,7 @@ impl Range {
     }
 
     fn of(first: u64, last: u64, size: u64) -> Range {
-        if first < size { Range::Part(first, last.min(size - 1)) } else { Range::Outside }
+        if first < size { Range::Part(first, last.min(size - 1)) } else { Range::Unsatisfiable }
     }
 }
 
@@ -80,7 +80,7 @@ impl S3 {
         Ok(Some(Object { record, meta, etag, size, time }))
     }
 
-    /// Lets `act` read an object, once more whenever it was overwritten or deleted meanwhile and the blob is gone.
+    /// Calls `act` with an object. If that fails because the object was overwritten or deleted meanwhile, tries again.
     pub(super) fn read<T>(&self, bucket: &str, key: &[u8], mut act: impl FnMut(Object) -> Outcome<T>) -> Outcome<T> {
         loop {
             let Some(object) = self.find(key)? else { return Err(self.missing(bucket)?.into()) };
@@ -105,14 +105,14 @@ impl S3 {
                 Verdict::NotModified => return Ok(not_modified(&object)),
             }
             let range = wanted_range(call, &object);
-            if range == Range::Outside {
-                return Ok(outside(call, &object));
+            if range == Range::Unsatisfiable {
+                return Ok(unsatisfiable(call, &object));
             }
             let headers = describe(call, &object, range)?;
             if call.route.operation == Operation::Head || object.size == 0 {
                 return Ok(respond(headers, &object, range, |_| Ok(())));
             }
-            if let Some(response) = self.elsewhere(call, &key, &object, range, &headers)? {
+            if let Some(response) = self.send_to_volume(call, &key, &object, range, &headers)? {
                 return Ok(response);
             }
             let part = if let Range::Part(first, last) = range { Some((first, last)) } else { None };
@@ -126,7 +126,7 @@ fn wanted_range(call: &Call, object: &Object) -> Range {
     let Some(range) = call.head.header("range") else { return Range::Whole };
     let same = |validator: &str| match seconds(validator) {
         Some(time) => time == object.time,
-        None => bare(validator) == object.etag,
+        None => unquoted(validator) == object.etag,
     };
     match call.head.header("if-range").is_none_or(same) {
         true => Range::parse(range, object.size),
@@ -184,14 +184,14 @@ fn not_modified<'a>(object: &Object) -> Response<'a> {
     Response { headers, ..empty(304) }
 }
 
-fn outside<'a>(call: &Call, object: &Object) -> Response<'a> {
+fn unsatisfiable<'a>(call: &Call, object: &Object) -> Response<'a> {
     let failure = Fault::new(Code::InvalidRange, format!("the object has {} bytes", object.size));
     let mut response = failure.response(call.head.method, call.head.path(), call.id);
     response.headers.push(("Content-Range", format!("bytes */{}", object.size)));
     response
 }
 
-/// Sends what a volume sends.
+/// Copies the bytes of a volume's response to the client.
 fn send(mut opened: Opened, out: &mut dyn Write) -> io::Result<()> {
     let (mut left, mut piece) = (opened.length, vec![0; PIECE.min(opened.length as usize)]);
     while left > 0 {
@@ -219,9 +219,9 @@ mod tests {
             ("bytes=-3", Range::Part(7, 9)),
             ("bytes=-30", Range::Part(0, 9)),
             ("bytes=9-9", Range::Part(9, 9)),
-            ("bytes=10-", Range::Outside),
-            ("bytes=10-12", Range::Outside),
-            ("bytes=-0", Range::Outside),
+            ("bytes=10-", Range::Unsatisfiable),
+            ("bytes=10-12", Range::Unsatisfiable),
+            ("bytes=-0", Range::Unsatisfiable),
             ("bytes=3-2", Range::Whole),
             ("bytes=-", Range::Whole),
             ("bytes=0-1,3-4", Range::Whole),
@@ -234,7 +234,7 @@ mod tests {
             assert_eq!(Range::parse(text, 10), range, "{text}");
         }
         for text in ["bytes=0-", "bytes=-1", "bytes=0-0"] {
-            assert_eq!(Range::parse(text, 0), Range::Outside, "{text}");
+            assert_eq!(Range::parse(text, 0), Range::Unsatisfiable, "{text}");
         }
     }
 }

@@ -1,8 +1,13 @@
 //! The head of a request, as its signature sees it: every byte as the client sent it.
 
-use percent_encoding::percent_decode_str;
+use std::ops::RangeInclusive;
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str};
 
 use super::failure::{Code, Failure};
+
+/// The characters that stay as they are when queries and META are percent-encoded: RFC 3986's unreserved ones.
+pub(super) const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 pub struct Head<'a> {
     pub method: &'a str,
@@ -41,13 +46,37 @@ impl<'a> Head<'a> {
     }
 }
 
+/// The parameters of a query, decoded.
+#[derive(Debug)]
+pub struct Query(pub Vec<(String, String)>);
+
+impl Query {
+    /// The first parameter of this name; names are case-sensitive.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
+    }
+
+    /// A number in this range. A parameter without a value counts as absent.
+    pub fn number(&self, name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, Failure> {
+        let Some(text) = self.get(name).filter(|text| !text.is_empty()) else { return Ok(None) };
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let wrong = || {
+            let (least, most) = range.clone().into_inner();
+            Failure::new(Code::InvalidArgument, format!("{name}={text} is not a number from {least} to {most}"))
+        };
+        number.map(Some).ok_or_else(wrong)
+    }
+}
+
 /// The parameters of a target's query, in order and decoded. One without `=` has an empty value. Fails if one is not
 /// UTF-8. Signatures are checked against these, so use them, and nothing else, to see what a request asks for.
-pub fn query(target: &str) -> Result<Vec<(String, String)>, Failure> {
+pub fn query(target: &str) -> Result<Query, Failure> {
     let text = |bytes| {
         String::from_utf8(bytes).map_err(|_| Failure::new(Code::InvalidURI, "a parameter of the query is not UTF-8"))
     };
-    parameters(target).map(|(name, value)| Ok((text(name)?, text(value.unwrap_or_default())?))).collect()
+    let pairs: Result<Vec<_>, Failure> =
+        parameters(target).map(|(name, value)| Ok((text(name)?, text(value.unwrap_or_default())?))).collect();
+    pairs.map(Query)
 }
 
 /// The parameters as bytes. `None` for the value: there is no `=`.
@@ -57,6 +86,16 @@ pub(super) fn parameters(target: &str) -> impl Iterator<Item = (Vec<u8>, Option<
         Some((name, value)) => (decode(name), Some(decode(value))),
         None => (decode(piece), None),
     })
+}
+
+/// Whether it is the name of one of S3's headers, in letters of either case.
+pub(super) fn is_amz(name: &str) -> bool {
+    name.get(..6).is_some_and(|start| start.eq_ignore_ascii_case("x-amz-"))
+}
+
+/// Parses decimal digits; `str::parse` alone takes a sign, too.
+pub(super) fn digits(text: &str) -> Option<u64> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 /// In a query `+` is a space. Clients that mean a plus sign send `%2B`.
@@ -70,7 +109,7 @@ mod tests {
 
     #[test]
     fn a_query_is_decoded() {
-        let pairs = |target| query(target).unwrap();
+        let pairs = |target| query(target).unwrap().0;
         assert_eq!(
             pairs("/b/a+b?a=1&&b=x%20y+z%2B=w&uploads&c=&a=2%zz"),
             [

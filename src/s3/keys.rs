@@ -8,7 +8,7 @@
 //! bucket = 3*63( ALPHA / DIGIT / "." / "_" / "-" )
 //! ```
 //!
-//! `ro` lets a key only read. A key with buckets may touch only those; one without, all.
+//! With `ro` a key may only read. One with buckets may use these only, one without may use all.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,11 +22,11 @@ const UPPERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
 const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
 
 pub struct Key {
-    pub access: String,
+    access: String,
     pub(super) secret: String,
-    pub read_only: bool,
-    /// The buckets that it may touch. Empty: all.
-    pub buckets: Vec<String>,
+    read_only: bool,
+    /// The buckets that it may use. Empty: all.
+    buckets: Vec<String>,
 }
 
 impl Key {
@@ -64,14 +64,9 @@ impl Keys {
     pub(super) fn parse(text: &str) -> Result<Keys, (usize, String)> {
         let mut by_access = HashMap::new();
         for (number, line) in (1..).zip(text.lines()) {
-            let parsed = parse_line(line).and_then(|key| match key {
-                Some(key) if by_access.contains_key(&key.access) => {
-                    Err("the access key stands there twice".to_string())
-                }
-                key => Ok(key),
-            });
-            if let Some(key) = parsed.map_err(|why| (number, why))? {
-                by_access.insert(key.access.clone(), key);
+            let Some(key) = parse_line(line).map_err(|why| (number, why))? else { continue };
+            if by_access.insert(key.access.clone(), key).is_some() {
+                return Err((number, "the access key stands there twice".into()));
             }
         }
         Ok(Keys { by_access })
@@ -99,7 +94,7 @@ fn parse_line(line: &str) -> Result<Option<Key>, String> {
     let read_only = words.next_if_eq(&"ro").is_some();
     let buckets: Vec<String> = words.take_while(|word| !word.starts_with('#')).map(String::from).collect();
     if !buckets.iter().all(|bucket| is_name(bucket, 3..=63)) {
-        return Err("behind the secret stands something other than ro and names of buckets".into());
+        return Err("the secret is followed by something other than ro and names of buckets".into());
     }
     Ok(Some(Key { access: access.into(), secret: secret.into(), read_only, buckets }))
 }

@@ -1,5 +1,5 @@
-//! Lists of objects, V1 and V2. A page costs what is on it: keys that one common prefix stands for are stepped over by one
-//! seek, and everything comes from the index.
+//! Lists of objects, V1 and V2. The cost of a page depends on its entries only: one seek skips all keys below a common
+//! prefix, and everything comes from the index.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -19,7 +19,7 @@ use crate::store::Step;
 const PAGE_MAX: u64 = 1000;
 
 /// Which page of a bucket's objects.
-struct Wanted {
+struct PageRequest {
     prefix: Vec<u8>,
     delimiter: Vec<u8>,
     most: usize,
@@ -27,12 +27,10 @@ struct Wanted {
     after: Vec<u8>,
 }
 
-enum Item {
-    Object(Vec<u8>, Listing),
-    Prefix(Vec<u8>),
-}
+/// An object's name and what a list shows of it, or a common prefix and `None`.
+type Item = (Vec<u8>, Option<Listing>);
 
-/// What a list shows of an object. Its record can have 30 KiB of metadata.
+/// The record itself can have 30 KiB of metadata.
 struct Listing {
     etag: String,
     /// Bytes.
@@ -48,41 +46,28 @@ impl Listing {
     }
 }
 
-impl Item {
-    fn name(&self) -> &[u8] {
-        match self {
-            Item::Object(name, _) | Item::Prefix(name) => name,
-        }
-    }
-}
-
-/// What a scan does with a key.
-#[derive(Debug, PartialEq)]
-enum Listed {
-    Object,
-    /// The key and all others below this prefix are one entry.
-    Prefix(Vec<u8>),
-}
-
-impl Wanted {
+impl PageRequest {
     /// The first name that can be on the page.
     fn start(&self) -> Vec<u8> {
-        match self.listed(&self.after) {
+        match self.common_prefix(&self.after) {
             // The last page ended with this prefix: all keys below it are known.
-            Listed::Prefix(prefix) if prefix == self.after => successor(&prefix).unwrap_or(prefix),
+            Some(prefix) if prefix == self.after => successor(prefix).unwrap_or_else(|| prefix.to_vec()),
             _ if self.after.is_empty() => self.prefix.clone(),
             _ => [&self.after, b"\0".as_slice()].concat(),
         }
     }
 
-    fn listed(&self, name: &[u8]) -> Listed {
-        let length = self.delimiter.len();
-        let Some(rest) = name.strip_prefix(&*self.prefix).filter(|_| length > 0) else { return Listed::Object };
-        match rest.windows(length).position(|part| part == self.delimiter) {
-            Some(at) => Listed::Prefix(name[..self.prefix.len() + at + length].to_vec()),
-            None => Listed::Object,
-        }
+    fn common_prefix<'n>(&self, name: &'n [u8]) -> Option<&'n [u8]> {
+        common_prefix(name, &self.prefix, &self.delimiter)
     }
+}
+
+/// The common prefix that stands for a name, and for all others below it, in a list of the names that begin with
+/// `prefix`. `None`: the name stands there itself.
+pub fn common_prefix<'n>(name: &'n [u8], prefix: &[u8], delimiter: &[u8]) -> Option<&'n [u8]> {
+    let rest = name.strip_prefix(prefix).filter(|_| !delimiter.is_empty())?;
+    let at = rest.windows(delimiter.len()).position(|part| part == delimiter)?;
+    Some(&name[..prefix.len() + at + delimiter.len()])
 }
 
 /// The first text above all that begin with this one; `None`: there is none.
@@ -95,7 +80,7 @@ fn successor(prefix: &[u8]) -> Option<Vec<u8>> {
 
 impl S3 {
     /// The page's items, and whether more follow.
-    fn page(&self, bucket: &[u8], wanted: &Wanted) -> Result<(Vec<Item>, bool)> {
+    fn page(&self, bucket: &[u8], wanted: &PageRequest) -> Result<(Vec<Item>, bool)> {
         let (mut items, mut more) = (Vec::new(), false);
         if wanted.most == 0 {
             return Ok((items, more));
@@ -111,17 +96,12 @@ impl S3 {
                 more = true;
                 return Ok(Step::Stop);
             }
-            match wanted.listed(name) {
-                Listed::Object => {
-                    items.push(Item::Object(name.to_vec(), Listing::of(&record)?));
-                    Ok(Step::Next)
-                }
-                Listed::Prefix(prefix) => {
-                    let next = successor(&prefix).map(|next| [bucket, &next].concat());
-                    items.push(Item::Prefix(prefix));
-                    Ok(next.map_or(Step::Stop, Step::SkipTo))
-                }
-            }
+            let Some(prefix) = wanted.common_prefix(name) else {
+                items.push((name.to_vec(), Some(Listing::of(&record)?)));
+                return Ok(Step::Next);
+            };
+            items.push((prefix.to_vec(), None));
+            Ok(successor(prefix).map_or(Step::Stop, |next| Step::SkipTo([bucket, &next].concat())))
         })?;
         Ok((items, more))
     }
@@ -130,13 +110,13 @@ impl S3 {
         let text = |name| call.query.get(name);
         let bytes = |name| text(name).unwrap_or_default().as_bytes().to_vec();
         let encoding = Encoding::of(call)?;
-        let most = most(call, "max-keys")?;
+        let most = page_size(call, "max-keys")?;
         let token = text("continuation-token").filter(|token| is_v2 && !token.is_empty());
         let after = match token {
             Some(token) => read_token(token)?,
             None => bytes(if is_v2 { "start-after" } else { "marker" }),
         };
-        let wanted = Wanted { prefix: bytes("prefix"), delimiter: bytes("delimiter"), most, after };
+        let wanted = PageRequest { prefix: bytes("prefix"), delimiter: bytes("delimiter"), most, after };
         let (items, more) = self.page(&call.route.key(), &wanted)?;
         if items.is_empty() {
             self.check_bucket(call)?;
@@ -147,8 +127,8 @@ impl S3 {
             self.write_v2(call, &mut list, &encoding, &items, more);
         } else {
             list.element("Marker", encoding.shown(&wanted.after));
-            if let Some(last) = items.last().filter(|_| more && !wanted.delimiter.is_empty()) {
-                list.element("NextMarker", encoding.shown(last.name()));
+            if let Some((last, _)) = items.last().filter(|_| more && !wanted.delimiter.is_empty()) {
+                list.element("NextMarker", encoding.shown(last));
             }
         }
         list.element("MaxKeys", most).element("IsTruncated", more);
@@ -171,23 +151,19 @@ impl S3 {
         if let Some(token) = call.query.get("continuation-token") {
             list.element("ContinuationToken", token);
         }
-        if let Some(last) = items.last().filter(|_| more) {
-            list.element("NextContinuationToken", URL_SAFE_NO_PAD.encode(last.name()));
+        if let Some((last, _)) = items.last().filter(|_| more) {
+            list.element("NextContinuationToken", URL_SAFE_NO_PAD.encode(last));
         }
     }
 }
 
-fn write_item(list: &mut Document, item: &Item, encoding: &Encoding, with_owner: bool) {
-    let (name, listing) = match item {
-        Item::Prefix(prefix) => {
-            list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
-            return;
-        }
-        Item::Object(name, listing) => (name, listing),
+fn write_item(list: &mut Document, (name, listing): &Item, encoding: &Encoding, with_owner: bool) {
+    let Some(Listing { etag, size, time }) = listing else {
+        list.open("CommonPrefixes").element("Prefix", encoding.shown(name)).close();
+        return;
     };
-    list.open("Contents").element("Key", encoding.shown(name));
-    list.element("LastModified", iso(listing.time));
-    list.element("ETag", format!("\"{}\"", listing.etag)).element("Size", listing.size);
+    list.open("Contents").element("Key", encoding.shown(name)).element("LastModified", iso(*time));
+    list.element("ETag", format!("\"{etag}\"")).element("Size", size);
     if with_owner {
         owner(list, "Owner");
     }
@@ -223,7 +199,7 @@ impl Encoding {
 }
 
 /// How many entries a page may have.
-pub fn most(call: &Call, name: &str) -> Outcome<usize, Failure> {
+pub fn page_size(call: &Call, name: &str) -> Outcome<usize, Failure> {
     let most = call.query.number(name, 0..=i32::MAX as u64)?;
     Ok(most.unwrap_or(PAGE_MAX).min(PAGE_MAX) as usize)
 }
@@ -237,24 +213,24 @@ fn read_token(token: &str) -> Outcome<Vec<u8>, Failure> {
 mod tests {
     use super::*;
 
-    fn wanted(prefix: &str, delimiter: &str, after: &str) -> Wanted {
-        Wanted { prefix: prefix.into(), delimiter: delimiter.into(), most: 1000, after: after.into() }
+    fn wanted(prefix: &str, delimiter: &str, after: &str) -> PageRequest {
+        PageRequest { prefix: prefix.into(), delimiter: delimiter.into(), most: 1000, after: after.into() }
     }
 
     #[test]
     fn keys_below_a_delimiter_are_one_prefix() {
-        let prefix = |text: &str| Listed::Prefix(text.into());
-        for (of, delimiter, name, listed) in [
-            ("", "", "a/b", Listed::Object),
-            ("", "/", "a", Listed::Object),
-            ("", "/", "a/b/c", prefix("a/")),
-            ("", "/", "/a", prefix("/")),
-            ("a/", "/", "a/b/c", prefix("a/b/")),
-            ("a/", "/", "a/b", Listed::Object),
-            ("a", "/", "a/b", prefix("a/")),
-            ("", "--", "a-b--c", prefix("a-b--")),
+        for (prefix, delimiter, name, common) in [
+            ("", "", "a/b", None),
+            ("", "/", "a", None),
+            ("", "/", "a/b/c", Some("a/")),
+            ("", "/", "/a", Some("/")),
+            ("a/", "/", "a/b/c", Some("a/b/")),
+            ("a/", "/", "a/b", None),
+            ("a", "/", "a/b", Some("a/")),
+            ("", "--", "a-b--c", Some("a-b--")),
         ] {
-            assert_eq!(wanted(of, delimiter, "").listed(name.as_bytes()), listed, "{of} {delimiter} {name}");
+            let found = common_prefix(name.as_bytes(), prefix.as_bytes(), delimiter.as_bytes());
+            assert_eq!(found, common.map(str::as_bytes), "{prefix} {delimiter} {name}");
         }
     }
 

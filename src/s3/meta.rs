@@ -1,4 +1,4 @@
-//! META: what S3 keeps of an object beside its value, in the object's record, and how the headers give it back.
+//! META: what S3 keeps of an object beside its value, in the object's record.
 //!
 //! ```text
 //! meta = pair *( "&" pair )
@@ -13,13 +13,12 @@
 //! | `upload` | the id of the multipart upload that made the object |
 //! | `crc32`, `crc32c`, `crc64nvme`, `sha1`, `sha256` | the checksum that the client sent, in base64 |
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use percent_encoding::{percent_decode_str, utf8_percent_encode};
 
 use super::answer::Outcome;
 use super::checksum::Algorithm;
 use super::failure::{Code, Failure};
-use super::head::Head;
-use super::route::Query;
+use super::head::{Head, Query, UNRESERVED};
 use crate::error::{Error, Result};
 use crate::format::record::{Record, hex};
 
@@ -35,10 +34,8 @@ pub const DEFAULT_TYPE: &str = "binary/octet-stream";
 /// The most bytes of a client's metadata: names without `x-amz-meta-`, and values.
 const USER_MAX: usize = 2 << 10;
 
-/// The most bytes of the other kept headers: those of AWS's longest head.
+/// The most bytes of the other kept headers: as many as AWS allows a head.
 const KEPT_MAX: usize = 8 << 10;
-
-const SET: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Meta {
@@ -53,10 +50,8 @@ impl Meta {
         let queried = queried.filter(|(name, _)| is_user(name));
         for (name, value) in head.headers.iter().map(|(name, value)| (*name, value.trim())).chain(queried) {
             let name = name.to_ascii_lowercase();
-            match (KEPT.contains(&name.as_str()), is_user(&name)) {
-                (true, _) if !value.is_empty() => meta.add(name, value),
-                (_, true) => meta.add(name, value),
-                _ => {}
+            if is_user(&name) || KEPT.contains(&name.as_str()) && !value.is_empty() {
+                meta.add(name, value);
             }
         }
         meta.strip_aws_chunked();
@@ -72,7 +67,7 @@ impl Meta {
         }
     }
 
-    /// `aws-chunked` is the framing of the request's body, and none of the object.
+    /// Removes `aws-chunked`, which is the framing of the request's body and no encoding of the object.
     fn strip_aws_chunked(&mut self) {
         let Some(value) = self.get("content-encoding") else { return };
         let is_framing = |coding: &&str| coding.trim().eq_ignore_ascii_case("aws-chunked");
@@ -95,17 +90,13 @@ impl Meta {
             let pairs = self.pairs.iter().filter(|(name, _)| is_user(name) == of_user);
             pairs.map(|(name, value)| name.strip_prefix(USER).unwrap_or(name).len() + value.len()).sum()
         };
-        match (bytes(true), bytes(false)) {
-            (bytes, _) if bytes > USER_MAX => {
-                let text = format!("the metadata has {bytes} bytes, {USER_MAX} are allowed");
-                Err(Failure::new(Code::MetadataTooLarge, text))
+        for (what, bytes, most) in [("metadata has", bytes(true), USER_MAX), ("headers have", bytes(false), KEPT_MAX)] {
+            if bytes > most {
+                let text = format!("the {what} {bytes} bytes, {most} are allowed");
+                return Err(Failure::new(Code::MetadataTooLarge, text));
             }
-            (_, bytes) if bytes > KEPT_MAX => {
-                let text = format!("the headers have {bytes} bytes, {KEPT_MAX} are allowed");
-                Err(Failure::new(Code::MetadataTooLarge, text))
-            }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// Decodes META. Fails with `Index` if a header could not be made of it.
@@ -125,7 +116,7 @@ impl Meta {
     }
 
     pub fn encode(&self) -> String {
-        let encode = |text| utf8_percent_encode(text, SET);
+        let encode = |text| utf8_percent_encode(text, UNRESERVED);
         let pairs = self.pairs.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value)));
         pairs.collect::<Vec<_>>().join("&")
     }
@@ -140,7 +131,7 @@ impl Meta {
     }
 
     /// Adds the checksum that a client has sent with the value.
-    pub fn set_checksum(&mut self, checksum: Option<(Algorithm, &str)>) {
+    pub fn set_checksum(&mut self, checksum: Option<(Algorithm, impl Into<String>)>) {
         if let Some((algorithm, value)) = checksum {
             self.set(algorithm.name(), value);
         }
@@ -158,14 +149,12 @@ impl Meta {
 
     /// What describes the value itself, and stays when a request replaces the headers and metadata.
     pub fn of_value(&self) -> Meta {
-        let is_header = |name: &String| KEPT.contains(&name.as_str()) || is_user(name);
-        Meta { pairs: self.pairs.iter().filter(|(name, _)| !is_header(name)).cloned().collect() }
+        Meta { pairs: self.pairs.iter().filter(|(name, _)| !is_of_client(name)).cloned().collect() }
     }
 
     /// The headers and metadata, without what describes the value.
     pub fn of_client(&self) -> Meta {
-        let is_header = |name: &String| KEPT.contains(&name.as_str()) || is_user(name);
-        Meta { pairs: self.pairs.iter().filter(|(name, _)| is_header(name)).cloned().collect() }
+        Meta { pairs: self.pairs.iter().filter(|(name, _)| is_of_client(name)).cloned().collect() }
     }
 
     pub fn extend(&mut self, other: Meta) {
@@ -175,6 +164,11 @@ impl Meta {
 
 fn is_user(name: &str) -> bool {
     name.len() > USER.len() && name.get(..USER.len()).is_some_and(|start| start.eq_ignore_ascii_case(USER))
+}
+
+/// Whether it is a header or metadata that the client sent.
+fn is_of_client(name: &str) -> bool {
+    KEPT.contains(&name) || is_user(name)
 }
 
 /// Whether a header can have this name (RFC 9110, section 5.6.2).

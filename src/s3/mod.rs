@@ -1,21 +1,27 @@
 //! The S3 endpoint: bucket `b`, object `o` is the store's key `/b/o`.
 //!
-//! - `route.rs`: method and address to operation; `conditions.rs`: If-Match and the like; `meta.rs`: META and ETags
+//! - `address.rs`: buckets and objects in paths; `route.rs`: method and address to operation
+//! - `conditions.rs`: If-Match and the like; `meta.rs`: META and ETags
 //! - `buckets.rs`, `lists.rs`, `objects.rs`, `get.rs`, `copy.rs`, `multipart.rs`: the operations
 //! - `front.rs`: GET through the front or by redirect; `answer.rs`: results and errors as responses
-//! - `head.rs`, `sigv4.rs`, `sigv2.rs`, `keys.rs`: who asks; `payload.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and codes
+//! - `head.rs`, `claim.rs`, `sigv4.rs`, `sigv2.rs`, `keys.rs`: who sent a request, and what its key allows
+//! - `payload.rs`, `declared.rs`, `chunked.rs`, `checksum.rs`: bodies; `xml.rs`, `failure.rs`: XML and error codes
 //!
 //! A request is judged by its head alone - signature, key, operation, name, conditions - before the client is told to send
-//! the body, before a lock and before a byte is read. An operation is carried out by the store; the room decides nothing
-//! about where a value lies. It may use http, store and format, and neither knows of `api/` nor is known to it.
+//! the body, before a lock and before a byte is read. The store carries the operation out; this room does not decide where
+//! a value lies. It may use http, store and format. It does not use `api/`, and `api/` does not use it.
 
+mod address;
 mod answer;
 mod buckets;
 mod checksum;
 mod chunked;
+mod claim;
 mod conditions;
 mod copy;
 mod declared;
+#[cfg(test)]
+mod examples;
 mod failure;
 mod front;
 mod get;
@@ -42,9 +48,9 @@ use crate::logging;
 use crate::store::Store;
 use answer::{Answer, Fault, Outcome, refusal};
 use failure::{Code, Failure};
-use head::Head;
+use head::{Head, Query};
 use keys::Keys;
-use route::{Operation, Query, Route, route};
+use route::{Operation, Route, route};
 use sigv4::Signed;
 
 #[derive(Debug, Clone)]
@@ -59,7 +65,7 @@ pub struct Config {
     pub linktime: Duration,
 }
 
-/// What is told of each request: method, status, the store's error if there was one, and the time that it took.
+/// Counts a request: method, status, the store's error if there was one, and the time that it took.
 pub type Observe = Box<dyn Fn(&str, u16, Option<&Error>, Duration) + Send + Sync>;
 
 pub struct S3 {
@@ -68,7 +74,7 @@ pub struct S3 {
     /// `None`: there is no file of keys.
     keys: RwLock<Option<Arc<Keys>>>,
     observe: Observe,
-    /// The number of the last request.
+    /// The number in the last request's id.
     requests: AtomicU64,
 }
 
@@ -105,30 +111,18 @@ fn amz<'a>(head: &'a Head, query: &'a Query, name: &str) -> Option<&'a str> {
 
 impl Handler for S3 {
     fn handle<'a>(&'a self, request: &Request<'_>, body: &mut Body<'_>) -> Response<'a> {
-        let begun = Instant::now();
-        let id = self.next_id();
-        let (path, _) = request.target.split_once('?').unwrap_or((request.target, ""));
+        let (begun, id) = (Instant::now(), self.next_id());
         let answer = self.answer(request, body, &id);
-        let (mut response, fault) = match answer {
-            Ok(response) => {
-                // A client that waits for 100 Continue takes the next response for one of this request without it.
-                let _ = body.accept();
-                (response, None)
-            }
-            Err(fault) => (fault.response(request.method, path, &id), Some(fault)),
-        };
-        self.count((request.method, path, &id), &response, fault, begun.elapsed());
-        response.headers.push(("x-amz-request-id", id));
-        response
+        if answer.is_ok() {
+            // Without 100 Continue, a client that waits for it would take the next response for one to this request.
+            let _ = body.accept();
+        }
+        let path = request.target.split('?').next().unwrap_or_default();
+        self.finish(request.method, path, id, answer, begun.elapsed())
     }
 
     fn refuse(&self, why: Refusal) -> Response<'_> {
-        let id = self.next_id();
-        let fault = Fault::Failure(refusal(why));
-        let mut response = fault.response("-", "-", &id);
-        self.count(("-", "-", &id), &response, Some(fault), Duration::ZERO);
-        response.headers.push(("x-amz-request-id", id));
-        response
+        self.finish("-", "-", self.next_id(), Err(refusal(why).into()), Duration::ZERO)
     }
 }
 
@@ -149,28 +143,26 @@ impl S3 {
         }
     }
 
-    fn keys(&self) -> Option<Arc<Keys>> {
-        self.keys.read().unwrap_or_else(|e| e.into_inner()).clone()
-    }
-
     fn answer<'a>(&'a self, request: &Request, body: &mut Body, id: &str) -> Answer<'a> {
         let headers: Vec<_> = request.headers().collect();
         let head = Head { method: request.method, target: origin(request.target), headers: &headers };
-        let keys = self.keys();
+        let keys = self.keys.read().unwrap_or_else(|e| e.into_inner()).clone();
         let signed = match &keys {
             Some(keys) => Some(sigv4::authenticate(&head, keys, SystemTime::now())?.ok_or_else(unsigned)?),
             None => None,
         };
-        let query = Query(head::query(head.target)?);
+        let query = head::query(head.target)?;
         let copies = amz(&head, &query, "x-amz-copy-source").is_some();
         let route = route(head.method, head.path(), &query, copies)?;
         check_headers(&head, &query)?;
         let can_chunk = request.minor > 0;
+        // Every operation with another method changes something, which keys with `ro` may not.
+        let writes = !matches!(head.method, "GET" | "HEAD");
         let call = Call { head: &head, query: &query, route: &route, signed: signed.as_ref(), id, can_chunk };
-        if !route.bucket.is_empty() && !call.may(route.operation.writes(), &route.bucket) {
+        if !route.bucket.is_empty() && !call.may(writes, &route.bucket) {
             return Err(denied().into());
         }
-        if route.operation.writes() {
+        if writes {
             self.store.check_master()?;
         }
         self.run(&call, body)
@@ -208,21 +200,24 @@ impl S3 {
         format!("{:016X}", self.requests.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// Counts and logs a response to a request of this method, path and id. The query is not logged.
-    fn count(&self, (method, path, id): (&str, &str, &str), response: &Response, fault: Option<Fault>, time: Duration) {
+    /// Makes the response to a request that took this time, counts it and logs it. The query is not logged.
+    fn finish<'a>(&self, method: &str, path: &str, id: String, answer: Answer<'a>, time: Duration) -> Response<'a> {
+        let (mut response, fault) = match answer {
+            Ok(response) => (response, None),
+            Err(fault) => (fault.response(method, path, &id), Some(fault)),
+        };
         let status = response.status;
-        let (error, text) = match &fault {
-            Some(Fault::Store(error)) => (Some(error), error.to_string()),
-            Some(Fault::Failure(failure)) => (None, failure.to_string()),
-            None => (None, String::new()),
+        let error = match &fault {
+            Some(Fault::Store(error)) => Some(error),
+            _ => None,
         };
         (self.observe)(method, status, error, time);
         let is_error = status >= 500 && status != 501;
-        let (level, error) = match is_error {
-            true => (log::Level::Error, Some(format!("{text} (request {id})"))),
-            false => (log::Level::Info, None),
-        };
-        logging::Request { method, path, status, time, id, error: error.as_deref() }.log(level);
+        let level = if is_error { log::Level::Error } else { log::Level::Info };
+        let text = fault.filter(|_| is_error).map(|fault| format!("{fault} (request {id})"));
+        logging::Request { method, path, status, time, id: &id, error: text.as_deref() }.log(level);
+        response.headers.push(("x-amz-request-id", id));
+        response
     }
 }
 
@@ -248,7 +243,7 @@ fn denied() -> Failure {
     Failure::new(Code::AccessDenied, "this key may not do that")
 }
 
-/// Headers whose loss would betray the client: what they ask for is not done, so the request is not done either.
+/// A request with one of these headers is refused: its client relies on what the header asks for.
 const NOT_IMPLEMENTED: [&str; 11] = [
     "x-amz-server-side-encryption",
     "x-amz-server-side-encryption-customer-algorithm",
@@ -264,13 +259,14 @@ const NOT_IMPLEMENTED: [&str; 11] = [
 ];
 
 fn check_headers(head: &Head, query: &Query) -> Outcome<(), Failure> {
-    match NOT_IMPLEMENTED.iter().find(|name| amz(head, query, name).is_some_and(|value| !value.is_empty())) {
-        Some(name) => Err(Failure::new(Code::NotImplemented, format!("mkv has no {name}"))),
-        None if amz(head, query, "x-amz-bucket-object-lock-enabled")
-            .is_some_and(|on| !on.eq_ignore_ascii_case("false")) =>
-        {
+    let value = |name: &str| amz(head, query, name).filter(|value| !value.is_empty());
+    if let Some(name) = NOT_IMPLEMENTED.into_iter().find(|name| value(name).is_some()) {
+        return Err(Failure::new(Code::NotImplemented, format!("mkv has no {name}")));
+    }
+    match amz(head, query, "x-amz-bucket-object-lock-enabled") {
+        Some(on) if !on.eq_ignore_ascii_case("false") => {
             Err(Failure::new(Code::NotImplemented, "mkv has no object lock"))
         }
-        None => Ok(()),
+        _ => Ok(()),
     }
 }

@@ -12,9 +12,9 @@ use super::buckets::owner;
 use super::checksum::{Algorithm, Hasher};
 use super::conditions::Conditions;
 use super::failure::{Code, Failure};
-use super::lists::{Encoding, most};
+use super::lists::{Encoding, common_prefix, page_size};
 use super::meta::{Meta, etag};
-use super::objects::{read_text, receive, stored, with_checksum};
+use super::objects::{read_text, receive, stored};
 use super::xml::{Document, parse_complete};
 use super::{Call, S3};
 use crate::error::{Error, Result};
@@ -28,7 +28,7 @@ const PARTS_MAX: u64 = 10_000;
 /// The fewest bytes of a part that is not the last one.
 const PART_MIN: u64 = 5 << 20;
 
-/// The algorithm of an upload whose object gets a checksum of its parts' checksums; in META of the upload alone.
+/// The name in an upload's META of the algorithm with which the object gets a checksum of its parts' checksums.
 const COMPOSITE: &str = "composite";
 
 impl Call<'_> {
@@ -41,12 +41,12 @@ impl Call<'_> {
     /// The upload's id. One that no upload of this store has is `None`.
     fn upload_id(&self) -> Option<u64> {
         let text = self.query.get("uploadId")?;
-        u64::from_str_radix(text, 16).ok().filter(|id| shown(*id) == text)
+        u64::from_str_radix(text, 16).ok().filter(|id| id_text(*id) == text)
     }
 }
 
 /// An upload's id as clients have it.
-fn shown(id: u64) -> String {
+fn id_text(id: u64) -> String {
     format!("{id:016x}")
 }
 
@@ -67,7 +67,7 @@ impl S3 {
         let upload = self.store.create_upload(&call.route.key(), meta.encode())?;
         let mut result = Document::new("InitiateMultipartUploadResult");
         result.element("Bucket", &call.route.bucket).element("Key", String::from_utf8_lossy(&call.route.object));
-        result.element("UploadId", shown(upload.id));
+        result.element("UploadId", id_text(upload.id));
         let mut response = xml(200, result.finish());
         response.headers.append(&mut headers);
         Ok(response)
@@ -83,8 +83,12 @@ impl S3 {
         let number = call.part_number()?;
         let upload = self.upload(call)?;
         let part = receive(call, body, |data, checksum| {
-            let meta = |_: &_| with_checksum(Meta::default(), &checksum()).encode();
-            self.store.put_part(&upload, number, data, meta)
+            let encode = || {
+                let mut meta = Meta::default();
+                meta.set_checksum(checksum());
+                meta.encode()
+            };
+            self.store.put_part(&upload, number, data, encode)
         })?;
         stored(&part.record)
     }
@@ -115,7 +119,7 @@ impl S3 {
             let judge = |old: Option<&Record>| self.judge(&place.bucket, &conditions, old);
             match self.store.complete_upload(&upload, &parts, meta.encode(), &judge) {
                 Ok(record) => place.result(&record),
-                // The same Complete may have been faster on another connection, and taken the parts away.
+                // The same Complete on another connection may have been faster and removed the parts.
                 Err(error) => self.completed(&place, id).map_err(|_| unread(error).into()),
             }
         };
@@ -125,7 +129,7 @@ impl S3 {
     /// The result of an upload that was completed before, if the object is still the one that it made.
     fn completed(&self, place: &Place, id: u64) -> Outcome<String> {
         let record = self.store.object(&place.key)?.ok_or(Error::NoSuchUpload)?;
-        match Meta::decode(&record.meta)?.get("upload") == Some(&shown(id)) {
+        match Meta::decode(&record.meta)?.get("upload") == Some(&id_text(id)) {
             true => place.result(&record),
             false => Err(Error::NoSuchUpload.into()),
         }
@@ -133,7 +137,7 @@ impl S3 {
 
     pub(super) fn list_parts<'a>(&'a self, call: &Call) -> Answer<'a> {
         let upload = self.upload(call)?;
-        let (most, encoding) = (most(call, "max-parts")?, Encoding::of(call)?);
+        let (most, encoding) = (page_size(call, "max-parts")?, Encoding::of(call)?);
         let after = call.query.number("part-number-marker", 0..=u64::MAX)?.unwrap_or_default();
         let mut parts = self.store.parts(&upload)?;
         parts.retain(|part| u64::from(part.number) > after);
@@ -141,7 +145,7 @@ impl S3 {
         parts.truncate(most);
         let mut list = Document::new("ListPartsResult");
         list.element("Bucket", &call.route.bucket).element("Key", encoding.shown(&call.route.object));
-        list.element("UploadId", shown(upload.id));
+        list.element("UploadId", id_text(upload.id));
         owner(&mut list, "Initiator");
         owner(&mut list, "Owner");
         list.element("StorageClass", "STANDARD").element("PartNumberMarker", after);
@@ -161,7 +165,7 @@ impl S3 {
 
     pub(super) fn list_uploads<'a>(&'a self, call: &Call) -> Answer<'a> {
         self.check_bucket(call)?;
-        let (most, encoding) = (most(call, "max-uploads")?, Encoding::of(call)?);
+        let (most, encoding) = (page_size(call, "max-uploads")?, Encoding::of(call)?);
         let text = |name| call.query.get(name).unwrap_or_default();
         let [prefix, delimiter, marker, id_marker] =
             ["prefix", "delimiter", "key-marker", "upload-id-marker"].map(text);
@@ -175,67 +179,52 @@ impl S3 {
         }
         list.element("MaxUploads", most);
         encoding.write(&mut list);
-        let mut page = UploadPage { most, prefix, delimiter, last: None, count: 0, more: false };
-        for upload in &uploads {
+        let is_after = |upload: &&MultipartUpload| {
             let name = &upload.key[bucket.len()..];
-            let order = (name, shown(upload.id));
             let is_known = match id_marker {
                 "" => name <= marker.as_bytes(),
-                id => order <= (marker.as_bytes(), id.to_string()),
+                id => (name, id_text(upload.id)) <= (marker.as_bytes(), id.to_string()),
             };
-            if (marker.is_empty() || !is_known) && !page.add(&mut list, name, upload, &encoding) {
-                break;
+            marker.is_empty() || !is_known
+        };
+        // The page's entries: the common prefix, if it is one, and the last upload that it stands for.
+        let mut page: Vec<(Option<&[u8]>, &MultipartUpload)> = Vec::new();
+        let mut more = false;
+        for upload in uploads.iter().filter(is_after) {
+            let common = common_prefix(&upload.key[bucket.len()..], prefix.as_bytes(), delimiter.as_bytes());
+            match page.last_mut().filter(|(last, _)| common.is_some() && *last == common) {
+                Some((_, last)) => *last = upload,
+                None => {
+                    if page.len() == most {
+                        more = most > 0;
+                        break;
+                    }
+                    page.push((common, upload));
+                }
             }
         }
-        if let Some((name, id)) = page.last.filter(|_| page.more) {
-            list.element("NextKeyMarker", encoding.shown(&name)).element("NextUploadIdMarker", id);
+        for (common, upload) in &page {
+            match common {
+                Some(prefix) => {
+                    list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
+                }
+                None => write_upload(&mut list, &encoding.shown(&upload.key[bucket.len()..]), upload),
+            }
         }
-        list.element("IsTruncated", page.more);
+        if let Some((_, last)) = page.last().filter(|_| more) {
+            list.element("NextKeyMarker", encoding.shown(&last.key[bucket.len()..]));
+            list.element("NextUploadIdMarker", id_text(last.id));
+        }
+        list.element("IsTruncated", more);
         document(list)
     }
 }
 
-/// A page of uploads while it is written.
-struct UploadPage<'a> {
-    most: usize,
-    prefix: &'a str,
-    delimiter: &'a str,
-    /// The key and id of the last upload on the page; after a common prefix, the prefix.
-    last: Option<(Vec<u8>, String)>,
-    count: usize,
-    more: bool,
-}
-
-impl UploadPage<'_> {
-    /// Adds an upload, or the common prefix that stands for it. False: the page is full.
-    fn add(&mut self, list: &mut Document, name: &[u8], upload: &MultipartUpload, encoding: &Encoding) -> bool {
-        let (rest, delimiter) = (&name[self.prefix.len()..], self.delimiter.as_bytes());
-        let at = (!delimiter.is_empty()).then(|| rest.windows(delimiter.len()).position(|part| part == delimiter));
-        let common = at.flatten().map(|at| &name[..self.prefix.len() + at + delimiter.len()]);
-        let is_repeated = |prefix: &[u8]| matches!(&self.last, Some((last, _)) if last.starts_with(prefix));
-        if common.is_some_and(is_repeated) {
-            self.last = Some((name.to_vec(), shown(upload.id)));
-            return true;
-        }
-        if self.count == self.most {
-            self.more = self.most > 0;
-            return false;
-        }
-        self.count += 1;
-        self.last = Some((name.to_vec(), shown(upload.id)));
-        match common {
-            Some(prefix) => {
-                list.open("CommonPrefixes").element("Prefix", encoding.shown(prefix)).close();
-            }
-            None => {
-                list.open("Upload").element("Key", encoding.shown(name)).element("UploadId", shown(upload.id));
-                owner(list, "Initiator");
-                owner(list, "Owner");
-                list.element("StorageClass", "STANDARD").element("Initiated", iso(upload.time)).close();
-            }
-        }
-        true
-    }
+fn write_upload(list: &mut Document, key: &str, upload: &MultipartUpload) {
+    list.open("Upload").element("Key", key).element("UploadId", id_text(upload.id));
+    owner(list, "Initiator");
+    owner(list, "Owner");
+    list.element("StorageClass", "STANDARD").element("Initiated", iso(upload.time)).close();
 }
 
 /// Where a Complete puts its object.
@@ -266,14 +255,7 @@ impl Place {
 
 fn write_checksum(document: &mut Document, meta: &Meta) {
     if let Some((algorithm, value)) = meta.checksum() {
-        let element = match algorithm {
-            Algorithm::Crc32 => "ChecksumCRC32",
-            Algorithm::Crc32c => "ChecksumCRC32C",
-            Algorithm::Crc64nvme => "ChecksumCRC64NVME",
-            Algorithm::Sha1 => "ChecksumSHA1",
-            Algorithm::Sha256 => "ChecksumSHA256",
-        };
-        document.element(element, value);
+        document.element(algorithm.element(), value);
     }
 }
 
@@ -315,13 +297,13 @@ fn choose(known: &[Part], named: &[(u16, String)]) -> Outcome<Vec<Part>, Failure
 /// META of the object that these parts become.
 fn object_meta(upload: &MultipartUpload, parts: &[Part]) -> Result<Meta> {
     let given = Meta::decode(&upload.meta)?;
-    let (mut meta, hashes) =
-        (given.of_client(), parts.iter().filter_map(|part| part.record.hash).collect::<Vec<Hash>>());
+    let mut meta = given.of_client();
+    let hashes: Vec<Hash> = parts.iter().filter_map(|part| part.record.hash).collect();
     meta.set("etag", format!("{}-{}", hex(&Md5::digest(hashes.concat()).into()), parts.len()));
-    meta.set("upload", shown(upload.id));
+    meta.set("upload", id_text(upload.id));
     let checksums: Vec<Meta> = parts.iter().map(|part| Meta::decode(&part.record.meta)).collect::<Result<_>>()?;
     match (given.get(COMPOSITE).and_then(Algorithm::parse), &checksums[..]) {
-        (Some(algorithm), all) => meta.set_checksum(composite(algorithm, all).as_deref().map(|sum| (algorithm, sum))),
+        (Some(algorithm), all) => meta.set_checksum(composite(algorithm, all).map(|sum| (algorithm, sum))),
         // The only part is the object.
         (None, [only]) => meta.set_checksum(only.checksum()),
         (None, _) => {}

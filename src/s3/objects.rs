@@ -7,6 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use md5::{Digest, Md5};
 
+use super::address::{NO_VERSIONS, OBJECT_MAX, key};
 use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, xml};
 use super::buckets::acl;
 use super::checksum::Algorithm;
@@ -14,7 +15,7 @@ use super::conditions::Conditions;
 use super::failure::{Code, Failure};
 use super::meta::{Meta, etag};
 use super::payload::Payload;
-use super::route::{OBJECT_MAX, Operation, key};
+use super::route::Operation;
 use super::xml::{self, Document};
 use super::{Call, S3};
 use crate::error::{Error, Result};
@@ -30,24 +31,27 @@ pub type Checksum = Option<(Algorithm, String)>;
 
 impl S3 {
     pub(super) fn put<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
-        let (key, meta, conditions) =
-            (call.route.key(), Meta::of_request(call.head, call.query)?, Conditions::of(call.head));
+        let (key, conditions) = (call.route.key(), Conditions::of(call.head));
+        let mut meta = Meta::of_request(call.head, call.query)?;
         self.check_bucket(call)?;
         if conditions.is_any() {
-            // Spares a client the upload of a value that is refused; the judge of the flip decides.
+            // Refuse now what the flip would refuse. Only the flip's answer is final.
             conditions.judge(self.store.object(&key)?.as_ref())?;
         }
         let record = receive(call, body, |upload, checksum| {
-            let meta = |_: &_| with_checksum(meta, &checksum()).encode();
-            self.store.put_object(&key, upload, meta, &|old| self.judge(&call.route.bucket, &conditions, old))
+            let encode = || {
+                meta.set_checksum(checksum());
+                meta.encode()
+            };
+            self.store.put_object(&key, upload, encode, &|old| self.judge(&call.route.bucket, &conditions, old))
         })?;
         stored(&record)
     }
 
-    /// Judges a write at the flip.
+    /// Decides at the flip whether a write may replace this record.
     pub(super) fn judge(&self, bucket: &str, conditions: &Conditions, old: Option<&Record>) -> Result<()> {
         conditions.judge(old)?;
-        // An object that is replaced proves that its bucket is there.
+        // If there is an object to replace, there is a bucket.
         match old.is_some_and(Record::live) || self.bucket_exists(bucket)? {
             true => Ok(()),
             false => Err(NO_BUCKET),
@@ -83,21 +87,16 @@ impl S3 {
 
     fn delete_listed(&self, bucket: &str, object: &xml::Object) -> Outcome<()> {
         if object.version.is_some() {
-            return Err(Fault::new(Code::NoSuchVersion, "objects have no versions, but for the version null"));
+            return Err(Fault::new(Code::NoSuchVersion, NO_VERSIONS));
         }
-        let wrong = match object.key.len() {
-            // The bucket's marker.
-            0 => Some(Code::InvalidArgument),
-            length => (length > OBJECT_MAX).then_some(Code::KeyTooLongError),
-        };
-        if let Some(code) = wrong {
-            return Err(Fault::new(code, format!("a key has 1 to {OBJECT_MAX} bytes")));
+        if object.key.len() > OBJECT_MAX {
+            return Err(Fault::new(Code::KeyTooLongError, format!("a key has 1 to {OBJECT_MAX} bytes")));
         }
         let conditions = object.etag.as_deref().map_or(Conditions::default(), Conditions::matching);
         Ok(self.store.delete_object(&key(bucket, object.key.as_bytes()), &|old| conditions.judge(old))?)
     }
 
-    /// What S3 asks of an object beside its value.
+    /// Answers a GET of an object's setting.
     pub(super) fn object_setting<'a>(&'a self, call: &Call) -> Answer<'a> {
         if self.store.object(&call.route.key())?.is_none() {
             return Err(self.missing(&call.route.bucket)?.into());
@@ -110,7 +109,7 @@ impl S3 {
         document(tags)
     }
 
-    /// Why an object of this bucket is not there.
+    /// The error for a missing object: there is no such key, or no such bucket.
     pub(super) fn missing(&self, bucket: &str) -> Result<Error> {
         Ok(if self.bucket_exists(bucket)? { Error::NOT_FOUND } else { NO_BUCKET })
     }
@@ -124,13 +123,6 @@ pub fn stored<'a>(record: &Record) -> Answer<'a> {
     Ok(response)
 }
 
-pub fn with_checksum(mut meta: Meta, checksum: &Checksum) -> Meta {
-    if let Some((algorithm, value)) = checksum {
-        meta.set(algorithm.name(), value);
-    }
-    meta
-}
-
 /// A body whose request was judged: the client gets 100 Continue before the first read, also for an empty body.
 struct Accepted<'a, 'b>(&'a mut Body<'b>);
 
@@ -141,35 +133,12 @@ impl Read for Accepted<'_, '_> {
     }
 }
 
-/// The value of an upload. It gives the last byte away once the payload has proved to be right to its end, because the
-/// store ends with the announced length and reads no further.
-struct Value<'a, 'b> {
-    payload: &'a RefCell<Payload<'b>>,
-    /// The last byte read so far.
-    held: Option<u8>,
-    failed: bool,
-}
+/// A payload that the store reads while its checksum can be asked for.
+struct Shared<'a, 'b>(&'a RefCell<Payload<'b>>);
 
-impl<'a, 'b> Value<'a, 'b> {
-    fn new(payload: &'a RefCell<Payload<'b>>) -> io::Result<Value<'a, 'b>> {
-        let mut first = [0];
-        let count = payload.borrow_mut().read(&mut first)?;
-        Ok(Value { payload, held: (count > 0).then_some(first[0]), failed: false })
-    }
-}
-
-impl Read for Value<'_, '_> {
+impl Read for Shared<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(held) = self.held.filter(|_| !buffer.is_empty()) else { return Ok(0) };
-        let mut next = [0];
-        let rest = if buffer.len() > 1 { &mut buffer[1..] } else { &mut next[..] };
-        let read = self.payload.borrow_mut().read(rest);
-        self.failed |= read.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted);
-        let count = read?;
-        self.held = count.checked_sub(1).map(|last| rest[last]);
-        buffer[0] = held;
-        // The byte that is held back now is not counted.
-        Ok(count.max(1))
+        self.0.borrow_mut().read(buffer)
     }
 }
 
@@ -188,24 +157,21 @@ pub fn receive<T>(
     let payload = Payload::new(call.head, call.signed, length, &mut accepted)?;
     let length = payload.length();
     let payload = RefCell::new(payload);
-    let Ok(mut value) = Value::new(&payload) else { return Err(broken(&payload).into()) };
-    if length.is_some_and(|length| (length == 0) != value.held.is_none()) {
-        return Err(broken(&payload).into());
-    }
-    let upload = Upload { reader: &mut value, length, content_md5 };
+    let mut reader = Shared(&payload);
+    let upload = Upload { reader: &mut reader, length, content_md5 };
     let checksum = || payload.borrow().checksum().map(|(algorithm, value)| (algorithm, value.to_string()));
     store(upload, &checksum).map_err(|error| match error {
-        Error::BadRequest(_) if value.failed => broken(&payload).into(),
-        Error::BadRequest(_) if content_md5.is_some() && value.held.is_none() => bad_digest().into(),
+        Error::BadRequest(_) if payload.borrow().is_broken() => broken(&mut payload.borrow_mut()).into(),
+        Error::BadRequest(_) if content_md5.is_some() && payload.borrow().has_ended() => bad_digest().into(),
         Error::BadRequest(text) => Fault::new(Code::IncompleteBody, text),
         error => error.into(),
     })
 }
 
 /// Why a payload could not be read to its end.
-fn broken(payload: &RefCell<Payload>) -> Failure {
+fn broken(payload: &mut Payload) -> Failure {
     let cut = || Failure::new(Code::IncompleteBody, "the body ended before its announced length, or came too slowly");
-    payload.borrow_mut().failure().unwrap_or_else(cut)
+    payload.failure().unwrap_or_else(cut)
 }
 
 fn bad_digest() -> Failure {
@@ -230,7 +196,7 @@ pub fn read_text(call: &Call, body: &mut Body, is_checked: bool) -> Outcome<Stri
     let mut bytes = Vec::new();
     let read = (&mut payload).take(XML_MAX + 1).read_to_end(&mut bytes);
     if read.is_err() {
-        return Err(broken(&RefCell::new(payload)).into());
+        return Err(broken(&mut payload).into());
     }
     if bytes.len() as u64 > XML_MAX {
         return Err(too_large());

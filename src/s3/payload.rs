@@ -1,7 +1,7 @@
-//! The body of a request, as a reader that takes off aws-chunked and verifies everything that the client said of it.
+//! The body of a request, as a reader that decodes aws-chunked and verifies length, hash, checksum and signatures.
 //!
-//! Hashes and signatures are known at the end only, so bytes are given out before they are verified, but `Ok(0)` never
-//! is: the caller keeps its last bytes back until then.
+//! Hashes and signatures are known only at the end, so bytes are given out before they are verified. `Ok(0)` means that
+//! everything is right: until then the caller must not complete the value.
 
 use std::io::{self, Read};
 
@@ -86,6 +86,16 @@ impl<'a> Payload<'a> {
         self.length
     }
 
+    /// Whether it was read to its end and is what the client said.
+    pub(super) fn has_ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// Whether a read has failed.
+    pub(super) fn is_broken(&self) -> bool {
+        self.state == State::Broken
+    }
+
     /// Why the body is refused, after a read that failed. `None`: the body under this one failed.
     pub fn failure(&mut self) -> Option<Failure> {
         self.failure.take()
@@ -161,8 +171,8 @@ impl Read for Payload<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::s3::examples::{after, example, fields, keys};
     use crate::s3::sigv4::authenticate;
-    use crate::s3::sigv4::tests::{after, example, keys};
 
     const ABC: &str = "x-amz-content-sha256|ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
     const CHUNKED: &str = "x-amz-content-sha256|STREAMING-UNSIGNED-PAYLOAD-TRAILER\nx-amz-trailer|x-amz-checksum-crc32";
@@ -287,8 +297,8 @@ mod tests {
     fn the_signed_bodies_of_aws_are_read_and_every_change_to_them_is_found() {
         for (n, signatures) in [(4, SIGNATURES[0]), (5, SIGNATURES[1])] {
             let (method, target, headers) = example(n);
-            let headers: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-            let (head, keys) = (Head { method, target, headers: &headers }, keys());
+            let (headers, keys) = (fields(&headers), keys());
+            let head = Head { method, target, headers: &headers };
             let mut signed = authenticate(&head, &keys, after(0)).unwrap().unwrap();
             let read = |signed: Option<&Signed>, body: &str| {
                 let (mut sent, mut text) = (body.as_bytes(), String::new());

@@ -1,19 +1,11 @@
 //! Request routing: method, path and query to an operation. Pure: no I/O.
 //!
-//! Addresses are path style: `/BUCKET` or `/BUCKET/OBJECT`, percent-encoded. A query names the operation together with
-//! the method (`RULES`). A parameter that no rule has makes a request 501: a sub-resource that mkv does not have must never
-//! be taken for the object itself.
+//! A query names the operation together with the method (`RULES`). A parameter that no rule has makes a request 501: a
+//! sub-resource that mkv does not have must never be taken for the object itself.
 
-use percent_encoding::percent_decode_str;
-
+use super::address::{NO_VERSIONS, OWN, address, check_object, is_reachable, key};
 use super::failure::{Code, Failure};
-use crate::format::placement::KEY_MAX;
-
-/// The longest name of an object, in bytes.
-pub const OBJECT_MAX: usize = 1024;
-
-/// The folder of the master's own keys.
-const OWN: &str = ".mkv";
+use super::head::{Query, is_amz};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
@@ -45,27 +37,6 @@ pub enum Operation {
     ListParts,
 }
 
-impl Operation {
-    /// Whether it changes something, which keys with `ro` may not.
-    pub fn writes(self) -> bool {
-        use Operation::*;
-        matches!(
-            self,
-            CreateBucket
-                | DeleteBucket
-                | DeleteObjects
-                | Put
-                | Copy
-                | Delete
-                | CreateUpload
-                | UploadPart
-                | UploadPartCopy
-                | Complete
-                | Abort
-        )
-    }
-}
-
 #[derive(Debug, PartialEq)]
 pub struct Route {
     pub operation: Operation,
@@ -79,32 +50,6 @@ impl Route {
     /// The store's key of the object; for a bucket itself, of its marker.
     pub fn key(&self) -> Vec<u8> {
         key(&self.bucket, &self.object)
-    }
-}
-
-/// The store's key of an object. That of the empty object is the bucket's marker and the prefix of its keys.
-pub fn key(bucket: &str, object: &[u8]) -> Vec<u8> {
-    [b"/", bucket.as_bytes(), b"/", object].concat()
-}
-
-/// The parameters of a query, decoded.
-pub struct Query(pub Vec<(String, String)>);
-
-impl Query {
-    /// The first parameter of this name; names are case-sensitive.
-    pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
-    }
-
-    /// A number in this range. A parameter without a value counts as absent.
-    pub fn number(&self, name: &str, range: std::ops::RangeInclusive<u64>) -> Result<Option<u64>, Failure> {
-        let Some(text) = self.get(name).filter(|text| !text.is_empty()) else { return Ok(None) };
-        let number = text.parse().ok().filter(|number| range.contains(number));
-        let wrong = || {
-            let (least, most) = range.clone().into_inner();
-            Failure::new(Code::InvalidArgument, format!("{name}={text} is not a number from {least} to {most}"))
-        };
-        number.map(Some).ok_or_else(wrong)
     }
 }
 
@@ -169,9 +114,9 @@ const RULES: &[Rule] = &[
 
 /// Parameters that every request may have: what SDKs add, and signatures. Those of `x-amz-` are headers in a query.
 fn is_ignored(name: &str) -> bool {
-    let is_amz = name.get(..6).is_some_and(|start| start.eq_ignore_ascii_case("x-amz-"));
     // botocore's presigned URLs of version 2 repeat headers in the query.
-    is_amz || matches!(name, "" | "x-id" | "AWSAccessKeyId" | "Signature" | "Expires" | "content-type" | "content-md5")
+    is_amz(name)
+        || matches!(name, "" | "x-id" | "AWSAccessKeyId" | "Signature" | "Expires" | "content-type" | "content-md5")
 }
 
 /// Parses a request. `path` is the target's, as it was sent. `copies`: the request names a source to copy.
@@ -204,7 +149,7 @@ pub fn route(method: &str, path: &str, query: &Query, copies: bool) -> Result<Ro
     }
     check_object(&bucket, &object)?;
     if query.get("versionId").is_some_and(|id| !matches!(id, "" | "null")) {
-        return Err(Failure::new(Code::InvalidArgument, "objects have no versions, but for the version null"));
+        return Err(Failure::new(Code::InvalidArgument, NO_VERSIONS));
     }
     if operation == Operation::ListObjectsV2 && query.get("list-type") != Some("2") {
         return Err(Failure::new(Code::InvalidArgument, "list-type is 2 or absent"));
@@ -224,86 +169,15 @@ fn unknown(method: &str, names: &[&str]) -> Failure {
     }
 }
 
-/// The bucket and object of a path, which begins with a slash.
-fn address(path: &str) -> Result<(String, Vec<u8>), Failure> {
-    let wrong = |text| Failure::new(Code::InvalidURI, text);
-    let decoded = decode(path).ok_or_else(|| wrong("a % is not followed by two hex digits: send a % as %25"))?;
-    let path = decoded.strip_prefix(b"/").ok_or_else(|| wrong("the request target does not begin with /"))?;
-    let end = path.iter().position(|byte| *byte == b'/').unwrap_or(path.len());
-    let bucket = String::from_utf8_lossy(&path[..end]).into_owned();
-    Ok((bucket, path.get(end + 1..).unwrap_or_default().to_vec()))
-}
-
-/// Checks what the store could not hold.
-fn check_object(bucket: &str, object: &[u8]) -> Result<(), Failure> {
-    // A bucket that was made natively may have a name over 63 bytes.
-    let most = OBJECT_MAX.min((KEY_MAX - 2).saturating_sub(bucket.len()));
-    if object.len() > most {
-        let text = format!("the key has {} bytes, {most} are allowed", object.len());
-        return Err(Failure::new(Code::KeyTooLongError, text));
-    }
-    match object.is_empty() || is_reachable(bucket) {
-        true => Ok(()),
-        false => Err(Failure::new(Code::NoSuchBucket, "no bucket can have this name")),
-    }
-}
-
-/// The bucket and object of `x-amz-copy-source`: with or without a slash in front, percent-encoded once.
-pub fn copy_source(text: &str) -> Result<(String, Vec<u8>), Failure> {
-    let (path, query) = text.split_once('?').unwrap_or((text, ""));
-    if !matches!(query, "" | "versionId=" | "versionId=null") {
-        return Err(Failure::new(Code::InvalidArgument, "objects have no versions, but for the version null"));
-    }
-    let path = if path.starts_with(['/', '%']) && decode(path).is_some_and(|path| path.starts_with(b"/")) {
-        path.to_string()
-    } else {
-        format!("/{path}")
-    };
-    let (bucket, object) = address(&path)?;
-    if bucket.is_empty() || object.is_empty() {
-        return Err(Failure::new(Code::InvalidArgument, "x-amz-copy-source is BUCKET/KEY, percent-encoded"));
-    }
-    if bucket == OWN {
-        return Err(Failure::new(Code::AccessDenied, "keys below /.mkv/ are the master's own"));
-    }
-    check_object(&bucket, &object)?;
-    Ok((bucket, object))
-}
-
-fn decode(text: &str) -> Option<Vec<u8>> {
-    let bytes = text.as_bytes();
-    let hex = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_hexdigit);
-    let whole = bytes.iter().enumerate().all(|(at, byte)| *byte != b'%' || hex(at + 1) && hex(at + 2));
-    whole.then(|| percent_decode_str(text).collect())
-}
-
-/// Whether keys below this name are a bucket: what the native API has made can be read whatever S3 thinks of the name.
-pub fn is_reachable(bucket: &str) -> bool {
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    (1..=255).contains(&bucket.len()) && bucket != OWN && bucket.bytes().all(fits)
-}
-
-/// Whether a bucket of this name may be made: AWS's rules for general purpose buckets.
-pub fn is_valid_bucket(bucket: &str) -> bool {
-    let edge = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    let is_address = bucket.parse::<std::net::Ipv4Addr>().is_ok();
-    let labels = || {
-        bucket.split('.').all(|label| label.bytes().next().is_some_and(edge) && label.bytes().last().is_some_and(edge))
-    };
-    (3..=63).contains(&bucket.len())
-        && bucket.bytes().all(|byte| edge(byte) || byte == b'.' || byte == b'-')
-        && labels()
-        && !is_address
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::s3::address::OBJECT_MAX;
     use crate::s3::head;
 
     fn routed(method: &str, target: &str) -> Result<Route, Code> {
         let (path, _) = target.split_once('?').unwrap_or((target, ""));
-        let query = Query(head::query(target).map_err(|failure| failure.code)?);
+        let query = head::query(target).map_err(|failure| failure.code)?;
         route(method, path, &query, false).map_err(|failure| failure.code)
     }
 
@@ -399,34 +273,5 @@ mod tests {
         ] {
             assert_eq!(routed(method, target), Err(code), "{method} {target}");
         }
-    }
-
-    #[test]
-    fn a_source_is_decoded_once() {
-        for (text, object) in [
-            ("bucket/a", b"a".as_slice()),
-            ("/bucket/a", b"a"),
-            ("%2Fbucket%2Fa", b"a"),
-            ("bucket/a%2520b+c", b"a%20b+c"),
-            ("bucket/%3FversionId", b"?versionId"),
-            ("bucket/a?versionId=null", b"a"),
-            ("bucket//a", b"/a"),
-        ] {
-            assert_eq!(copy_source(text), Ok(("bucket".to_string(), object.to_vec())), "{text}");
-        }
-        for text in ["", "/", "bucket", "bucket/", "bucket/a?versionId=7", ".mkv/a", "bucket/%z"] {
-            assert!(copy_source(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn names_of_new_buckets_follow_the_rules() {
-        for name in ["abc", "a-b.c9", "0ab", &"a".repeat(63)] {
-            assert!(is_valid_bucket(name), "{name}");
-        }
-        for name in ["ab", "Abc", "a_b", "a..b", "-ab", "ab-", "a.-b", ".ab", "1.2.3.4", &"a".repeat(64)] {
-            assert!(!is_valid_bucket(name), "{name}");
-        }
-        assert!(is_reachable("A_b") && !is_reachable(".mkv") && !is_reachable("") && !is_reachable("a b"));
     }
 }

@@ -18,7 +18,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha1::Sha1;
 
 use super::failure::{Code, Failure};
-use super::head::{Head, parameters};
+use super::head::{Head, Query, is_amz, parameters};
 use super::keys::Keys;
 use super::sigv4::{Signed, check, expired, unknown_key};
 
@@ -30,13 +30,13 @@ const SUB_RESOURCES: &str = "accelerate acl analytics cors defaultObjectAcl dele
 
 pub(super) fn authenticate<'k>(
     head: &Head,
-    query: &[(String, String)],
+    query: &Query,
     keys: &'k Keys,
     now: SystemTime,
 ) -> Result<Signed<'k>, Failure> {
     let get = |name: &str| {
-        let value = query.iter().find(|(its, _)| its == name).map(|(_, value)| value.as_str());
-        value.ok_or_else(|| Failure::new(Code::AccessDenied, format!("a presigned URL needs {name}")))
+        let missing = || Failure::new(Code::AccessDenied, format!("a presigned URL needs {name}"));
+        query.get(name).ok_or_else(missing)
     };
     let (access, expires, signature) = (get("AWSAccessKeyId")?, get("Expires")?, get("Signature")?);
     let key = keys.get(access).ok_or_else(unknown_key)?;
@@ -47,8 +47,7 @@ pub(super) fn authenticate<'k>(
         return Err(expired());
     }
     // Only lower case is signed, and handlers take either.
-    let is_unsigned = |name: &str| name.get(..6).is_some_and(|x| x.eq_ignore_ascii_case("x-amz-") && x != "x-amz-");
-    if query.iter().any(|(name, _)| is_unsigned(name) || name.starts_with("x-amz-") && *name != name.to_lowercase()) {
+    if query.0.iter().any(|(name, _)| is_amz(name) && *name != name.to_lowercase()) {
         return Err(Failure::new(Code::SignatureDoesNotMatch, "write the x-amz- parameters in lower case"));
     }
     let check_with = |end| {
@@ -63,11 +62,10 @@ pub(super) fn authenticate<'k>(
 }
 
 /// `end` follows the path.
-fn to_sign(head: &Head, query: &[(String, String)], expires: &str, end: &str) -> Vec<u8> {
-    let in_query = |name: &str| query.iter().find(|(its, _)| its == name).map(|(_, value)| value.trim());
-    let value = |name: &str| head.header(name).or_else(|| in_query(name)).unwrap_or_default();
+fn to_sign(head: &Head, query: &Query, expires: &str, end: &str) -> Vec<u8> {
+    let value = |name: &str| head.header(name).or_else(|| query.get(name).map(str::trim)).unwrap_or_default();
     let mut text = format!("{}\n{}\n{}\n{expires}\n", head.method, value("content-md5"), value("content-type"));
-    let moved = query.iter().filter(|(name, _)| name.starts_with("x-amz-"));
+    let moved = query.0.iter().filter(|(name, _)| name.starts_with("x-amz-"));
     let mut amz: BTreeMap<String, Vec<&str>> = moved.map(|(name, value)| (name.clone(), vec![value.trim()])).collect();
     for name in head.amz_names() {
         let values = head.values(&name).collect();
@@ -98,8 +96,8 @@ fn to_sign(head: &Head, query: &[(String, String)], expires: &str, end: &str) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::s3::examples::{after, keys};
     use crate::s3::sigv4::authenticate;
-    use crate::s3::sigv4::tests::{after, keys};
 
     fn judge(method: &str, target: &str, headers: &[(&str, &str)], now: i64) -> Result<(), Code> {
         let keys = keys();

@@ -16,144 +16,43 @@ use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 
 use hmac::{Hmac, KeyInit, Mac};
-use jiff::civil::DateTime;
-use jiff::{Timestamp, tz::TimeZone};
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
+use percent_encoding::{percent_decode_str, percent_encode};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
+use super::claim::{ALGORITHM, Claim};
 use super::failure::{Code, Failure};
-use super::head::{Head, parameters, query};
+use super::head::{Head, UNRESERVED, parameters, query};
 use super::keys::{Key, Keys};
 use super::sigv2;
-
-const ALGORITHM: &str = "AWS4-HMAC-SHA256";
+use crate::format::percent_encoded;
 
 /// How far the clock of a client may be from ours.
 const SKEW: Duration = Duration::from_secs(15 * 60);
-
-/// The longest life of a presigned URL, in seconds: a week.
-const EXPIRES_MAX: u64 = 604_800;
-
-const IN_QUERY: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
-const IN_PATH: AsciiSet = IN_QUERY.remove(b'/');
 
 /// A request whose signature is right.
 #[derive(Debug)]
 pub struct Signed<'k> {
     pub key: &'k Key,
-    /// Verifies the chunks of the body. `None`: the request bears a signature of version 2, which has no chunks.
+    /// Verifies the chunks of the body. `None`: the signature is of version 2, which has no chunks.
     pub signer: Option<Signer>,
 }
 
-/// Who sent the request. `None`: it bears no signature. It judges the head alone: the body is still to be held to
-/// `x-amz-content-sha256` (`Payload`), and the key to what it may do (`Key::may`).
+/// Verifies the signature of a request's head. `None`: it has none. The caller has to verify the body (`Payload`), and
+/// whether the key allows the request (`Key::may`).
 pub fn authenticate<'k>(head: &Head, keys: &'k Keys, now: SystemTime) -> Result<Option<Signed<'k>>, Failure> {
     let query = query(head.target)?;
-    let has = |names: &[&str]| query.iter().any(|(name, _)| names.contains(&name.as_str()));
+    let has = |names: &[&str]| names.iter().any(|name| query.get(name).is_some());
     let in_query = has(&["X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Signature"]);
     let in_query_v2 = has(&["AWSAccessKeyId", "Signature"]);
     let in_header = head.header("Authorization").filter(|value| !value.is_empty());
     match (in_header, in_query, in_query_v2) {
         (None, false, false) => Ok(None),
-        (Some(value), false, false) => from_header(head, value)?.verify(head, keys, now).map(Some),
-        (None, true, false) => from_query(head, &query)?.verify(head, keys, now).map(Some),
+        (Some(value), false, false) => Claim::of_header(head, value)?.verify(head, keys, now).map(Some),
+        (None, true, false) => Claim::of_query(head, &query)?.verify(head, keys, now).map(Some),
         (None, false, true) => sigv2::authenticate(head, &query, keys, now).map(Some),
         _ => Err(Failure::new(Code::InvalidArgument, "a request may be signed in one way only")),
     }
-}
-
-/// What a request says of its signature.
-struct Claim {
-    /// Access key, date, region, service, `aws4_request`.
-    credential: String,
-    signed_headers: String,
-    signature: String,
-    /// The time of the request, and how it is signed: as `20130524T000000Z`.
-    time: SystemTime,
-    timestamp: String,
-    payload: String,
-    /// The life of a presigned URL.
-    expires: Option<Duration>,
-    /// For a claim that makes no sense.
-    malformed: Code,
-}
-
-fn from_header(head: &Head, value: &str) -> Result<Claim, Failure> {
-    let malformed = |why: &str| Failure::new(Code::AuthorizationHeaderMalformed, format!("Authorization {why}"));
-    let Some(fields) = value.strip_prefix(ALGORITHM).filter(|rest| rest.starts_with(' ')) else {
-        return Err(match value.split(' ').next() {
-            Some("AWS") => Failure::new(Code::InvalidRequest, format!("sign with {ALGORITHM}: SigV2 is not supported")),
-            Some(ALGORITHM) => malformed("has no Credential"),
-            _ => Failure::new(Code::InvalidArgument, format!("sign with {ALGORITHM}")),
-        });
-    };
-    let mut found = [const { None }; 3];
-    for field in fields.split(',') {
-        let (name, value) = field.trim().split_once('=').ok_or_else(|| malformed("is not made of NAME=VALUE"))?;
-        let place = ["Credential", "SignedHeaders", "Signature"].iter().position(|its| *its == name);
-        let place = place.ok_or_else(|| malformed("has an unknown field"))?;
-        if found[place].replace(value.to_string()).is_some() {
-            return Err(malformed("has a field twice"));
-        }
-    }
-    let [Some(credential), Some(signed_headers), Some(signature)] = found else {
-        return Err(malformed("needs Credential, SignedHeaders and Signature"));
-    };
-    let payload = head
-        .content_sha256()
-        .ok_or_else(|| Failure::new(Code::InvalidRequest, "a signed request needs the header x-amz-content-sha256"))?;
-    let no_time = || Failure::new(Code::AccessDenied, "a signed request needs a valid x-amz-date or Date");
-    let (time, timestamp) = timestamp(head).ok_or_else(no_time)?;
-    Ok(Claim {
-        credential,
-        signed_headers,
-        signature,
-        time,
-        timestamp,
-        payload,
-        expires: None,
-        malformed: Code::AuthorizationHeaderMalformed,
-    })
-}
-
-/// The time of a request, as it is signed.
-fn timestamp(head: &Head) -> Option<(SystemTime, String)> {
-    let text = head.header("x-amz-date").or_else(|| head.header("Date"))?;
-    match httpdate::parse_http_date(text) {
-        Ok(time) => Some((time, Timestamp::try_from(time).ok()?.strftime("%Y%m%dT%H%M%SZ").to_string())),
-        Err(_) => Some((parse_timestamp(text)?, text.to_string())),
-    }
-}
-
-fn parse_timestamp(text: &str) -> Option<SystemTime> {
-    let time = DateTime::strptime("%Y%m%dT%H%M%SZ", text).ok().filter(|_| text.len() == 16)?;
-    time.to_zoned(TimeZone::UTC).ok().map(|time| time.timestamp().into())
-}
-
-fn from_query(head: &Head, query: &[(String, String)]) -> Result<Claim, Failure> {
-    let malformed = |why: &str| Failure::new(Code::AuthorizationQueryParametersError, why);
-    let get = |name: &str| {
-        let value = query.iter().find(|(its, _)| its == name).map(|(_, value)| value.clone());
-        value.ok_or_else(|| malformed(&format!("a presigned URL needs {name}")))
-    };
-    if get("X-Amz-Algorithm")? != ALGORITHM {
-        return Err(malformed("X-Amz-Algorithm is not AWS4-HMAC-SHA256"));
-    }
-    let timestamp = get("X-Amz-Date")?;
-    let time = parse_timestamp(&timestamp);
-    let expires = get("X-Amz-Expires")?.parse().ok().filter(|seconds| (1..=EXPIRES_MAX).contains(seconds));
-    let expires = expires.ok_or_else(|| malformed("X-Amz-Expires is not one of 1 to 604800 seconds"))?;
-    Ok(Claim {
-        credential: get("X-Amz-Credential")?,
-        signed_headers: get("X-Amz-SignedHeaders")?,
-        signature: get("X-Amz-Signature")?,
-        time: time.ok_or_else(|| malformed("X-Amz-Date is no time such as 20130524T000000Z"))?,
-        timestamp,
-        payload: head.content_sha256().unwrap_or_else(|| "UNSIGNED-PAYLOAD".into()),
-        expires: Some(Duration::from_secs(expires)),
-        malformed: Code::AuthorizationQueryParametersError,
-    })
 }
 
 impl Claim {
@@ -204,14 +103,14 @@ impl Claim {
 
     fn canonical_request(&self, head: &Head, names: &[&str]) -> String {
         let path: Vec<u8> = percent_decode_str(head.path()).collect();
-        let encode = |text: Vec<u8>| percent_encode(&text, &IN_QUERY).to_string();
+        let encode = |text: Vec<u8>| percent_encode(&text, UNRESERVED).to_string();
         let mut query: Vec<_> = parameters(head.target)
             .filter(|(name, _)| name != b"X-Amz-Signature")
             .map(|(name, value)| (encode(name), encode(value.unwrap_or_default())))
             .collect();
         query.sort();
         let query: Vec<String> = query.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let mut request = format!("{}\n{}\n{}\n", head.method, percent_encode(&path, &IN_PATH), query.join("&"));
+        let mut request = format!("{}\n{}\n{}\n", head.method, percent_encoded(&path), query.join("&"));
         for name in names {
             let values: Vec<String> = head.values(name).map(single_spaces).collect();
             request.push_str(&format!("{name}:{}\n", values.join(",")));
@@ -233,7 +132,7 @@ pub(super) fn expired() -> Failure {
     Failure::new(Code::AccessDenied, "Request has expired")
 }
 
-/// Compares signatures in a time that does not tell how much of them is right.
+/// Compares signatures in constant time.
 pub(super) fn check(computed: &str, sent: &str) -> Result<(), Failure> {
     if computed.as_bytes().ct_eq(sent.as_bytes()).into() {
         return Ok(());
@@ -286,92 +185,14 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
-
-    const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
-
-    /// The key of AWS's examples.
-    pub fn keys() -> Keys {
-        Keys::parse("AKIAIOSFODNN7EXAMPLE wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY").unwrap()
-    }
-
-    /// So many seconds after the time of AWS's examples, 2013-05-24 00:00:00.
-    pub fn after(seconds: i64) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(1_369_353_600_i64.checked_add(seconds).unwrap() as u64)
-    }
-
-    /// The headers of a request, which signs all of them but Authorization. They are given sorted, separated by `|`.
-    fn headers(text: &str, signature: &str) -> Vec<(String, String)> {
-        let split = |field: &str| field.split_once(':').map(|(name, value)| (name.to_string(), value.to_string()));
-        let mut headers: Vec<_> = text.split('|').filter_map(split).collect();
-        let names: Vec<String> = headers.iter().map(|(name, _)| name.to_lowercase()).collect();
-        let value = format!(
-            "AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20130524/us-east-1/s3/aws4_request,SignedHeaders={}, Signature={signature}",
-            names.join(";")
-        );
-        headers.push(("Authorization".into(), value));
-        headers
-    }
+    use crate::s3::examples::{EMPTY, EXAMPLES, after, example, fields, headers, keys};
 
     fn judge(method: &str, target: &str, headers: &[(String, String)], now: i64) -> Result<Option<Signer>, Code> {
-        let headers: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        let (head, keys) = (Head { method, target, headers: &headers }, keys());
+        let (head, keys) = (Head { method, target, headers: &fields(headers) }, keys());
         let signed = authenticate(&head, &keys, after(now)).map_err(|failure| failure.code)?;
         Ok(signed.and_then(|signed| signed.signer))
-    }
-
-    /// docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html and sigv4-streaming….html
-    const EXAMPLES: [(&str, &str, &str, &str); 6] = [
-        (
-            "GET",
-            "/test.txt",
-            "Host:examplebucket.s3.amazonaws.com|Range:bytes=0-9|x-amz-content-sha256:EMPTY|x-amz-date:20130524T000000Z",
-            "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41",
-        ),
-        (
-            "PUT",
-            "/test$file.text",
-            "Date:Fri, 24 May 2013 00:00:00 GMT|Host:examplebucket.s3.amazonaws.com|\
-             x-amz-content-sha256:44ce7dd67c959e0d3524ffac1771dfbba87d2b6b4b4e99e42034a8b803f8b072|\
-             x-amz-date:20130524T000000Z|x-amz-storage-class: REDUCED_REDUNDANCY ",
-            "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd",
-        ),
-        (
-            "GET",
-            "/?lifecycle",
-            "Host:examplebucket.s3.amazonaws.com|x-amz-content-sha256:EMPTY|x-amz-date:20130524T000000Z",
-            "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543",
-        ),
-        (
-            "GET",
-            "/?prefix=%4A&max-keys=2",
-            "Host:examplebucket.s3.amazonaws.com|x-amz-content-sha256:EMPTY|x-amz-date:20130524T000000Z",
-            "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7",
-        ),
-        (
-            "PUT",
-            "/examplebucket/chunkObject.txt",
-            "Content-Encoding:aws-chunked|Content-Length:66824|Host:s3.amazonaws.com|\
-             x-amz-content-sha256:STREAMING-AWS4-HMAC-SHA256-PAYLOAD|x-amz-date:20130524T000000Z|\
-             x-amz-decoded-content-length:66560|x-amz-storage-class:REDUCED_REDUNDANCY",
-            "4f232c4386841ef735655705268965c44a0e4690baa4adea153f7db9fa80a0a9",
-        ),
-        (
-            "PUT",
-            "/examplebucket/chunkObject.txt",
-            "Content-Encoding:aws-chunked|Host:s3.amazonaws.com|\
-             x-amz-content-sha256:STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER|x-amz-date:20130524T000000Z|\
-             x-amz-decoded-content-length:66560|x-amz-storage-class:REDUCED_REDUNDANCY|\
-             x-amz-trailer:x-amz-checksum-crc32c",
-            "106e2a8a18243abcf37539882f36619c00e2dfc72633413f02d3b74544bfeb8e",
-        ),
-    ];
-
-    /// The n-th of AWS's examples: method, target, headers.
-    pub fn example(n: usize) -> (&'static str, &'static str, Vec<(String, String)>) {
-        let (method, target, text, signature) = EXAMPLES[n];
-        (method, target, headers(&text.replace("EMPTY", EMPTY), signature))
     }
 
     #[test]
@@ -432,20 +253,6 @@ pub(super) mod tests {
             let result = judge(method, target, &headers, seconds).map(|_| ());
             assert_eq!(result, if expected { Ok(()) } else { Err(Code::RequestTimeTooSkewed) }, "{seconds}");
         }
-        let date = |x_amz_date: Option<&str>, date: Option<&str>| {
-            let headers: Vec<_> = [("x-amz-date", x_amz_date), ("date", date)].into_iter().collect();
-            let headers: Vec<_> = headers.iter().filter_map(|(name, value)| Some((*name, (*value)?))).collect();
-            let (time, text) = timestamp(&Head { method, target, headers: &headers })?;
-            assert_eq!(time, after(0));
-            Some(text)
-        };
-        assert_eq!(date(None, Some("Fri, 24 May 2013 00:00:00 GMT")).as_deref(), Some("20130524T000000Z"));
-        assert_eq!(date(Some("20130524T000000Z"), Some("x")).as_deref(), Some("20130524T000000Z"));
-        for wrong in ["", "20130524", "20130524T000000", "20130532T000000Z", "2013-05-24T00:00:00Z", "-0130524T000000Z"]
-        {
-            assert_eq!(date(Some(wrong), None), None, "{wrong}");
-        }
-        assert_eq!(date(None, None), None);
     }
 
     #[test]
@@ -535,45 +342,14 @@ pub(super) mod tests {
         let seed = std::env::var("MKV_SEED").map_or_else(|_| fastrand::u64(..), |s| s.parse().unwrap());
         println!("MKV_SEED={seed}");
         let mut random = fastrand::Rng::with_seed(seed);
-        let parts = [
-            "/",
-            "?",
-            "&",
-            "=",
-            ";",
-            ",",
-            ":",
-            " ",
-            "%",
-            "%2",
-            "%2F",
-            "%C3%A9",
-            "%FF",
-            "é",
-            "+",
-            "host",
-            "x-amz-date",
-            "s3",
-            "X-Amz-Algorithm=AWS4-HMAC-SHA256&",
-            "X-Amz-Date=20130524T000000Z&",
-            "X-Amz-Expires=9&",
-            "X-Amz-Signature=0&",
-            "X-Amz-Credential=",
-            "X-Amz-SignedHeaders=host&",
-            "AWS4-HMAC-SHA256 ",
-            "Credential=",
-            "SignedHeaders=",
-            "Signature=0",
-            "AKIAIOSFODNN7EXAMPLE/20130524/us-east-1/s3/aws4_request",
-            "AWSAccessKeyId=AKIAIOSFODNN7EXAMPLE&",
-            "Expires=",
-            "99999999999",
-            "18446744073709551615",
-            "&Signature=0",
-            "x-amz-content-sha256",
-            "Authorization",
-            "20130524T000000Z",
-        ];
+        let parts = "/|?|&|=|;|,|:| |%|%2|%2F|%C3%A9|%FF|é|+|host|x-amz-date|s3|\
+                     X-Amz-Algorithm=AWS4-HMAC-SHA256&|X-Amz-Date=20130524T000000Z&|X-Amz-Expires=9&|\
+                     X-Amz-Signature=0&|X-Amz-Credential=|X-Amz-SignedHeaders=host&|AWS4-HMAC-SHA256 |\
+                     Credential=|SignedHeaders=|Signature=0|\
+                     AKIAIOSFODNN7EXAMPLE/20130524/us-east-1/s3/aws4_request|\
+                     AWSAccessKeyId=AKIAIOSFODNN7EXAMPLE&|Expires=|99999999999|18446744073709551615|&Signature=0|\
+                     x-amz-content-sha256|Authorization|20130524T000000Z";
+        let parts: Vec<&str> = parts.split('|').collect();
         let keys = keys();
         let mut codes = HashSet::new();
         for _ in 0..50_000 {

@@ -1,10 +1,10 @@
-//! Following a master: the thread that trails its log, and what a master does that has a peer.
+//! Following a master: the thread that trails its log, and what a master with a peer does.
 //!
 //! A follower asks for the changes after its last one, takes them over, and asks again. Where the log does not go back
 //! so far, it fetches a checkpoint, while readers go on with the old index, and ends: the process starts again with the
 //! new one. A promoted follower becomes a master in place.
 //!
-//! A master with a peer looks now and then whether the peer was promoted in its place, and ends then.
+//! A master with a peer asks now and then whether the peer was promoted in its place. If so, it ends.
 
 use std::io::BufReader;
 use std::path::PathBuf;
@@ -16,17 +16,17 @@ use crate::index::log::{Head, Update};
 use crate::index::{boot_time, unpack_checkpoint};
 use crate::volumes::remote::Remote;
 
-/// How long a master may be silent. It answers after a second at the latest.
+/// Give up on a master that is silent for this long. It answers within a second.
 const SILENT: Duration = Duration::from_secs(5);
 
-/// How long a backup may make no progress.
+/// Give up on a backup that makes no progress for this long.
 const STALL: Duration = Duration::from_secs(60);
 
 /// The pause after a failure, and between looks at a peer.
 const RETRY: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_secs(5);
 
-/// How often it is looked whether `mkv promote` asks for a promotion.
+/// Poll interval for the request of `mkv promote`.
 const ASKED: Duration = Duration::from_millis(100);
 
 /// The file in `-db` with which `mkv promote` asks a running follower.
@@ -67,7 +67,7 @@ impl Peer {
 
     /// Fetches a checkpoint of the peer, which has to be a master, and unpacks it beside the index.
     pub fn fetch_checkpoint(&self) -> Result<()> {
-        // Before the checkpoint is made: a run that begins in between makes it useless, and not wrong.
+        // Ask before the checkpoint is made: a run that begins in between makes the checkpoint useless, but not wrong.
         let head = self.head()?;
         if let Some(master) = head.follows {
             return Err(Error::Failed(format!("http://{} is a follower itself: follow http://{master}", self.host())));
@@ -100,33 +100,27 @@ impl Peer {
 impl Store {
     /// Fails if this process follows a master: it writes nothing then.
     pub fn check_master(&self) -> Result<()> {
-        match self.index.following() {
-            None => Ok(()),
-            Some(following) => {
-                let master = &following.master;
-                Err(Error::Unavailable(format!("this is a follower, which writes nothing: ask http://{master}")))
-            }
-        }
+        self.index.following().map_or(Ok(()), |following| Err(following.refusal()))
     }
 
     /// The thread of a process with a peer: returns when the process has to end.
     pub fn follow(&self, peer: &Peer) -> Ended {
-        let mut told = None;
+        let mut last = None;
         while self.index.following().is_some() {
             let done = self.trail(peer).and_then(|continues| match continues {
                 false => peer.fetch_checkpoint().map(|()| Some(Ended::Replaced)),
                 true => Ok(None),
             });
             match done {
-                Ok(None) => told = None,
+                Ok(None) => last = None,
                 Ok(Some(ended)) if self.index.following().is_some() => return ended,
                 Ok(Some(_)) => {}
                 Err(error) => {
-                    // Once for each kind of failure.
-                    if told.as_ref() != Some(&error) {
+                    // Warn once of a failure that repeats itself.
+                    if last.as_ref() != Some(&error) {
                         log::warn!("{error}");
                     }
-                    told = Some(error);
+                    last = Some(error);
                     std::thread::sleep(RETRY);
                 }
             }

@@ -15,7 +15,7 @@ use crate::format::placement::path;
 use crate::format::quoted;
 use crate::format::record::Record;
 use crate::index::{Judge, MultipartUpload, Part};
-use crate::volumes::upload::{PutOptions, Stored, Upload};
+use crate::volumes::upload::{PutOptions, Upload};
 
 /// How many volumes hold a part.
 const REPLICAS: usize = 2;
@@ -62,12 +62,12 @@ impl Store {
         upload: &MultipartUpload,
         number: u16,
         data: Upload,
-        meta: impl FnOnce(&Stored) -> String,
+        meta: impl FnOnce() -> String,
     ) -> Result<Part> {
         let mut replicas = self.place(&upload.key);
         replicas.truncate(REPLICAS);
         let (draft, mut record) = self.write_draft(&upload.key, &replicas, data)?;
-        record.meta = meta(&Stored { size: record.size.unwrap_or_default(), hash: record.hash });
+        record.meta = meta();
         let (part, until) = (Part { number, record }, upload.time + self.config.uploads.as_secs() + SLACK);
         let kept = self.index.keep_part(draft, upload.id, &part, until.max(now() + SLACK));
         if kept.is_err() {
@@ -92,7 +92,7 @@ impl Store {
                 let length = parts.iter().map(|part| part.record.size.unwrap_or_default()).sum();
                 let mut reader = Joined { store: self, key: &upload.key, parts: parts.iter(), open: None };
                 let joined = Upload { reader: &mut reader, length: Some(length), content_md5: None };
-                self.write_object(&upload.key, joined, |_| meta, Some(upload.id), judge)?
+                self.write_object(&upload.key, joined, || meta, Some(upload.id), judge)?
             }
         };
         // The value is there: what is left of the upload is purged with the others, should this fail.

@@ -1,4 +1,4 @@
-//! Objects: reading and writing as S3 wants it. Writers of a key pass each other.
+//! Objects: reading and writing for S3, where writers of a key pass each other.
 //!
 //! A PUT holds the key's lock to choose its version and again to flip, not while the value comes. The steps and their
 //! crashes are those of `write.rs`; only the lock is shorter. Conditions are judged at the flip. A key, its record and
@@ -14,10 +14,10 @@ use crate::index::{Draft, Judge, record_of};
 use crate::volumes::Opened;
 use crate::volumes::upload::{PutFailed, PutOptions, Stored, Upload};
 
-/// How often a value is copied because others overtake it.
-const TURNS: usize = 5;
+/// Give up on a value after this many flips that another writer overtook.
+const FLIPS: usize = 5;
 
-/// Where a scan goes on.
+/// Where a scan continues.
 #[derive(Debug, PartialEq)]
 pub enum Step {
     Next,
@@ -32,14 +32,14 @@ impl Store {
         Ok(self.index.get(key)?.filter(Record::live))
     }
 
-    /// Stores a value. `meta`: what is kept beside it, made when the value has come. `judge` can refuse to replace what
-    /// is there. Fails with `BadRequest` if the value is not as long as the client said, or has another digest, and with
-    /// `Locked` if a native request writes the key.
+    /// Stores a value. `meta` makes what is kept beside it and is called once the value was received. `judge` can refuse
+    /// to replace what is there. Fails with `BadRequest` if the value is not as long as the client said, or has another
+    /// digest, and with `Locked` if a native request writes the key.
     pub fn put_object(
         &self,
         key: &[u8],
         upload: Upload,
-        meta: impl FnOnce(&Stored) -> String,
+        meta: impl FnOnce() -> String,
         judge: Judge,
     ) -> Result<Record> {
         self.write_object(key, upload, meta, None, judge)
@@ -50,19 +50,18 @@ impl Store {
         &self,
         key: &[u8],
         upload: Upload,
-        meta: impl FnOnce(&Stored) -> String,
+        meta: impl FnOnce() -> String,
         completes: Option<u64>,
         judge: Judge,
     ) -> Result<Record> {
         let judge = |old: Option<&Record>| {
             if self.config.protect && old.is_some_and(Record::live) { Err(PROTECTED) } else { judge(old) }
         };
-        // What is refused now need not be sent.
+        // Refuse before the value is sent.
         judge(self.index.get(key)?.as_ref())?;
         let replicas = self.place(key);
         let (draft, mut record) = self.write_draft(key, &replicas, upload)?;
-        let stored = Stored { size: record.size.unwrap_or_default(), hash: record.hash };
-        record.meta = meta(&stored);
+        record.meta = meta();
         self.flip_draft(draft, record, completes, &judge)
     }
 
@@ -105,7 +104,7 @@ impl Store {
         judge: Judge,
     ) -> Result<Record> {
         let key = draft.entry.key.clone();
-        for _ in 0..TURNS {
+        for _ in 0..FLIPS {
             // The draft that was overtaken keeps its blobs until they are copied.
             let Some(overtaken) = self.index.flip_draft(draft, &record, completes, judge)? else { return Ok(record) };
             let mut opened = self.open_object(&key, &record, None)?;

@@ -31,11 +31,11 @@ const LOOK: Duration = Duration::from_millis(10);
 /// The same with `-sync`, where each look reads a log file of some MiB from its beginning.
 const LOOK_IN_FILE: Duration = Duration::from_millis(50);
 
-/// So many changes are sent without waiting for more, and about so many bytes at once.
+/// Send this many changes without waiting for more, and about this many bytes at once.
 const MANY: u64 = 10_000;
 const BYTES: usize = 4 << 20;
 
-/// When the index was last known to be current is written down this often.
+/// Write down this often when the index was last known to be current.
 const NOTE: Duration = Duration::from_secs(1);
 
 /// Where an index comes from, and whether it goes on.
