@@ -4,7 +4,6 @@
 use super::address::{is_reachable, is_valid_bucket, key};
 use super::answer::{Answer, Fault, NO_BUCKET, Outcome, document, empty, iso, xml};
 use super::failure::Code;
-use super::objects::read_text;
 use super::route::Operation;
 use super::xml::{self, Document};
 use super::{Call, S3};
@@ -41,7 +40,7 @@ impl S3 {
             let text = "a bucket has 3 to 63 lower-case letters, digits, dots and hyphens";
             return Err(Fault::new(Code::InvalidBucketName, text));
         }
-        xml::parse_create_bucket(&read_text(call, body, true)?)?;
+        xml::parse_create_bucket(&self.read_text(call, body, true)?)?;
         let marker = call.route.key();
         if self.store.object(&marker)?.is_none() {
             let upload = Upload { reader: &mut std::io::empty(), length: Some(0), content_md5: None };

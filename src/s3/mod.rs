@@ -76,6 +76,8 @@ pub struct S3 {
     observe: Observe,
     /// The number in the last request's id.
     requests: AtomicU64,
+    /// Bytes of XML that are being read.
+    xml: AtomicU64,
 }
 
 /// A request that its key allows.
@@ -131,7 +133,7 @@ impl S3 {
     pub fn new(store: Arc<Store>, config: Config, observe: Observe) -> Result<S3> {
         let keys = config.keys.as_ref().map(|path| read_keys(path)).transpose()?;
         let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
-        Ok(S3 { store, config, keys: RwLock::new(keys), observe, requests: start.into() })
+        Ok(S3 { store, config, keys: RwLock::new(keys), observe, requests: start.into(), xml: AtomicU64::new(0) })
     }
 
     /// Reads the file of keys again. If it cannot be read, the keys stay as they are.

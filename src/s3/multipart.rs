@@ -14,7 +14,7 @@ use super::conditions::Conditions;
 use super::failure::{Code, Failure};
 use super::lists::{Encoding, common_prefix, page_size};
 use super::meta::{Meta, etag};
-use super::objects::{read_text, receive, stored};
+use super::objects::{receive, stored};
 use super::xml::{Document, parse_complete};
 use super::{Call, S3};
 use crate::error::{Error, Result};
@@ -100,11 +100,11 @@ impl S3 {
 
     pub(super) fn complete<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
         let id = call.upload_id().ok_or(Error::NoSuchUpload)?;
-        let named = parse_complete(&read_text(call, body, false)?)?;
         let place = Place::of(call);
         let Some(upload) = self.store.find_upload(&place.key, id)? else {
             return Ok(xml(200, self.completed(&place, id)?));
         };
+        let named = parse_complete(&self.read_text(call, body, false)?)?;
         let parts = choose(&self.store.parts(&upload)?, &named)?;
         let conditions = Conditions::of(call.head);
         conditions.judge(self.store.object(&place.key)?.as_ref())?;

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -25,6 +26,12 @@ use crate::volumes::upload::Upload;
 
 /// The longest XML of a request, in bytes.
 const XML_MAX: u64 = 8 << 20;
+
+/// The bytes of XML of all requests together, as long as one holds more than a piece.
+const XML_TOTAL: u64 = 32 << 20;
+
+/// Bytes of XML that are read at a time.
+const PIECE: usize = 64 << 10;
 
 /// The checksum that a client has sent with a value, once the value was read to its end.
 pub type Checksum = Option<(Algorithm, String)>;
@@ -67,7 +74,7 @@ impl S3 {
 
     pub(super) fn delete_objects<'a>(&'a self, call: &Call, body: &mut Body) -> Answer<'a> {
         self.check_bucket(call)?;
-        let wanted = xml::parse_delete(&read_text(call, body, true)?)?;
+        let wanted = xml::parse_delete(&self.read_text(call, body, true)?)?;
         let mut result = Document::new("DeleteResult");
         for object in &wanted.objects {
             match self.delete_listed(&call.route.bucket, object) {
@@ -184,27 +191,58 @@ fn content_md5(call: &Call) -> Outcome<Option<Hash>, Failure> {
     hash.map(Some).ok_or_else(|| Failure::new(Code::InvalidDigest, "Content-MD5 is no base64 of 16 bytes"))
 }
 
-/// Reads a body of XML. `is_checked`: the request's checksum is that of the body.
-pub fn read_text(call: &Call, body: &mut Body, is_checked: bool) -> Outcome<String> {
-    let (length, md5) = (body.length(), content_md5(call)?);
-    let mut accepted = Accepted(body);
-    let open = if is_checked { Payload::new } else { Payload::without_checksum };
-    let mut payload = open(call.head, call.signed, length, &mut accepted)?;
-    if payload.length().is_some_and(|length| length > XML_MAX) {
-        return Err(too_large());
+impl S3 {
+    /// Reads a body of XML. `is_checked`: the request's checksum is that of the body.
+    pub(super) fn read_text(&self, call: &Call, body: &mut Body, is_checked: bool) -> Outcome<String> {
+        let (length, md5) = (body.length(), content_md5(call)?);
+        let mut accepted = Accepted(body);
+        let open = if is_checked { Payload::new } else { Payload::without_checksum };
+        let mut payload = open(call.head, call.signed, length, &mut accepted)?;
+        if payload.length().is_some_and(|length| length > XML_MAX) {
+            return Err(too_large());
+        }
+        let (mut bytes, mut piece, mut held) = (Vec::new(), vec![0; PIECE], Held { all: &self.xml, own: 0 });
+        loop {
+            let Ok(count) = payload.read(&mut piece) else { return Err(broken(&mut payload).into()) };
+            if count == 0 {
+                break;
+            }
+            held.take(count as u64)?;
+            bytes.extend_from_slice(&piece[..count]);
+        }
+        if md5.is_some_and(|md5| Hash::from(Md5::digest(&bytes)) != md5) {
+            return Err(bad_digest().into());
+        }
+        String::from_utf8(bytes).map_err(|_| Fault::new(Code::MalformedXML, "the body is not UTF-8"))
     }
-    let mut bytes = Vec::new();
-    let read = (&mut payload).take(XML_MAX + 1).read_to_end(&mut bytes);
-    if read.is_err() {
-        return Err(broken(&mut payload).into());
+}
+
+/// The bytes of XML that a request holds in memory, until it is dropped.
+struct Held<'a> {
+    /// Those of all requests.
+    all: &'a AtomicU64,
+    own: u64,
+}
+
+impl Held<'_> {
+    /// Fails if the request would hold too many, or all requests together and this one many of them.
+    fn take(&mut self, count: u64) -> Outcome<()> {
+        self.own += count;
+        let all = self.all.fetch_add(count, Ordering::Relaxed) + count;
+        if self.own > XML_MAX {
+            return Err(too_large());
+        }
+        match all > XML_TOTAL && self.own > PIECE as u64 {
+            true => Err(Fault::new(Code::SlowDown, "too much XML is being read at this time: try again")),
+            false => Ok(()),
+        }
     }
-    if bytes.len() as u64 > XML_MAX {
-        return Err(too_large());
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.own, Ordering::Relaxed);
     }
-    if md5.is_some_and(|md5| Hash::from(Md5::digest(&bytes)) != md5) {
-        return Err(bad_digest().into());
-    }
-    String::from_utf8(bytes).map_err(|_| Fault::new(Code::MalformedXML, "the body is not UTF-8"))
 }
 
 fn too_large() -> Fault {

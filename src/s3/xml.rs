@@ -127,14 +127,17 @@ pub fn parse_delete(text: &str) -> Result<Delete, Failure> {
                 object.key =
                     key.take().filter(|key| !key.is_empty()).ok_or_else(|| malformed("an object has no key"))?;
                 delete.objects.push(object);
+                if delete.objects.len() > OBJECTS_MAX {
+                    return Err(malformed("a request deletes 1 to 1,000 objects"));
+                }
             }
             _ => {}
         }
         Ok(())
     })?;
-    match delete.objects.len() {
-        1..=OBJECTS_MAX => Ok(delete),
-        _ => Err(malformed("a request deletes 1 to 1,000 objects")),
+    match delete.objects.is_empty() {
+        true => Err(malformed("a request deletes 1 to 1,000 objects")),
+        false => Ok(delete),
     }
 }
 
