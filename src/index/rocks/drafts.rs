@@ -9,6 +9,7 @@
 
 use rocksdb::{IteratorMode, PrefixRange, ReadOptions};
 
+use super::write::now;
 use super::{Rocks, UPLOADS, index_error};
 use crate::error::{Error, Result};
 use crate::format::record::{Debris, Record};
@@ -144,7 +145,8 @@ impl Rocks {
             return Err(Error::Locked);
         }
         let mut debris = self.debris_entry(key, version)?;
-        if debris.replicas.is_empty() || self.find_upload(upload.id)?.is_none() {
+        // One that does not rest any more is the cleaner's: its upload has expired.
+        if debris.keep_until <= now().as_secs() || self.find_upload(upload.id)?.is_none() {
             return Err(Error::NoSuchUpload);
         }
         let noted = self.locks.draft(key, version);

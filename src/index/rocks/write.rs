@@ -217,6 +217,6 @@ fn owner(passing: bool) -> Owner {
 }
 
 /// The time since 1970.
-fn now() -> Duration {
+pub(super) fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

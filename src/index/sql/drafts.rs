@@ -10,7 +10,7 @@ use super::connection::Arg::{Bytes, Int, Text};
 use super::pool::Failure;
 use super::statements as sql;
 use super::write::{FLIP, PAUSE, Terms, Trace, in_doubt};
-use super::{Engine, bytes, flag, int, now, signed};
+use super::{Engine, bytes, entry, flag, int, now, signed};
 use crate::error::{Error, Result};
 use crate::format::record::{Debris, Record};
 use crate::index::drafts::{Draft, Judge, MultipartUpload, Part, newest};
@@ -138,7 +138,8 @@ impl Engine {
         match self.pool.query(sql::CLAIM_PART, &args) {
             Ok(rows) if rows.is_empty() => {
                 trace.ended = true;
-                Err(if self.find_upload(upload.id)?.is_some() { Error::Locked } else { Error::NoSuchUpload })
+                let is_claimed = self.find_upload(upload.id)?.is_some() && self.rests(key, version)?;
+                Err(if is_claimed { Error::Locked } else { Error::NoSuchUpload })
             }
             Ok(_) => {
                 let debris = Debris { replicas, ..Debris::default() };
@@ -150,6 +151,12 @@ impl Engine {
                 Err(failure.into())
             }
         }
+    }
+
+    /// Whether the blobs of this version are to be left alone.
+    fn rests(&self, key: &[u8], version: i64) -> Result<bool> {
+        let rows = self.pool.read(sql::ENTRY, &[Bytes(key), Int(version)])?;
+        Ok(rows.iter().any(|row| entry(key, version, row).debris.keep_until > now()))
     }
 
     pub fn end_upload(&self, upload: &MultipartUpload) -> Result<()> {

@@ -202,6 +202,7 @@ pub static CLAIM_PART: &str = "WITH u AS (SELECT id FROM upload WHERE id = $5::b
      INSERT INTO writing (key, version, session, replicas)
      SELECT $1::bytea, $2::bigint, $3::bigint, $4::text FROM u WHERE EXISTS (SELECT 1 FROM session WHERE id = $3)
        AND EXISTS (SELECT 1 FROM part WHERE id = $5 AND version = $2)
+       AND EXISTS (SELECT 1 FROM debris WHERE key = $1 AND version = $2 AND wait > now())
      ON CONFLICT (key, version) DO NOTHING RETURNING 1";
 pub static END_UPLOAD: &str = "DELETE FROM upload WHERE id = $1::bigint";
 /// The blob of a part that is claimed rests on.
