@@ -164,6 +164,17 @@ check_metrics() {
   promtool check metrics <"$dir/metrics"
 }
 
+# A follower has metrics of its own.
+check_follower() {
+  "$root/usr/bin/mkv" follow -from "$url" -db "$dir/follower" -host "$host" -port 3010 \
+    -volumes "$host:3001,$host:3002,$host:3003" >"$dir/follower.log" 2>&1 &
+  pids+=("$!")
+  await get -o /dev/null "http://$host:3010/?metrics"
+  get "http://$host:3010/?metrics" >"$dir/follower-metrics"
+  promtool check metrics <"$dir/follower-metrics"
+  cat -- "$dir/follower-metrics" >>"$dir/metrics"
+}
+
 check_rules() {
   promtool check rules "$here/deploy/prometheus/mkv-rules.yml"
   promtool check config "$here/deploy/prometheus/prometheus.yml"
@@ -204,7 +215,7 @@ check_dashboard() {
   promtool check rules "$dir/dashboard.yml"
 }
 
-# Each metric that a rule, the dashboard or docs/operations.md names is one of a real master.
+# Each metric that a rule, the dashboard or docs/operations.md names is one of a real master or follower.
 check_names() {
   local name
   while IFS= read -r name; do
@@ -224,6 +235,7 @@ check 'the image runs a front' service front 8443 front
 check 'the store can be used' use_store "$url"
 check 'the store can be used through the front' use_store "https://$host:8443"
 check 'promtool accepts the metrics' check_metrics
+check 'a follower follows, and promtool accepts its metrics' check_follower
 check 'promtool accepts the rules, and each alert fires for its fault' check_rules
 check 'promtool accepts the queries of the dashboard' check_dashboard
 check 'the metrics exist that rules, dashboard and documents name' check_names
