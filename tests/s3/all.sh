@@ -33,6 +33,7 @@ client_awscli() {
   local bucket=s3://awscli-${url%%:*} started=$SECONDS
   aws mb "$bucket"
   make_files files
+  find files -exec touch -d '1 minute ago' {} + # S3's times are whole seconds: a file of this second would be newer
   aws sync --no-progress files "$bucket/files"
   [ "$((SECONDS - started))" -lt 40 ] # an empty file stalls a client that is not told to continue
   aws sync --no-progress "$bucket/files" back
