@@ -142,26 +142,19 @@ impl Store {
         ended.err().unwrap_or(error)
     }
 
-    /// Deletes a key, or does nothing if there is none. The cleaner goes on with blobs that a volume still holds.
+    /// Deletes a key, or does nothing if there is none. The cleaner deletes the blobs: to a client the key is gone.
     pub fn delete_object(&self, key: &[u8], judge: Judge) -> Result<()> {
         let check = |record: &Record| {
             if self.config.protect && record.live() { Err(PROTECTED) } else { judge(Some(record)) }
         };
-        let (held, entries) = match self.index.remove(key, true, check) {
-            Err(Error::NotFound(_)) => return judge(None),
-            removed => removed?,
-        };
-        for mut entry in entries {
-            match self.clear(&held, &mut entry, false, self.own_auth()) {
-                Err(error @ Error::Index(_)) => return Err(error),
-                Err(error) => {
-                    log::warn!("{} is deleted, but not all its blobs: {error}", quoted(key));
-                    self.wake_cleaner();
-                }
-                Ok(()) => {}
+        match self.index.remove(key, true, check) {
+            Err(Error::NotFound(_)) => judge(None),
+            Err(error) => Err(error),
+            Ok(_) => {
+                self.wake_cleaner();
+                Ok(())
             }
         }
-        Ok(())
     }
 
     /// Changes what is kept beside a value; no blob moves. Fails with `NotFound`.
