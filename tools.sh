@@ -38,7 +38,7 @@ install_tools() {
     need fish command -v fish
     need openssl command -v openssl
     need python3 test -x /usr/bin/python3
-    need chromium command -v chromium
+    need python3-venv python3 -c 'import ensurepip'
     need python3-requests /usr/bin/python3 -c 'import requests'
     need dpkg-dev command -v dpkg-shlibdeps
     need lintian command -v lintian
